@@ -1,0 +1,53 @@
+"""One matrix product per expert over rows that are sorted by expert.
+
+Shapes: S rows, E experts, N inputs, M outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_offsets(expert_S: Tensor, n_experts: int) -> Tensor:
+    """End of each expert's rows, int32 ``[E]``, for int64 expert ids ``[S]`` in ascending order.
+
+    Rows with an id of `n_experts` or more belong to no group. Nothing is moved to the host.
+    """
+    experts = torch.arange(n_experts, device=expert_S.device, dtype=expert_S.dtype)
+    return torch.searchsorted(expert_S, experts, right=True).to(torch.int32)
+
+
+def grouped_mm(x_SN: Tensor, weight_ENM: Tensor, offsets_E: Tensor) -> Tensor:
+    """``x[s] @ weight[expert of s]`` for every row, ``[S, M]`` in the dtype of the weight.
+
+    Uses `torch.nn.functional.grouped_mm` where the layout and the dtype allow it; elsewhere one product per
+    expert, which costs one read of the offsets by the host.
+    """
+    x_SN = x_SN.to(weight_ENM.dtype)
+    if _has_kernel(x_SN, weight_ENM):
+        return torch.nn.functional.grouped_mm(x_SN, weight_ENM, offs=offsets_E)
+    out_SM = x_SN.new_zeros(x_SN.shape[0], weight_ENM.shape[2])
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        if end > start:
+            out_SM[start:end] = x_SN[start:end] @ weight_ENM[expert]
+        start = end
+    return out_SM
+
+
+def _has_kernel(x_SN: Tensor, weight_ENM: Tensor) -> bool:
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return False
+    if weight_ENM.device.type == "cuda":
+        if weight_ENM.dtype != torch.bfloat16 or torch.cuda.get_device_capability(weight_ENM.device) < (8, 0):
+            return False
+    elif weight_ENM.device.type != "cpu" or weight_ENM.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return _is_aligned(x_SN) and _is_aligned(weight_ENM)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """The kernel wants every stride but the unit one, and the start, to be multiples of 16 bytes."""
+    strides = [stride for stride in x.stride()[-2:] if stride != 1]
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)

@@ -1,0 +1,161 @@
+"""Routed experts whose weights are stacked in three-dimensional parameters.
+
+That is the layout of every model in transformers that uses `use_experts_implementation`: ``gate_up_proj`` (or
+``up_proj``) and ``down_proj`` with the experts as first axis. Which way the matrices lie, whether there are
+biases, a gate or a norm after the expert is written on the module, so one class serves all of these families.
+
+Shapes: T tokens, K experts of a token, S = T·K rows sorted by expert, E experts, I neurons of an expert,
+D width of the experts' input and output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mui_callback.errors import UnsupportedModelError
+from mui_callback.experts.grouped import group_offsets, grouped_mm
+
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
+
+def has_stacked_layout(module: nn.Module) -> bool:
+    """Whether the module is an experts module of transformers' experts interface."""
+    return all(hasattr(module, flag) for flag in _FLAGS) and hasattr(module, "down_proj")
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """What the experts did with each (token, expert) pair, sorted by expert.
+
+    ``row_TK`` says which row the k-th expert of a token is; ``act_SI`` are the activations that feed the down
+    projection; ``raw_SD`` is the experts' output before the norm that follows it, where there is one.
+    """
+
+    expert_TK: Tensor
+    weight_TK: Tensor
+    row_TK: Tensor
+    act_SI: Tensor
+    raw_SD: Tensor | None
+
+
+class StackedExperts:
+    """Runs and reads an experts module with stacked weights.
+
+    Args:
+        path: module path, for messages.
+        module: the experts module.
+
+    Raises:
+        UnsupportedModelError: the weights are not there as plain floating-point tensors (quantised, or sharded
+            over processes).
+    """
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path = path
+        self.module: Any = module
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if getattr(self.module, "_is_expert_parallel", False):
+            raise UnsupportedModelError(
+                f"{self.path}: its experts are spread over processes (expert parallelism), which cannot be probed yet."
+            )
+        for name in self._weight_names():
+            weight = getattr(self.module, name, None)
+            if not isinstance(weight, Tensor) or weight.dim() != 3 or not weight.dtype.is_floating_point:
+                came = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+                raise UnsupportedModelError(
+                    f"{self.path}.{name}: expected a floating-point parameter [experts, …, …] that is whole in this "
+                    f"process, got {came}. Quantised and sharded experts cannot be probed."
+                )
+            if weight.dtype.itemsize == 1 or type(weight.data).__name__ == "DTensor":
+                raise UnsupportedModelError(
+                    f"{self.path}.{name}: expected plain weights of 16 bits or more, got "
+                    f"{type(weight.data).__name__} of {weight.dtype}. Quantised and sharded experts cannot be probed."
+                )
+
+    def _weight_names(self) -> tuple[str, str]:
+        return ("gate_up_proj" if self.module.has_gate else "up_proj", "down_proj")
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts, E."""
+        return int(self.module.down_proj.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Neurons of each expert, I."""
+        return int(self.module.down_proj.shape[1 if self.module.is_transposed else 2])
+
+    def run(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, RoutedRows]:
+        """The module's forward, with everything that a contribution is made of.
+
+        An id of E stands for "no expert" (some routers skip): such a pair is computed with the last expert and
+        weighted with zero, so that no row is left unwritten.
+
+        Returns:
+            The output ``[T, D]`` in the dtype of the input, and the rows behind it.
+        """
+        module, (n_tokens, top_k) = self.module, expert_TK.shape
+        expert_S, order_S = expert_TK.flatten().clamp(max=self.n_experts - 1).sort(stable=True)
+        offsets_E = group_offsets(expert_S, self.n_experts)
+        row_S = torch.empty_like(order_S)
+        row_S[order_S] = torch.arange(order_S.shape[0], device=order_S.device)
+        weight_TK = weight_TK.masked_fill(expert_TK >= self.n_experts, 0)
+
+        up_name, _ = self._weight_names()
+        up_S = self._linear(x_TD[order_S // top_k], up_name, expert_S, offsets_E)
+        act_SI = module._apply_gate(up_S) if module.has_gate else module.act_fn(up_S)
+        raw_SD = self._linear(act_SI, "down_proj", expert_S, offsets_E)
+        out_SD = module.post_expert_norm(raw_SD) if module.has_post_expert_norm else raw_SD
+        weighted_SD = out_SD * weight_TK.flatten()[order_S].unsqueeze(-1)
+        out_TD = weighted_SD[row_S].view(n_tokens, top_k, -1).sum(dim=1).to(x_TD.dtype)
+
+        rows = RoutedRows(
+            expert_TK,
+            weight_TK,
+            row_S.view(n_tokens, top_k),
+            act_SI,
+            raw_SD if module.has_post_expert_norm else None,
+        )
+        return out_TD, rows
+
+    def _linear(self, x_SN: Tensor, name: str, expert_S: Tensor, offsets_E: Tensor) -> Tensor:
+        weight = getattr(self.module, name)
+        out = grouped_mm(x_SN, weight if self.module.is_transposed else weight.transpose(-2, -1), offsets_E)
+        return out + getattr(self.module, f"{name}_bias")[expert_S] if self.module.has_bias else out
+
+    def project(self, readout_SD: Tensor, expert_S: Tensor) -> Tensor:
+        """⟨W_d[:, j], readout⟩ for each neuron j of each row's expert.
+
+        Args:
+            readout_SD: ``[S, D]``, rows sorted by expert.
+            expert_S: int64 ``[S]``, ascending.
+
+        Returns:
+            ``[S, I]`` in the dtype of the weight.
+        """
+        down: Tensor = self.module.down_proj
+        offsets_E = group_offsets(expert_S, self.n_experts)
+        return grouped_mm(readout_SD, down.transpose(-2, -1) if self.module.is_transposed else down, offsets_E)
+
+    def through_norm(self, readout_SD: Tensor, raw_SD: Tensor) -> Tensor:
+        """The readout in front of the norm that follows an expert.
+
+        Such a norm scales each channel of its input: what it scaled by, in this row, is output over input, so
+        ⟨norm(o), r⟩ = ⟨o, scale · r⟩ holds exactly. A channel that is zero adds nothing on either side.
+        """
+        raw_SD = raw_SD.float()
+        scale_SD: Tensor = self.module.post_expert_norm(raw_SD) / raw_SD
+        return readout_SD * scale_SD.masked_fill_(raw_SD == 0, 0)
+
+    def output_bias(self, readout_SD: Tensor, expert_S: Tensor) -> Tensor | None:
+        """⟨b_d, readout⟩ of each row, ``[S]``: the part of an expert's output that no neuron makes."""
+        if not self.module.has_bias:
+            return None
+        bias_ED: Tensor = self.module.down_proj_bias
+        return (bias_ED[expert_S].float() * readout_SD.float()).sum(-1)

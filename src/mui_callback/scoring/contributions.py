@@ -1,0 +1,93 @@
+"""Contribution of every expert neuron to every response token (arXiv 2509.23933, section 3).
+
+    f(l, i, j, y_t) = G_i(x_{t-1}) · a_j(x_{t-1}) · ⟨W_d[:, j], W_head[y_t]⟩
+
+The unembedding row of the target, W_head[y_t], enters as the *readout* of the token: what the output of an expert
+is multiplied with to become its share of the target's logit.
+
+Shapes: B samples, R scored tokens of the batch, S rows of scores, W neurons of a row, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """The response tokens of a batch, ordered by sample and position.
+
+    ``position_R`` is where token y_t is predicted, as an index into the flattened ``[B · T]`` positions; ``row_R``
+    the sample in the batch; ``order_R`` the token's number inside its sample's response.
+    """
+
+    position_R: Tensor
+    row_R: Tensor
+    order_R: Tensor
+    target_R: Tensor
+    n_rows: int
+    """B."""
+    n_orders: int
+    """Scored tokens of the longest response."""
+    length: int
+    """T, the padded length of the batch."""
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """Contributions of one kind of experts of one layer, float32 ``[S, W]``; not finite where there is none.
+
+    Row s is token ``token_S[s]`` (0 … R - 1) and the neurons ``first_neuron_S[s]`` and following of the layer.
+    ``rank_S[s]`` in ``0 … rows_per_token - 1`` orders a token's rows by expert.
+    """
+
+    score_SW: Tensor
+    token_S: Tensor
+    first_neuron_S: Tensor
+    rank_S: Tensor
+    rows_per_token: int
+    expert_width: int
+    """Neurons of an expert: W, or a part of W where a row holds several shared experts."""
+    is_row_S: Tensor | None = None
+    """False where the router chose no expert; None if all are rows."""
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """All contributions of one layer to the response tokens of one batch."""
+
+    parts: tuple[ExpertScores, ...]
+    output_R: Tensor | None = None
+    """⟨output of the MoE layer, readout⟩ of each token, float32 ``[R]``; only where it was asked for."""
+    bias_R: Tensor | None = None
+    """What the output biases of the experts add to it."""
+
+
+def contributions(act_SW: Tensor, projected_SW: Tensor, weight_S: Tensor | None = None) -> Tensor:
+    """G · a_j · ⟨W_d[:, j], readout⟩, float32 ``[S, W]``.
+
+    Args:
+        act_SW: activations a_j that feed the down projection.
+        projected_SW: ⟨W_d[:, j], readout⟩.
+        weight_S: routing weights G; None where the readout holds them already.
+    """
+    score_SW = act_SW.to(torch.float32, copy=True).mul_(projected_SW)
+    return score_SW if weight_S is None else score_SW.mul_(weight_S.to(torch.float32).unsqueeze(-1))
+
+
+def conserved(scores: LayerScores, n_tokens: int) -> Tensor:
+    """Σ f over all neurons of the layer for each token, float64 ``[R]``.
+
+    Equal to ``output_R - bias_R`` up to rounding, for any architecture, exactly when the right tensors were read.
+    """
+    device = scores.parts[0].score_SW.device
+    total_R = torch.zeros(n_tokens, dtype=torch.float64, device=device)
+    for part in scores.parts:
+        row_sum_S = part.score_SW.sum(-1, dtype=torch.float64)
+        if part.is_row_S is not None:
+            row_sum_S = row_sum_S.masked_fill(~part.is_row_S, 0)
+        total_R.index_add_(0, part.token_S, row_sum_S)
+    return total_R

@@ -1,0 +1,55 @@
+"""Reading raw contributions out of a pass, for comparison with an oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mui_callback.experts.discover import find_expert_layers, layout_of
+from mui_callback.probe.capture import Reading, instrument
+from mui_callback.probe.device_batch import to_device
+from mui_callback.probe.encode import make_batches
+from mui_callback.probe.freeze import frozen
+from mui_callback.probe.head import LanguageModelHead
+from mui_callback.probe.samples import TokenSample
+from mui_callback.scoring.contributions import LayerScores, conserved
+
+
+def layer_scores(model: nn.Module, samples: list[TokenSample], *, conservation: bool = False) -> Any:
+    """Per layer and sample: (response position, expert, neuron) → contribution; or the identity's two sides."""
+    layers = find_expert_layers(model)
+    shapes = layout_of(layers).layers
+    found: list[list[dict[tuple[int, str, int], float]]] = [[{} for _ in samples] for _ in layers]
+    totals: list[list[torch.Tensor]] = [[] for _ in layers]
+    outputs: list[list[torch.Tensor]] = [[] for _ in layers]
+    head = LanguageModelHead(model)
+    batch: Any = None
+
+    def consume(layer: int, scores: LayerScores) -> None:
+        shape = shapes[layer]
+        names = [f"E{e:03d}" for e in range(shape.n_routed)]
+        names += [f"S{s + 1:03d}" for s in range(len(shape.shared_widths))]
+        owner = [(name, j) for name, width in zip(names, shape.widths, strict=True) for j in range(width)]
+        for part in scores.parts:
+            for s, token in enumerate(part.token_S.tolist()):
+                sample = int(batch.sample_B[batch.tokens.row_R[token]])
+                for w, value in enumerate(part.score_SW[s].tolist()):
+                    expert, neuron = owner[int(part.first_neuron_S[s]) + w]
+                    found[layer][sample][int(batch.tokens.order_R[token]), expert, neuron] = value
+        if conservation:
+            assert scores.output_R is not None
+            assert scores.bias_R is not None
+            totals[layer].append(conserved(scores, len(batch.tokens.row_R)))
+            outputs[layer].append((scores.output_R - scores.bias_R).double())
+
+    reading = Reading(consume, with_output=conservation)
+    with frozen(model), instrument(layers, reading):
+        for host_batch in make_batches(samples, batch_tokens=40):
+            batch = to_device(host_batch, head.weight_VD.device)
+            with reading.batch(batch.tokens, head.rows(batch.tokens.target_R)):
+                head.logits(batch)
+    if conservation:
+        return [torch.cat(parts) for parts in totals], [torch.cat(parts) for parts in outputs]
+    return found
