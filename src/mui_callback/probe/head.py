@@ -1,0 +1,101 @@
+"""The unembedding of a language model: rows of single tokens, and logits of single positions.
+
+Shapes: B samples, T positions, R scored tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mui_callback.errors import ProbeError, UnsupportedModelError
+from mui_callback.probe.device_batch import DeviceBatch
+from mui_callback.scoring.contributions import ScoredTokens
+
+_ROWS_AT_ONCE = 1024
+
+
+class LanguageModelHead:
+    """Finds the output embedding of a model and runs the model for the logits of scored tokens only.
+
+    Raises:
+        UnsupportedModelError: the model has no output embedding with a weight ``[V, D]``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        find = getattr(model, "get_output_embeddings", None)
+        head = find() if callable(find) else getattr(model, "lm_head", None)
+        weight = getattr(head, "weight", None)
+        if not isinstance(head, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: expected a language-model head, from get_output_embeddings() or as "
+                f"attribute lm_head, with a weight [vocabulary, width]; got {type(head).__name__}."
+            )
+        self.module = head
+        self._options = _accepted(model, use_cache=False, output_router_logits=False, return_dict=True)
+
+    @property
+    def weight_VD(self) -> Tensor:
+        """W_head, ``[V, D]``."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def rows(self, target_R: Tensor) -> Tensor:
+        """W_head[y] of each target, ``[R, D]``: a gather, never a product with the vocabulary."""
+        return self.weight_VD.detach()[target_R]
+
+    def logits(self, inputs: DeviceBatch) -> Tensor:
+        """Run the model and return the logits that predict the scored tokens, ``[R, V]``.
+
+        The head is given those positions only, so the logits of prompt and padding are never computed; what the
+        model does to its logits afterwards (scaling, capping) applies as always.
+        """
+        tokens, input_ids = inputs.tokens, inputs.input_ids
+        with self._keep_only(tokens):
+            output = self.model(input_ids=input_ids, attention_mask=inputs.attention_mask, **self._options)
+        logits: Tensor = output["logits"] if isinstance(output, dict) else output[0]
+        if logits.shape[:2] == (1, tokens.position_R.shape[0]):
+            return logits[0]
+        if logits.shape[:2] == tuple(input_ids.shape):  # the model does not call its head as a module
+            return logits.flatten(0, 1)[tokens.position_R]
+        raise ProbeError(
+            f"{type(self.model).__name__}: expected logits of shape [{input_ids.shape[0]}, {input_ids.shape[1]}, "
+            f"vocabulary], got {tuple(logits.shape)}."
+        )
+
+    @contextmanager
+    def _keep_only(self, tokens: ScoredTokens) -> Iterator[None]:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            hidden = args[0]
+            if hidden.shape[:-1] != (tokens.n_rows, tokens.length):
+                return None
+            return (hidden.flatten(0, 1)[tokens.position_R].unsqueeze(0), *args[1:])
+
+        handle = self.module.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def token_losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood (nats, float32) and whether the target is the highest logit, ``[R]`` each."""
+    losses, correct = [], []
+    for logits, target in zip(torch.split(logits_RV, _ROWS_AT_ONCE), torch.split(target_R, _ROWS_AT_ONCE), strict=True):
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), target, reduction="none"))
+        correct.append(logits.argmax(-1) == target)
+    return torch.cat(losses), torch.cat(correct)
+
+
+def _accepted(model: nn.Module, **options: Any) -> dict[str, Any]:
+    """Those of the options that the model's forward takes by name."""
+    parameters = inspect.signature(type(model).forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return {name: value for name, value in options.items() if takes_any or name in parameters}

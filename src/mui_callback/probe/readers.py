@@ -1,0 +1,194 @@
+"""Turn rows (lines of JSON, mappings of text, mappings of token ids) into probe samples."""
+
+import codecs
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from mui_callback.errors import ProbeSetError
+from mui_callback.probe.samples import IntArray, ProbeSample, TokenSample, fail, integers, is_integer
+
+FilePath = str | os.PathLike[str]
+
+IGNORE_INDEX = -100  # the label that transformers and PyTorch's cross entropy leave out of the loss
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The keys of a row that hold a text sample; None for a part that the rows do not have."""
+
+    response: str = "response"
+    prompt: str | None = "prompt"
+    choices: str | None = "choices"
+    answer: str | None = "answer"
+
+
+def read_jsonl(lines: Iterable[bytes], name: str, stem: str, max_samples: int | None = None) -> tuple[ProbeSample, ...]:
+    """Read one JSON object per line; blank lines and unknown keys are allowed.
+
+    Args:
+        lines: The file's lines as bytes, so that a line that is not UTF-8 has a number.
+        name: The file's name, for messages and `ProbeSample.source`.
+        stem: Names a sample without an id: "<stem>-<line>".
+        max_samples: Stop after this many samples; the lines after them are not read.
+
+    Raises:
+        ProbeSetError: If a line is no valid sample or there is none; names the file and the line.
+    """
+    samples = tuple(islice(_jsonl_samples(lines, name, stem), max_samples))
+    if not samples:
+        raise ProbeSetError(f"{name}: expected one JSON object per line, got an empty file")
+    return samples
+
+
+def read_jsonl_file(path: FilePath, max_samples: int | None = None) -> tuple[ProbeSample, ...]:
+    """Read a JSONL file as `read_jsonl` does.
+
+    Raises:
+        ProbeSetError: As for `read_jsonl`, or if the file cannot be read.
+    """
+    name = os.fspath(path)
+    try:
+        with open(path, "rb") as lines:
+            return read_jsonl(lines, name, Path(path).stem, max_samples)
+    except OSError as error:
+        raise ProbeSetError(f"{name}: cannot read this probe file: {error}") from error
+
+
+def _jsonl_samples(lines: Iterable[bytes], name: str, stem: str) -> Iterable[ProbeSample]:
+    for number, line in enumerate(lines, start=1):
+        where = f"{name}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise ProbeSetError(f"{where}: expected UTF-8 text, got {error}") from error
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ProbeSetError(f"{where}: expected a JSON object, got invalid JSON: {error}") from error
+        yield text_sample(row, Columns(), where, f"{stem}-{number}")
+
+
+def text_sample(row: Any, columns: Columns, source: str, default_id: str) -> ProbeSample:
+    """Make a sample from a row of text.
+
+    A key with the value None counts as absent.
+
+    Raises:
+        ProbeSetError: If the row is no mapping or does not hold a valid sample.
+    """
+    row = _mapping(row, source)
+    if row.get(columns.response) is None:
+        raise ProbeSetError(f"{source}: expected the key {columns.response!r}, {_present(row)}")
+    prompt, choices, answer = (
+        None if column is None else row.get(column) for column in (columns.prompt, columns.choices, columns.answer)
+    )
+    if choices is not None:
+        choices = choices.tolist() if isinstance(choices, np.ndarray) else choices
+        if not isinstance(choices, list | tuple) or len(choices) < 2:
+            fail(source, f"{columns.choices!r} to be a list of 2 or more strings", choices)
+    return ProbeSample(
+        id=_row_id(row, default_id, source),
+        response=row[columns.response],
+        prompt="" if prompt is None else prompt,
+        choices=tuple(choices or ()),
+        answer=answer,
+        source=source,
+    )
+
+
+def text_samples(texts: Iterable[str], task: str) -> tuple[ProbeSample, ...]:
+    """Make samples of plain texts.
+
+    Raises:
+        ProbeSetError: If a text is empty or no string, or `texts` is itself one.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        fail(task, "a list of texts", texts)
+    return tuple(
+        ProbeSample(id=f"{task}-{index}", response=text, source=f"{task}[{index}]") for index, text in enumerate(texts)
+    )
+
+
+def token_sample(row: Any, source: str, default_id: str) -> TokenSample:
+    """Make a sample from a row of token ids.
+
+    Args:
+        row: `input_ids` and optionally `labels` (aligned with them, -100 where a token is not scored) and
+            `attention_mask` (1, and 0 for padding on either side, which is dropped); each [T] or [1, T].
+        source: Where the row is from, for messages.
+        default_id: The sample's id if the row has none.
+
+    Raises:
+        ProbeSetError: If the row is no mapping or does not hold a valid sample.
+    """
+    row = _mapping(row, source)
+    if row.get("input_ids") is None:
+        raise ProbeSetError(f"{source}: expected the key 'input_ids', {_present(row)}")
+    input_ids = integers(row["input_ids"], source, "input_ids")
+    kept = slice(None)
+    if row.get("attention_mask") is not None:
+        kept = _unpadded(_aligned(row, "attention_mask", input_ids, source), source)
+    scored = np.ones(len(input_ids), dtype=np.bool_)
+    if row.get("labels") is not None:
+        labels = _aligned(row, "labels", input_ids, source)
+        scored = labels != IGNORE_INDEX
+        differ = np.flatnonzero((scored & (labels != input_ids))[kept])
+        if differ.size:
+            raise ProbeSetError(
+                f"{source}: expected each label to be -100 or its own token (labels are aligned with"
+                f" `input_ids`, not shifted), got {differ.size} labels of other tokens"
+            )
+    scored = scored[kept].copy()
+    scored[:1] = False
+    sample_id = _row_id(row, default_id, source)
+    return TokenSample(sample_id, input_ids[kept], scored, source=source)
+
+
+def _mapping(row: Any, source: str) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        fail(source, "an object of named values", row)
+    return cast("Mapping[str, Any]", row)
+
+
+def _present(row: Mapping[str, Any]) -> str:
+    return "got only " + (", ".join(repr(k) for k, v in row.items() if v is not None) or "an empty object")
+
+
+def _row_id(row: Mapping[str, Any], default: str, source: str) -> str:
+    value = row.get("id")
+    if value is None:
+        return default
+    if not is_integer(value) and not isinstance(value, str):
+        fail(source, "`id` to be a string or an integer", value)
+    return str(value)
+
+
+def _aligned(row: Mapping[str, Any], name: str, input_ids: IntArray, source: str) -> IntArray:
+    array = integers(row[name], source, name, kinds="iub" if name == "attention_mask" else "iu")
+    if array.shape != input_ids.shape:
+        raise ProbeSetError(
+            f"{source}: expected `{name}` to be as long as `input_ids` ({len(input_ids)}), got {len(array)}"
+        )
+    return array
+
+
+def _unpadded(attention_mask: IntArray, source: str) -> slice:
+    ones = np.flatnonzero(attention_mask)
+    start, stop = (int(ones[0]), int(ones[-1]) + 1) if ones.size else (0, 0)
+    if not (attention_mask[start:stop] == 1).all():
+        raise ProbeSetError(
+            f"{source}: expected `attention_mask` to be 1 with zeros only before and after,"
+            f" got values {np.unique(attention_mask).tolist()} or zeros in between"
+        )
+    return slice(start, stop)

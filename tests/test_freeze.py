@@ -1,0 +1,148 @@
+"""Everything that a forward can leave behind is put back: after success, and after an exception."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mui_callback import MUIProbe, ProbeSet
+from mui_callback.probe.freeze import frozen
+from tiny import build
+from tiny_samples import make_samples
+
+
+class Leaky(nn.Module):
+    """Leaves every kind of trace that was seen in real models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("load", torch.zeros(3))
+        self.register_buffer("inv_freq", torch.ones(2), persistent=False)
+        self.dropout = nn.Dropout(0.5)
+        self.l_aux: Tensor | None = None
+        self.counter = torch.zeros(())
+        self.longest = 7
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.load += 1
+        self.register_buffer("inv_freq", torch.full((4,), 9.0), persistent=False)
+        self.l_aux = x.sum()
+        self.counter.add_(1)
+        self.longest = 99
+        self.new_attribute = x
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        return self.dropout(x) + torch.rand_like(x)
+
+
+def snapshot(module: nn.Module) -> dict[str, object]:
+    return {
+        "modes": [m.training for m in module.modules()],
+        "buffers": {name: buffer.clone() for name, buffer in module.named_buffers()},
+        "buffer ids": {name: id(buffer) for name, buffer in module.named_buffers()},
+        "attributes": sorted(vars(module)),
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules()],
+        "grads": [p.grad for p in module.parameters()],
+        "versions": [p._version for p in module.parameters()],
+        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()),  # noqa: NPY002
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+def same(first: object, second: object) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+    return first == second
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_trace_of_a_forward(fails: bool) -> None:
+    module = Leaky().train()
+    module.dropout.eval()  # a frozen part: each module has a mode of its own
+    before = snapshot(module)
+    with contextlib.suppress(RuntimeError), frozen(module):
+        assert not any(m.training for m in module.modules())
+        module(torch.ones(3))
+        if fails:
+            raise RuntimeError
+    assert same(snapshot(module), before)
+    assert module.l_aux is None
+    assert module.longest == 7
+    assert module.counter == 0
+
+
+def test_train_and_eval_are_not_called() -> None:
+    """Adapters merge their weights there."""
+
+    class Merging(nn.Linear):
+        def train(self, mode: bool = True) -> nn.Module:
+            raise AssertionError("called")
+
+    module = Merging(2, 2)
+    with frozen(module):
+        module(torch.ones(2))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "gpt_oss"])
+def test_no_trace_of_a_probe(family: str, fails: bool) -> None:
+    model = build(family).train()
+    registry = __import__("transformers").integrations.moe.ALL_EXPERTS_FUNCTIONS
+    implementation, functions = model.config._experts_implementation, set(registry)
+    probe = MUIProbe(model, ProbeSet({"a": make_samples()}))
+    if fails:
+        # raised between the hooks of a layer, where gradients are switched on
+        model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("injected")))
+    before = snapshot(model)
+    if fails:
+        with pytest.raises(RuntimeError, match="injected"):
+            probe.measure()
+    else:
+        probe.measure()
+    assert same(snapshot(model), before)
+    assert model.config._experts_implementation == implementation
+    assert set(registry) == functions
+
+
+def test_a_failure_inside_the_tail_leaves_gradients_as_they_were() -> None:
+    """Between the experts and the end of the block gradients are on: the worst place to raise."""
+    model = build("qwen2_moe").train()
+    gate = model.model.layers[0].mlp.shared_expert_gate
+    probe = MUIProbe(model, ProbeSet({"a": make_samples()}))
+    seen = []
+
+    def fail(*_: object) -> None:
+        seen.append(torch.is_grad_enabled())
+        raise RuntimeError("injected")
+
+    handle = gate.register_forward_pre_hook(fail)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="injected"):
+            probe.measure()
+        assert not torch.is_grad_enabled()
+    with pytest.raises(RuntimeError, match="injected"):
+        probe.measure()
+    assert torch.is_grad_enabled()
+    assert seen == [True, True]
+    handle.remove()
+    probe.measure()
+
+
+def test_an_autocast_around_the_probe_still_trains() -> None:
+    """Weights cast under no_grad must not stay in the autocast cache: training would lose their gradients."""
+    model = build("qwen2_moe").train()
+    probe = MUIProbe(model, ProbeSet({"a": make_samples()}))
+    ids = torch.arange(3, 13)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        probe.measure()
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "self_attn" in name)
