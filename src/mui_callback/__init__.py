@@ -1,0 +1,37 @@
+"""See inside Mixture-of-Experts language models while they train.
+
+    from mui_callback import MUICallback
+    trainer = Trainer(..., callbacks=[MUICallback()])
+
+The names below are imported when they are first used: importing this package loads neither torch nor a trainer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mui_callback.callback import MUICallback
+    from mui_callback.probe.probe_set import ProbeSet
+    from mui_callback.probe.run import MUIProbe
+    from mui_callback.report import MUIReport
+
+__version__ = "0.1.0"
+
+__all__ = ["MUICallback", "MUIProbe", "MUIReport", "ProbeSet"]
+
+_HOMES = {
+    "MUICallback": "mui_callback.callback",
+    "MUIProbe": "mui_callback.probe.run",
+    "MUIReport": "mui_callback.report",
+    "ProbeSet": "mui_callback.probe.probe_set",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

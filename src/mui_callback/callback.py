@@ -1,0 +1,141 @@
+"""`MUICallback`: the one line that a user adds to a trainer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mui_callback.errors import ProbeSetError
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError("MUICallback needs transformers: pip install 'mui-callback[hf]'") from error
+
+from mui_callback.monitor import Monitor, OnError
+from mui_callback.probe.encode import Tokenizer
+from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.run import MUIProbe
+from mui_callback.schedule import Schedule
+from mui_callback.sinks.base import Sink
+from mui_callback.sinks.jsonl import JsonlSink
+from mui_callback.sinks.wandb import WandbSink
+from mui_callback.trainers.hf_eval_data import calling_trainer, eval_probe_set
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "mui.jsonl"
+"""Name of the record in the output directory."""
+
+
+class MUICallback(TrainerCallback):
+    """Measures expert utilization while a `transformers.Trainer` trains an MoE language model.
+
+        trainer = Trainer(..., callbacks=[MUICallback()])
+
+    Every so many optimizer steps, and before the first and after the last, the model is frozen and a held-out probe
+    set run through it. The results go to the active W&B run, on the x axis of the loss, and to ``mui.jsonl`` in the
+    output directory. Training is the same to the bit as without the callback.
+
+    Args:
+        probe_set: the samples. Without it, the first `eval_samples` of each of the Trainer's eval data sets are used;
+            without eval data, the built-in set through the Trainer's tokenizer (``processing_class``).
+        every: optimizer steps between probes.
+        at_start: probe before the first step.
+        at_end: probe after the last step.
+        tokenizer: for samples that are text; without it, the Trainer's ``processing_class``.
+        sinks: where points go besides W&B and the record.
+        eval_samples: samples taken of each eval data set where no probe set is given.
+        on_error: ``"warn"``: a probe that fails is recorded as failed, with a warning, and training goes on.
+            ``"raise"``: its exception ends training.
+        probe_options: further arguments of `MUIProbe`, such as ``top_fraction`` or ``batch_tokens``.
+
+    Raises:
+        ValueError: `every` is not a positive whole number.
+
+    At the begin of training, before the first step:
+        NoExpertsError: the model has no MoE layer.
+        UnsupportedModelError: its experts or its head cannot be read.
+        ProbeSetError: there is nothing to probe with, or it does not fit the model.
+    """
+
+    def __init__(
+        self,
+        probe_set: ProbeSet | None = None,
+        *,
+        every: int = 500,
+        at_start: bool = True,
+        at_end: bool = True,
+        tokenizer: Tokenizer | None = None,
+        sinks: Sequence[Sink] = (),
+        eval_samples: int = 64,
+        on_error: OnError = "warn",
+        **probe_options: Any,
+    ) -> None:
+        self.probe_set = probe_set
+        self.schedule = Schedule(every, at_start=at_start, at_end=at_end)
+        self.tokenizer = tokenizer
+        self.sinks = tuple(sinks)
+        self.eval_samples = eval_samples
+        self.on_error: OnError = on_error
+        self.probe_options = probe_options
+        self._monitor: Monitor | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Find the expert layers and the samples; probe at step 0."""
+        tokenizer = self.tokenizer or processing_class
+        probe = MUIProbe(model, self._find_probe_set(tokenizer), tokenizer=tokenizer, **self.probe_options)
+        sinks: tuple[Sink, ...] = ()
+        if state.is_world_process_zero:
+            sinks = (JsonlSink(Path(args.output_dir) / RECORD_NAME), WandbSink(), *self.sinks)
+        self._monitor = Monitor(probe.measure, self.schedule, sinks, on_error=self.on_error)
+        logger.info("MUI: probing %r in %r every %d steps", probe.probe_set, probe.layout, self.schedule.every)
+        if state.global_step == 0:
+            self._monitor.step(0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Probe if it is due. The last probe belongs here: trackers may be closed when training has ended."""
+        if self._monitor is not None:
+            is_last = state.global_step >= state.max_steps or control.should_training_stop
+            self._monitor.step(state.global_step, is_last=is_last)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Probe here if training was stopped between two steps; close the sinks and let go of the model."""
+        if self._monitor is not None:
+            self._monitor.step(state.global_step, is_last=True)
+            self._monitor.close()
+            self._monitor = None
+
+    def _find_probe_set(self, tokenizer: Any) -> ProbeSet:
+        if self.probe_set is not None:
+            return self.probe_set
+        trainer = calling_trainer()
+        try:
+            probe_set = eval_probe_set(trainer, self.eval_samples)
+        except ProbeSetError as error:
+            if tokenizer is None:
+                raise
+            warnings.warn(f"The eval data cannot be probed ({error}); using the built-in probe set.", stacklevel=2)
+            probe_set = None
+        if probe_set is not None:
+            return probe_set
+        if tokenizer is None:
+            raise ProbeSetError(
+                "MUICallback has nothing to probe with: the Trainer has neither eval data nor a tokenizer. "
+                "Pass a probe set, MUICallback(ProbeSet.from_jsonl({'gsm8k': 'gsm8k.jsonl'}), tokenizer=tokenizer), "
+                "or give the Trainer an eval_dataset or a processing_class."
+            )
+        return ProbeSet.builtin()

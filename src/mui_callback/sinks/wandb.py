@@ -1,0 +1,39 @@
+"""Values in the Weights & Biases run that the trainer logs to."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from mui_callback.metrics.catalogue import PREFIX
+from mui_callback.sinks.base import ProbePoint
+
+
+class WandbSink:
+    """Logs each point to the active run, ``wandb.run``, on the same x axis as the loss.
+
+    Nothing is imported and no run is started: without an active run nothing is logged.
+
+    Args:
+        step_key: the metric that the trainer uses as x axis (HF Trainer: ``train/global_step``).
+    """
+
+    def __init__(self, step_key: str = "train/global_step") -> None:
+        self.step_key = step_key
+        self._defined_in: str | None = None
+
+    def write(self, point: ProbePoint) -> None:
+        """Log the scalars of the point; a failed probe logs nothing."""
+        wandb = sys.modules.get("wandb")
+        run: Any = getattr(wandb, "run", None)
+        if run is None or not point.scalars:
+            return
+        if self._defined_in != run.id:
+            # W&B's own counter must not be used: rows behind it would be dropped.
+            run.define_metric(self.step_key)
+            run.define_metric(f"{PREFIX}/*", step_metric=self.step_key, step_sync=True)
+            self._defined_in = run.id
+        run.log({**point.scalars, self.step_key: point.step})
+
+    def close(self) -> None:
+        """The run belongs to the trainer, which ends it."""

@@ -1,0 +1,81 @@
+"""Probe samples from the eval data of a running `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from mui_callback.errors import ProbeSetError
+from mui_callback.probe.freeze import random_state_kept
+from mui_callback.probe.probe_set import ProbeSet
+
+_MASK_COLUMNS = ("labels", "label_ids", "completion_mask", "assistant_masks")
+"""Columns beside the model's own that collators make labels from."""
+
+
+def calling_trainer() -> Any:
+    """The `Trainer` whose event is being handled, or None.
+
+    An event brings everything but the Trainer itself, and the eval data is nowhere else before the first
+    evaluation, so it is looked for among the callers.
+    """
+    trainer_class = sys.modules["transformers"].Trainer
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), trainer_class):
+            return frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def eval_probe_set(trainer: Any, max_samples: int) -> ProbeSet | None:
+    """The first samples of each of the Trainer's eval data sets, as one task each; None if it has none.
+
+    Rows of token ids go through the Trainer's own collator one by one, so the response tokens are those that its
+    loss counts. Rows of text are used as text.
+
+    Args:
+        trainer: a `transformers.Trainer`.
+        max_samples: samples taken of each data set.
+
+    Raises:
+        ProbeSetError: the rows are neither.
+    """
+    data = getattr(trainer, "eval_dataset", None)
+    if data is None:
+        return None
+    tasks = data if isinstance(data, dict) else {"eval": data}
+    probe_set: ProbeSet | None = None
+    for name, rows in tasks.items():
+        with random_state_kept():  # a data set may draw from the random state that training goes on with
+            task = _read_task(trainer, str(name).replace("/", "_"), list(islice(_in_order(rows), max_samples)))
+        probe_set = task if probe_set is None else probe_set | task
+    return probe_set
+
+
+def _in_order(rows: Any) -> Iterable[Any]:
+    return (rows[index] for index in range(len(rows))) if hasattr(rows, "__getitem__") else iter(rows)
+
+
+def _read_task(trainer: Any, name: str, rows: list[Any]) -> ProbeSet:
+    if not rows:
+        raise ProbeSetError(f"eval_dataset {name!r}: expected at least one row, got none")
+    if not isinstance(rows[0], Mapping):
+        raise ProbeSetError(f"eval_dataset {name!r}: expected rows that are mappings, got {type(rows[0]).__name__}")
+    if "input_ids" not in rows[0]:
+        return ProbeSet.from_dataset(rows, task=name)
+    return ProbeSet.from_token_rows([_collate(trainer, row) for row in rows], task=name)
+
+
+def _collate(trainer: Any, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row as the model would get it: a batch of one."""
+    if trainer.data_collator is None:
+        return row
+    if trainer.args.remove_unused_columns:
+        wanted = {*inspect.signature(type(trainer.model).forward).parameters, *_MASK_COLUMNS}
+        row = {name: value for name, value in row.items() if name in wanted}
+    batch = trainer.data_collator([row])
+    return {name: batch[name] for name in ("input_ids", "labels", "attention_mask") if batch.get(name) is not None}

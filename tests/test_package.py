@@ -1,0 +1,67 @@
+"""The package as a whole: what an import costs, and that the documents say what the code does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mui_callback
+from mui_callback.cli import main
+from mui_callback.metrics.catalogue import CATALOGUE, key, markdown_table
+from mui_callback.report import MUIReport
+from mui_callback.task_report import TaskReport
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "numpy", "transformers", "accelerate", "lightning", "wandb", "deepspeed", "datasets", "matplotlib")
+
+
+def test_import_is_cheap() -> None:
+    program = f"import mui_callback, sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_the_core_needs_no_trainer_and_no_tracker() -> None:
+    program = (
+        "from mui_callback import MUIProbe, MUIReport, ProbeSet; ProbeSet.builtin(); import sys;"
+        f"print([name for name in {HEAVY[2:]!r} if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_public_names() -> None:
+    assert mui_callback.__all__ == ["MUICallback", "MUIProbe", "MUIReport", "ProbeSet"]
+    for name in mui_callback.__all__:
+        assert getattr(mui_callback, name).__name__ == name
+        assert name in dir(mui_callback)
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = mui_callback.Nonsense
+
+
+def test_the_readme_holds_the_catalogue() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- catalogue -->")[1].split("<!-- /catalogue -->")[0].strip()
+    assert table == markdown_table()
+
+
+def test_each_row_of_the_catalogue_is_a_value_of_the_report() -> None:
+    names = [metric.name for metric in CATALOGUE]
+    assert len(set(names)) == len(names)
+    for metric in CATALOGUE:
+        assert any(hasattr(owner, metric.name) or metric.name in owner.__annotations__ for owner in (TaskReport, MUIReport))
+        assert key(metric.name) == f"mui/{metric.name}"
+        assert key(metric.name, "gsm8k") == f"mui/gsm8k/{metric.name}"
+
+
+def test_the_command_line_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", "--help"])
+    assert exit_.value.code == 0
+    assert "Train a small MoE on real text" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        main(["nonsense"])
+    assert exit_.value.code == 2

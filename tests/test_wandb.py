@@ -1,0 +1,91 @@
+"""What a real (offline) W&B run holds afterwards, read back by W&B itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
+from training import STEPS
+
+HERE = Path(__file__).parent
+X = "train/global_step"
+
+
+def train_with_wandb(output_dir: Path, reporter: str) -> list[dict[str, Any]]:
+    """The records of the run's own file."""
+    output_dir.mkdir(parents=True)
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(output_dir), "WANDB_SILENT": "true"}
+    command = [sys.executable, str(HERE / "wandb_training.py"), str(output_dir), reporter]
+    subprocess.run(command, env=environment, check=True, timeout=300, cwd=HERE)
+    (run_dir,) = (output_dir / "wandb").glob("offline-run-*")
+    wandb = shutil.which("wandb", path=Path(sys.executable).parent)
+    assert wandb is not None
+    shown = subprocess.run(
+        [wandb, "leet", "inspect", "--json", str(run_dir)], capture_output=True, check=True, timeout=120, text=True
+    )
+    return [json.loads(line) for line in shown.stdout.splitlines()]
+
+
+def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def mui_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in history(records) if "mui/mui" in row]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wandb_runs")
+
+
+@pytest.fixture(scope="module")
+def with_trainer(directory: Path) -> list[dict[str, Any]]:
+    return train_with_wandb(directory / "trainer", "trainer")
+
+
+def test_keys_are_those_of_the_catalogue(with_trainer: list[dict[str, Any]]) -> None:
+    possible = {key(m.name) for m in CATALOGUE} | {key(m.name, "a") for m in CATALOGUE if m.scope is Scope.TASK}
+    for row in mui_rows(with_trainer):
+        logged = {name for name in row if not name.startswith("_")} - {X}
+        assert logged <= possible
+        assert {"mui/mui", "mui/a/mui", "mui/a/loss", "mui/shared_share", "mui/expert_gini"} <= logged
+
+
+def test_steps_and_values_are_those_of_the_record(with_trainer: list[dict[str, Any]], directory: Path) -> None:
+    lines = [json.loads(line) for line in (directory / "trainer" / "mui.jsonl").read_text().splitlines()][1:]
+    logged = mui_rows(with_trainer)
+    assert [row[X] for row in logged] == [line["step"] for line in lines] == [0, 3, 6, STEPS]
+    for row, line in zip(logged, lines, strict=True):
+        assert {name: row[name] for name in line["scalars"]} == pytest.approx(line["scalars"])
+
+
+def test_the_loss_is_on_the_same_axis_and_untouched(with_trainer: list[dict[str, Any]], directory: Path) -> None:
+    plain = train_with_wandb(directory / "plain", "plain")
+
+    def losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
+        return [(row[X], row["train/loss"]) for row in history(records) if "train/loss" in row]
+
+    assert [step for step, _ in losses(with_trainer)] == [2, 4, 6, 8]
+    assert losses(with_trainer) == losses(plain)
+
+
+def test_the_axis_is_defined(with_trainer: list[dict[str, Any]]) -> None:
+    metrics = [record["metric"] for record in with_trainer if record["type"] == "metric"]
+    assert [m["step_metric"] for m in metrics if m.get("glob_name") == "mui/*"] == [X]
+    steps = [row["_step"] for row in history(with_trainer)]
+    assert steps == sorted(set(steps))  # no row was dropped or merged by W&B's own counter
+
+
+def test_a_run_of_the_users_own(directory: Path) -> None:
+    records = train_with_wandb(directory / "mine", "mine")
+    assert [row[X] for row in mui_rows(records)] == [0, 3, 6, STEPS]
+    assert {record["run"]["project"] for record in records if record["type"] == "run"} == {"mine"}
