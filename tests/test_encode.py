@@ -181,7 +181,7 @@ def test_choices_are_truncated_on_their_own() -> None:
     with pytest.warns(UserWarning, match=r"probe sample 's': 8 tokens > 5"):
         encoded = encode(ProbeSet({"t": [sample]}), byte_ids, 5)
     tokens = encoded.samples[0]
-    assert (encoded.n_truncated, tokens.n_truncated, tokens.n_bytes) == (1, 0, 1)
+    assert (encoded.n_truncated, tokens.n_truncated, tokens.n_bytes) == (1, 3, 1)
     assert [bytes(choice.input_ids.tolist()) for choice in tokens.choices] == [b"abcx", b"vwxyz"]
     assert [scored_positions(choice) for choice in tokens.choices] == [[3], [1, 2, 3, 4]]
     assert [choice.n_bytes for choice in tokens.choices] == [1, None]

@@ -52,7 +52,9 @@ def test_each_row_of_the_catalogue_is_a_value_of_the_report() -> None:
     names = [metric.name for metric in CATALOGUE]
     assert len(set(names)) == len(names)
     for metric in CATALOGUE:
-        assert any(hasattr(owner, metric.name) or metric.name in owner.__annotations__ for owner in (TaskReport, MUIReport))
+        assert any(
+            hasattr(owner, metric.name) or metric.name in owner.__annotations__ for owner in (TaskReport, MUIReport)
+        )
         assert key(metric.name) == f"mui/{metric.name}"
         assert key(metric.name, "gsm8k") == f"mui/gsm8k/{metric.name}"
 

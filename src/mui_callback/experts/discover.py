@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mui_callback.errors import NoExpertsError
-from mui_callback.experts.shared import SHARED_NAMES, SharedMLP, find_shared_mlps
+from mui_callback.experts.shared import SHARED_NAMES, SharedExperts, find_shared_experts
 from mui_callback.experts.stacked import StackedExperts, has_stacked_layout
 from mui_callback.layout import ExpertLayout, LayerShape
 
@@ -18,7 +18,7 @@ class ExpertLayer:
 
     shape: LayerShape
     routed: StackedExperts
-    shared: tuple[SharedMLP, ...]
+    shared: tuple[SharedExperts, ...]
     scope: nn.Module
     """The module whose forward calls all experts of the layer."""
     scope_is_moe: bool
@@ -61,13 +61,13 @@ def _expert_layer(modules: dict[str, nn.Module], path: str, module: nn.Module) -
     # Granite keeps the shared MLP beside the block of the routed experts, in the decoder layer.
     if scope_is_moe and _is_numbered(outer_path) and _has_shared(modules[outer_path]):
         scope_path, scope_is_moe = outer_path, False
-    shared = find_shared_mlps(scope_path, modules[scope_path], routed.width)
+    shared = find_shared_experts(scope_path, modules[scope_path], routed.width)
     shape = LayerShape(
         layer=_layer_number(path),
         path=block_path,
         n_routed=routed.n_experts,
         routed_width=routed.width,
-        shared_widths=tuple(width for mlp in shared for width in mlp.widths),
+        shared_widths=tuple(part.expert_width for part in shared for _ in range(part.width // part.expert_width)),
         top_k=_top_k(modules[block_path]),
     )
     return ExpertLayer(shape, routed, shared, modules[scope_path], scope_is_moe)

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mui_callback.errors import ProbeError
 from mui_callback.experts.discover import ExpertLayer
 from mui_callback.experts.interface import route_experts_through
-from mui_callback.experts.shared import SharedMLP
+from mui_callback.experts.shared import SharedExperts
 from mui_callback.experts.stacked import RoutedRows
 from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens, contributions
 
@@ -78,20 +80,22 @@ class _LayerCapture:
         self.index = index
         self.layer = layer
         self.reading = reading
+        self.shared_act: dict[str, Tensor] = {}
+        self.shared_out: dict[str, Tensor] = {}
         self._forget()
 
     def _forget(self) -> None:
         self.rows: RoutedRows | None = None
         self.routed_out: Tensor | None = None
-        self.shared_act: dict[str, Tensor] = {}
-        self.shared_out: dict[str, Tensor] = {}
+        self.shared_act.clear()
+        self.shared_out.clear()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         scope = self.layer.scope
         handles = [scope.register_forward_pre_hook(self._before), scope.register_forward_hook(self._after)]
-        for mlp in self.layer.shared:
-            handles += self._hook_shared(mlp)
+        for shared in self.layer.shared:
+            handles += self._hook_shared(shared)
         if self.layer.scope_is_moe:
             norms = [child for child in scope.children() if "norm" in type(child).__name__.lower()]
             handles += [norm.register_forward_hook(_hold_scale) for norm in norms]
@@ -114,21 +118,18 @@ class _LayerCapture:
         self.routed_out = self._leaf(out)
         return self.routed_out
 
-    def _hook_shared(self, mlp: SharedMLP) -> list[Any]:
+    def _hook_shared(self, shared: SharedExperts) -> list[RemovableHandle]:
         def before(module: nn.Module, args: Any) -> None:
             self._record_tail(False)
 
-        def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.shared_act[mlp.path] = args[0].flatten(0, -2)
-
         def after(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            self.shared_out[mlp.path] = self._leaf(out)
-            return self.shared_out[mlp.path]
+            self.shared_out[shared.path] = self._leaf(out)
+            return self.shared_out[shared.path]
 
         return [
-            mlp.module.register_forward_pre_hook(before),
-            mlp.down.register_forward_pre_hook(read),
-            mlp.module.register_forward_hook(after),
+            shared.module.register_forward_pre_hook(before),
+            *shared.watch(partial(self.shared_act.__setitem__, shared.path)),
+            shared.module.register_forward_hook(after),
         ]
 
     def _after(self, scope: nn.Module, args: Any, out: Any) -> Any:
@@ -157,9 +158,9 @@ class _LayerCapture:
         with torch.autocast(out.device.type, enabled=False):
             parts = [self._score_routed(routed_readout_RD, tokens)]
             first = self.layer.shape.n_routed * self.layer.shape.routed_width
-            for mlp, readout_RD in zip(self.layer.shared, shared_readouts_RD, strict=True):
-                parts.append(self._score_shared(mlp, readout_RD, first, tokens))
-                first += mlp.down.in_features
+            for shared, readout_RD in zip(self.layer.shared, shared_readouts_RD, strict=True):
+                parts.append(self._score_shared(shared, readout_RD, first, tokens))
+                first += shared.width
             output_R = bias_R = None
             if self.reading.with_output:
                 output_R = self._output(out, tokens)
@@ -179,9 +180,9 @@ class _LayerCapture:
                 f"{where}: expected its experts to see the {expected} positions of the batch, one row each, "
                 f"got {self.rows.expert_TK.shape[0]}."
             )
-        for mlp in self.layer.shared:
-            if mlp.path not in self.shared_out or mlp.path not in self.shared_act:
-                raise ProbeError(f"{where} ran without calling its shared expert {mlp.path}.")
+        for shared in self.layer.shared:
+            if shared.path not in self.shared_out or shared.path not in self.shared_act:
+                raise ProbeError(f"{where} ran without calling its shared experts {shared.path}.")
 
     def _readouts(self, out: Tensor, tokens: ScoredTokens) -> tuple[Tensor, list[Tensor]]:
         """The unembedding rows as seen from the output of the routed and of each shared expert, ``[R, D]`` each."""
@@ -190,7 +191,7 @@ class _LayerCapture:
             readout_RD = readout_TD[tokens.position_R]
             return readout_RD, [readout_RD] * len(self.layer.shared)
         assert self.routed_out is not None
-        leaves = [self.routed_out, *(self.shared_out[mlp.path] for mlp in self.layer.shared)]
+        leaves = [self.routed_out, *(self.shared_out[shared.path] for shared in self.layer.shared)]
         seen = torch.autograd.grad(out, leaves, readout_TD.to(out.dtype).view_as(out))
         rows = [leaf.reshape(-1, leaf.shape[-1])[tokens.position_R] for leaf in seen]
         return rows[0], rows[1:]
@@ -214,11 +215,13 @@ class _LayerCapture:
         score_SI = contributions(rows.act_SI[row_S], routed.project(readout_SD, expert_S), weight_RK.flatten()[order_S])
         return ExpertScores(score_SI, token_S, expert_S * routed.width, rank_S, top_k, routed.width, is_row_S)
 
-    def _score_shared(self, mlp: SharedMLP, readout_RD: Tensor, first: int, tokens: ScoredTokens) -> ExpertScores:
-        score_RW = contributions(self.shared_act[mlp.path][tokens.position_R], mlp.project(readout_RD))
+    def _score_shared(
+        self, shared: SharedExperts, readout_RD: Tensor, first: int, tokens: ScoredTokens
+    ) -> ExpertScores:
+        score_RW = contributions(self.shared_act[shared.path][tokens.position_R], shared.project(readout_RD))
         token_R = torch.arange(score_RW.shape[0], device=score_RW.device)
         zero_R = torch.zeros_like(token_R)
-        return ExpertScores(score_RW, token_R, zero_R + first, zero_R, 1, mlp.expert_width)
+        return ExpertScores(score_RW, token_R, zero_R + first, zero_R, 1, shared.expert_width)
 
     def _output(self, out: Tensor, tokens: ScoredTokens) -> Tensor:
         if not self.layer.scope_is_moe:
@@ -239,8 +242,8 @@ class _LayerCapture:
             bias = self.layer.routed.output_bias(routed_RD, expert_RK[:, k])
             if bias is not None:
                 bias_R += bias * weight_RK[:, k].float()
-        for mlp, readout_RD in zip(self.layer.shared, shared_RD, strict=True):
-            bias = mlp.output_bias(readout_RD)
+        for shared, readout_RD in zip(self.layer.shared, shared_RD, strict=True):
+            bias = shared.output_bias(readout_RD)
             if bias is not None:
                 bias_R += bias
         return bias_R

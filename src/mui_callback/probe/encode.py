@@ -198,7 +198,7 @@ def _common_prefix(first: IntArray, second: IntArray) -> int:
 
 
 def _truncate(sample: TokenSample, max_length: int) -> TokenSample:
-    cut = max(len(sample.input_ids) - max_length, 0)
+    cut = max(len(sequence.input_ids) for sequence in _sequences(sample)) - max_length
     return replace(
         _keep_last(sample, max_length),
         choices=tuple(_keep_last(choice, max_length) for choice in sample.choices),

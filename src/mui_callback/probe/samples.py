@@ -91,7 +91,7 @@ class TokenSample:
         source: Where the sample was read. Used in messages only.
         choices: Empty, or two or more tokenised alternatives.
         answer: Index into `choices` of the right one; None without choices.
-        n_truncated: Number of tokens that were cut from the left.
+        n_truncated: Number of tokens that were cut from the left, of the sample or of its longest choice.
 
     Raises:
         ProbeSetError: If a field has the wrong type, shape or value.
