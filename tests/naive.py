@@ -25,7 +25,7 @@ class NaiveLayer:
     scores: list[dict[tuple[int, str, int], float]] = field(default_factory=list)
     """For each sample: (response position, expert, neuron) → contribution."""
     moe_output: list[list[float]] = field(default_factory=list)
-    """For each sample and response position: ⟨output of the layer, W_head[y]⟩."""
+    """For each sample and response position: ⟨output of the layer, W_head[y]⟩, less what output biases add."""
 
 
 def _silu(x: float) -> float:
@@ -95,6 +95,8 @@ def naive_scores(
                     act, down = _routed_activation(block.experts, e, here["x"][t - 1], family)
                     for j in range(len(act)):
                         scores[n, f"E{e:03d}", j] = g * act[j] * float(down[:, j] @ y)
+                    if family == "gpt_oss":
+                        outputs[-1] -= g * float(block.experts.down_proj_bias[e].detach().numpy() @ y)
                 shared = getattr(block, "shared_expert", None) or getattr(block, "shared_experts", None)
                 if shared is not None:
                     x = here["block_in"][t - 1]

@@ -225,6 +225,13 @@ def test_experts_that_did_not_run_are_noticed() -> None:
         MUIProbe(model, probe_set()).measure()
 
 
+def test_a_layer_that_did_not_run_is_noticed() -> None:
+    model = build("olmoe")
+    model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
+    with pytest.raises(ProbeError, match=r"every MoE layer to run.*model\.layers\.1\.mlp did not"):
+        MUIProbe(model, probe_set()).measure()
+
+
 def test_text_needs_a_tokenizer(model: nn.Module) -> None:
     with pytest.raises(ProbeSetError, match="tokenizer"):
         MUIProbe(model, ProbeSet.builtin())

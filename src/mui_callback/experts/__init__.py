@@ -1,0 +1,1 @@
+"""Finding expert layers and reading them: one file for each way that weights are laid out."""

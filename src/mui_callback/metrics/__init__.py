@@ -1,0 +1,1 @@
+"""Pure functions from counts to metrics, and the one catalogue of all of them."""

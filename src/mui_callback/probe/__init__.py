@@ -1,1 +1,1 @@
-"""The held-out probe set: what it contains, how it is read, and how it becomes tokens."""
+"""Probe samples, and the pass that runs them through a frozen model."""

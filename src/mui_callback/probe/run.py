@@ -82,9 +82,9 @@ class MUIProbe:
             top_fraction=self.settings.top_fraction,
             device=device,
         )
-        reading = Reading(counts.add_layer)
+        reading = Reading(self.layers, counts.add_layer)
         with frozen(self.model):
-            with instrument(self.layers, reading):
+            with instrument(reading):
                 for batch in self._batches:
                     inputs = to_device(batch, device)
                     counts.start_batch(inputs.tokens, inputs.sample_B)
