@@ -1,7 +1,8 @@
-"""Additions whose answers can be checked, as samples with four choices."""
+"""Additions: problems whose answers can be checked."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from mui_callback.probe.samples import ProbeSample
@@ -14,27 +15,23 @@ _SLIPS = (-20, -11, -10, -9, -2, -1, 1, 2, 9, 10, 11, 20)
 def split_additions(random: Random, n_held_out: int) -> tuple[list[ProbeSample], list[ProbeSample]]:
     """All additions of two numbers from 0 to 99 in random order: the training part and the held-out part.
 
-    3+5 and 5+3 are one problem: both are in the same part, and one of them is enough where it is held out.
+    3+5 and 5+3 are one problem, so both are in the same part. Held-out ones have four choices.
     """
     pairs = [(a, b) for a in range(_LARGEST + 1) for b in range(a, _LARGEST + 1)]
     random.shuffle(pairs)
     held_out = [random.choice([(a, b), (b, a)]) for a, b in pairs[:n_held_out]]
     training = [operands for a, b in pairs[n_held_out:] for operands in {(a, b), (b, a)}]
-    return (
-        [_addition(a, b, random) for a, b in training],
-        [_addition(a, b, random) for a, b in held_out],
-    )
+    return [_addition(a, b) for a, b in training], [_with_choices(_addition(a, b), random) for a, b in held_out]
 
 
-def _addition(a: int, b: int, random: Random) -> ProbeSample:
-    right = a + b
+def _addition(a: int, b: int) -> ProbeSample:
+    return ProbeSample(id=f"{a}+{b}", prompt=f"{a}+{b}=", response=str(a + b))
+
+
+def _with_choices(addition: ProbeSample, random: Random) -> ProbeSample:
+    right = addition.response
+    slips = [str(abs(int(right) + slip)) for slip in _SLIPS]
     # As long as the right answer: a choice must not be told by its length.
-    wrong = [right + slip for slip in _SLIPS if right + slip >= 0 and len(str(right + slip)) == len(str(right))]
+    wrong = sorted({slip for slip in slips if len(slip) == len(right)} - {right})
     choices = random.sample([right, *random.sample(wrong, 3)], 4)
-    return ProbeSample(
-        id=f"{a}+{b}",
-        prompt=f"{a}+{b}=",
-        response=str(right),
-        choices=tuple(map(str, choices)),
-        answer=choices.index(right),
-    )
+    return replace(addition, choices=tuple(choices), answer=choices.index(right))

@@ -6,9 +6,10 @@ is held out occurs nowhere in the training documents.
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -20,7 +21,7 @@ from mui_callback.probe.samples import ProbeSample
 
 TASKS = ("english", "code", "arithmetic")
 
-_BYTES = range(40, 161)
+_BYTES = range(40, 201)
 """Lengths of a sentence or a block of code."""
 _HELD_OUT_DOCUMENTS = 1 / 6
 _CODE_FILES = 160
@@ -47,7 +48,7 @@ def load_corpus(seed: int = 0, n_held_out: int = 48) -> Corpus:
     """
     random = Random(seed)
     parts = {
-        "english": _split("english", _prose(), sentences, random, n_held_out),
+        "english": _split("english", _documentation(), sentences, random, n_held_out),
         "code": _split("code", _library_sources(random), code_blocks, random, n_held_out),
         "arithmetic": split_additions(random, n_held_out),
     }
@@ -59,25 +60,38 @@ def load_corpus(seed: int = 0, n_held_out: int = 48) -> Corpus:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a document, without its lists, tables and code."""
-    found = re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)
+    found = re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n\n", text)
     return [sentence for sentence in found if _has_length(sentence) and _is_prose(sentence)]
 
 
 def code_blocks(text: str) -> list[str]:
     """The blocks of a source file that blank lines set apart."""
-    return [block for block in re.split(r"\n\s*\n", text) if _has_length(block)]
+    return [block for block in _paragraphs(text) if _has_length(block)]
 
 
-def _prose() -> dict[str, str]:
-    return {topic: " ".join(topics[topic].split()) for topic in sorted(topics)}
+def _documentation() -> dict[str, str]:
+    return {topic: _without_line_breaks(topics[topic]) for topic in sorted(topics)}
+
+
+def _without_line_breaks(text: str) -> str:
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in _paragraphs(text))
 
 
 def _library_sources(random: Random) -> dict[str, str]:
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
-    files = [path for path in files if not _NOT_LIBRARY.intersection(path.parts)]
+    files = sorted(_source_files(folder))
     chosen = random.sample(files, min(_CODE_FILES, len(files)))
     return {path.as_posix(): (folder / path).read_text(encoding="utf-8", errors="replace") for path in chosen}
+
+
+def _source_files(folder: Path) -> Iterator[Path]:
+    for here, folders, files in os.walk(folder):
+        folders[:] = set(folders) - _NOT_LIBRARY
+        yield from (Path(here, file).relative_to(folder) for file in files if file.endswith(".py"))
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n\s*\n", text)
 
 
 def _split(
