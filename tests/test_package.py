@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +69,12 @@ def test_the_command_line_explains_itself(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as exit_:
         main(["nonsense"])
     assert exit_.value.code == 2
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "hf_trainer.py"))
+    example["main"](output_dir=str(tmp_path), steps=60)
+    header, *points = [json.loads(line) for line in (tmp_path / "mui.jsonl").read_text().splitlines()]
+    assert header["run"]["tasks"] == ["addition"]
+    assert [point["step"] for point in points] == [0, 60]
+    assert points[1]["scalars"]["mui/addition/loss"] < points[0]["scalars"]["mui/addition/loss"]
