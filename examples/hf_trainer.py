@@ -48,6 +48,7 @@ def main(output_dir: str = "mui-example", steps: int = 300) -> None:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
+            use_cpu=True,
             output_dir=output_dir,
             max_steps=steps,
             per_device_train_batch_size=32,

@@ -23,7 +23,7 @@ from transformers import (
 from mui_callback import MUICallback, MUIReport, ProbeSet
 from mui_callback.errors import NoExpertsError, ProbeSetError
 from mui_callback.schedule import Schedule
-from mui_callback.sinks.base import ProbePoint
+from mui_callback.sinks.base import ProbePoint, RunDescription
 from mui_callback.sinks.memory import MemorySink
 from tiny import VOCAB
 from tiny_samples import make_samples
@@ -59,6 +59,12 @@ def test_schedule() -> None:
     assert Schedule(every=3, at_start=False).is_due(3)
 
 
+@pytest.mark.parametrize(("name", "value"), [("top_fraction", 7), ("batch_tokens", 0), ("max_length", 1)])
+def test_settings_are_checked_at_once(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        MUICallback(**{name: value})
+
+
 @pytest.mark.parametrize("every", [0, -1, 2.5, True, "often"])
 def test_schedule_says_what_it_expects(every: Any) -> None:
     with pytest.raises(ValueError, match="every: expected a positive number of optimizer steps, got"):
@@ -72,7 +78,7 @@ def test_points_and_record(tmp_path: Path) -> None:
     header, *lines = record(tmp_path)
     assert header["run"]["tasks"] == ["a", "b"]
     assert [layer["path"] for layer in header["run"]["layers"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    assert header["run"]["settings"]["probe_set"] == probe_set().fingerprint
+    assert header["run"]["probe_set"] == probe_set().fingerprint
     assert [line["step"] for line in lines] == steps(memory)
     for line, point in zip(lines, memory.points, strict=True):
         assert isinstance(point.report, MUIReport)
@@ -110,6 +116,9 @@ def test_training_twice_with_one_callback(tmp_path: Path) -> None:
 
 def test_a_sink_that_raises_is_warned_about_once_and_loses_nothing(tmp_path: Path) -> None:
     class Broken:
+        def open(self, run: RunDescription) -> None:
+            pass
+
         def write(self, point: ProbePoint) -> None:
             raise OSError("server gone")
 
@@ -142,7 +151,9 @@ def test_a_failed_probe_is_in_the_record(tmp_path: Path) -> None:
     block.forward = lambda hidden_states: hidden_states
     with pytest.warns(UserWarning, match="probe at step 4 failed; training goes on. ProbeError: layer 0"):
         trainer.train()
-    assert all("ProbeError" in line["error"] for line in record(tmp_path))
+    header, *lines = record(tmp_path)
+    assert header["run"]["tasks"] == ["a", "b"]
+    assert all("ProbeError" in line["error"] for line in lines)
     assert steps(memory) == [0, 4, STEPS]
 
 

@@ -76,3 +76,25 @@ def test_conservation_identity(family: str) -> None:
     report = MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.02).measure()
     assert all(layer.shared_widths == LAYOUTS[family][1] for layer in report.layout.layers)
     assert 0 < report.mui < 1
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_a_norm_after_each_expert(implementation: str) -> None:
+    """As in Muse Spark, whose text model cannot be built alone: the same flag on another model's experts."""
+    model = build("olmoe")
+    model.set_experts_implementation(implementation)
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts.has_post_expert_norm = True
+        experts.post_expert_norm = torch.nn.RMSNorm(24, eps=1e-6)
+        torch.nn.init.normal_(experts.post_expert_norm.weight)
+    totals, outputs = layer_scores(model, make_samples(), conservation=True)
+    for total, output in zip(totals, outputs, strict=True):
+        assert torch.linalg.norm(total - output) < 1e-5 * torch.linalg.norm(output)
+    report = MUIProbe(model, ProbeSet({"a": make_samples()})).measure()
+    losses = []
+    for sample in make_samples():
+        with torch.no_grad():  # the model's own forward knows the norm
+            logits = model(input_ids=torch.tensor(sample.input_ids)[None]).logits[0].log_softmax(-1)
+        losses += [-logits[t - 1, sample.input_ids[t]].item() for t in range(1, len(logits)) if sample.scored[t]]
+    assert report.pooled.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)

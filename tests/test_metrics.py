@@ -96,6 +96,7 @@ def test_task_metrics_by_hand(task: TaskReport) -> None:
     assert task.choice_accuracy == 0.75
     assert task.bits_per_byte == pytest.approx(12 / math.log(2) / 8)
     assert task.top_experts(3) == [("L4-S2", 1.0, 1.0), ("L4-S1", 1.0, 0.9), ("L4-E0", 0.6, 0.3)]
+    assert [label for label, _, _ in task.top_experts(5)][3:] == ["L1-E0", "L1-E2"]  # frequency before expert MUI
 
 
 def test_a_layer_has_the_same_metrics(task: TaskReport) -> None:

@@ -174,6 +174,15 @@ def test_report_survives_a_file_without_pickle(model: nn.Module, tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["report.mui"]
 
 
+def test_a_loss_that_is_not_finite_is_counted(model: nn.Module) -> None:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    report = MUIProbe(model, probe_set()).measure()
+    assert report.not_finite >= report.tokens
+    assert "mui/loss" not in report.scalars()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a report", b"PK\x03\x04broken"])
 def test_loading_something_else_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.mui"
@@ -230,6 +239,36 @@ def test_a_layer_that_did_not_run_is_noticed() -> None:
     model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
     with pytest.raises(ProbeError, match=r"every MoE layer to run.*model\.layers\.1\.mlp did not"):
         MUIProbe(model, probe_set()).measure()
+
+
+def test_a_layer_that_runs_twice_is_noticed() -> None:
+    model = build("olmoe")
+    layer = model.model.layers[1]
+    once = layer.forward
+    layer.forward = lambda x, **kwargs: once(once(x, **kwargs), **kwargs)
+    with pytest.raises(ProbeError, match=r"every MoE layer to run once.*model\.layers\.1\.mlp ran twice"):
+        MUIProbe(model, probe_set()).measure()
+
+
+def test_layers_with_one_number_are_refused() -> None:
+    model = build("olmoe")
+    model.second = nn.ModuleDict({"layers": model.model.layers})
+    model.model.layers = nn.ModuleList(list(build("olmoe", seed=1).model.layers))
+    with pytest.raises(UnsupportedModelError, match=r"different numbers.*model\.layers\.0\.mlp and second\.layers\.0"):
+        MUIProbe(model, probe_set())
+
+
+def test_a_choice_that_nothing_predicts_is_refused(model: nn.Module) -> None:
+    rows = [ProbeSample("q", "yes", choices=("y", "no"), answer=0)]
+    with pytest.raises(ProbeSetError, match=r"'q'.*choice 0 has none"):
+        MUIProbe(model, ProbeSet({"quiz": rows}), tokenizer=lambda text: list(text.encode()))
+
+
+def test_weights_on_several_devices_are_refused() -> None:
+    model = build("olmoe")
+    model.model.layers[1].to("meta")
+    with pytest.raises(UnsupportedModelError, match="all weights on one CPU or CUDA device, got them on cpu, meta"):
+        MUIProbe(model, probe_set())
 
 
 def test_text_needs_a_tokenizer(model: nn.Module) -> None:

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mui_callback.scoring import bits
+from mui_callback.counts import n_bytes, unpack, unpack_layers
 from mui_callback.scoring.contributions import contributions
-from mui_callback.scoring.counts import key_neurons_per_sample
+from mui_callback.scoring.device_counts import pack
+from mui_callback.scoring.select import key_entries_per_sample
 from mui_callback.scoring.topk import Candidates, merge_candidates, ordered_topk, top_entries
 
 # Few distinct values, so that ties are the rule; both zeros, which are equal; entries that do not count.
@@ -81,9 +82,9 @@ def test_merging_parts_equals_selecting_from_the_whole(parts: list[list[float]],
 
 @given(st.lists(st.lists(st.booleans(), min_size=13, max_size=13), min_size=1, max_size=3))
 def test_packing_is_reversible(rows: list[list[bool]]) -> None:
-    packed = bits.pack(torch.tensor(rows)).numpy()
-    assert packed.shape == (len(rows), bits.n_bytes(13))
-    assert bits.unpack(packed, 13).tolist() == rows
+    packed = pack(torch.tensor(rows)).numpy()
+    assert packed.shape == (len(rows), n_bytes(13))
+    assert unpack(packed, 13).tolist() == rows
     for row, bytes_ in zip(rows, packed.tolist(), strict=True):
         assert int.from_bytes(bytes(bytes_), "little") == sum(2**i for i, member in enumerate(row) if member)
 
@@ -91,13 +92,13 @@ def test_packing_is_reversible(rows: list[list[bool]]) -> None:
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_layers_are_unpacked_one_behind_the_other(sizes: list[int], random: Random) -> None:
     layers = [[random.random() < 0.5 for _ in range(size)] for size in sizes]
-    packed = np.concatenate([bits.pack(torch.tensor(layer)).numpy() for layer in layers])
-    assert bits.unpack_layers(packed, sizes).tolist() == [member for layer in layers for member in layer]
+    packed = np.concatenate([pack(torch.tensor(layer)).numpy() for layer in layers])
+    assert unpack_layers(packed, sizes).tolist() == [member for layer in layers for member in layer]
 
 
 def test_k_is_a_thousandth_rounded_down_and_at_least_one() -> None:
-    assert [key_neurons_per_sample(n, 0.001) for n in (1, 999, 1000, 1999, 3000, 65536)] == [1, 1, 1, 1, 3, 65]
-    assert key_neurons_per_sample(7, 1.0) == 7
+    assert [key_entries_per_sample(n, 0.001) for n in (1, 999, 1000, 1999, 3000, 65536)] == [1, 1, 1, 1, 3, 65]
+    assert key_entries_per_sample(7, 1.0) == 7
 
 
 def test_contributions_are_products_in_float32() -> None:
@@ -105,4 +106,6 @@ def test_contributions_are_products_in_float32() -> None:
     assert contributions(act, projected).tolist() == [[1.0, -12.0]]
     assert contributions(act, projected, torch.tensor([0.25])).tolist() == [[0.25, -3.0]]
     assert contributions(act, projected).dtype == torch.float32
+    act = act.float()
+    contributions(act, projected)
     assert act.tolist() == [[2.0, -3.0]]  # the input is left as it was

@@ -9,13 +9,13 @@ The names below are imported when they are first used: importing this package lo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mui_callback.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from mui_callback.callback import MUICallback
     from mui_callback.probe.probe_set import ProbeSet
     from mui_callback.probe.run import MUIProbe
     from mui_callback.report import MUIReport
-
-__version__ = "0.1.0"
 
 __all__ = ["MUICallback", "MUIProbe", "MUIReport", "ProbeSet"]
 

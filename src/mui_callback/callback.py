@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe
 from mui_callback.schedule import Schedule
-from mui_callback.sinks.base import Sink
+from mui_callback.settings import ProbeSettings
+from mui_callback.sinks.base import RunDescription, Sink
 from mui_callback.sinks.jsonl import JsonlSink
 from mui_callback.sinks.wandb import WandbSink
 from mui_callback.trainers.hf_eval_data import calling_trainer, eval_probe_set
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 RECORD_NAME = "mui.jsonl"
 """Name of the record in the output directory."""
+STEP_KEY = "train/global_step"
+"""The x axis that the Trainer's own W&B reporter uses."""
 
 
 class MUICallback(TrainerCallback):
@@ -51,10 +55,13 @@ class MUICallback(TrainerCallback):
         eval_samples: samples taken of each eval data set where no probe set is given.
         on_error: ``"warn"``: a probe that fails is recorded as failed, with a warning, and training goes on.
             ``"raise"``: its exception ends training.
-        probe_options: further arguments of `MUIProbe`, such as ``top_fraction`` or ``batch_tokens``.
+        top_fraction: see `ProbeSettings`, as the three that follow.
+        key_expert_frequency: η_expert.
+        batch_tokens: positions in a forward pass.
+        max_length: tokens that longer samples are cut to.
 
     Raises:
-        ValueError: `every` is not a positive whole number.
+        ValueError: an argument is out of its range.
 
     At the begin of training, before the first step:
         NoExpertsError: the model has no MoE layer.
@@ -73,7 +80,10 @@ class MUICallback(TrainerCallback):
         sinks: Sequence[Sink] = (),
         eval_samples: int = 64,
         on_error: OnError = "warn",
-        **probe_options: Any,
+        top_fraction: float = ProbeSettings.top_fraction,
+        key_expert_frequency: float = ProbeSettings.key_expert_frequency,
+        batch_tokens: int = ProbeSettings.batch_tokens,
+        max_length: int | None = ProbeSettings.max_length,
     ) -> None:
         self.probe_set = probe_set
         self.schedule = Schedule(every, at_start=at_start, at_end=at_end)
@@ -81,7 +91,7 @@ class MUICallback(TrainerCallback):
         self.sinks = tuple(sinks)
         self.eval_samples = eval_samples
         self.on_error: OnError = on_error
-        self.probe_options = probe_options
+        self.settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens)
         self._monitor: Monitor | None = None
 
     def on_train_begin(
@@ -95,12 +105,14 @@ class MUICallback(TrainerCallback):
     ) -> None:
         """Find the expert layers and the samples; probe at step 0."""
         tokenizer = self.tokenizer or processing_class
-        probe = MUIProbe(model, self._find_probe_set(tokenizer), tokenizer=tokenizer, **self.probe_options)
+        probe_set = self._find_probe_set(tokenizer)
+        probe = MUIProbe(model, probe_set, tokenizer=tokenizer, **asdict(self.settings))
         sinks: tuple[Sink, ...] = ()
         if state.is_world_process_zero:
-            sinks = (JsonlSink(Path(args.output_dir) / RECORD_NAME), WandbSink(), *self.sinks)
-        self._monitor = Monitor(probe.measure, self.schedule, sinks, on_error=self.on_error)
-        logger.info("MUI: probing %r in %r every %d steps", probe.probe_set, probe.layout, self.schedule.every)
+            sinks = (JsonlSink(Path(args.output_dir) / RECORD_NAME), WandbSink(STEP_KEY), *self.sinks)
+        run = RunDescription(probe_set.task_names, probe_set.fingerprint, probe.settings, probe.layout)
+        self._monitor = Monitor(probe.measure, self.schedule, sinks, run, on_error=self.on_error)
+        logger.info("MUI: probing %r in %r every %d steps", probe_set, probe.layout, self.schedule.every)
         if state.global_step == 0:
             self._monitor.step(0)
 

@@ -40,15 +40,13 @@ class LayerShape:
     layer: int
     """Number of the layer in the module path."""
     path: str
-    """Module path of the experts, for messages."""
+    """Module path of the block that holds the experts."""
     n_routed: int
     """Routed experts, |E_r|."""
     routed_width: int
     """Neurons of each routed expert, I."""
     shared_widths: tuple[int, ...] = ()
     """Neurons of each shared expert; its length is |E_s|."""
-    top_k: int = 0
-    """Routed experts used by each token; 0 where the router decides it by itself."""
 
     @property
     def n_experts(self) -> int:
@@ -65,20 +63,9 @@ class LayerShape:
         """Neurons of each expert, in the order of the experts axis."""
         return (self.routed_width,) * self.n_routed + self.shared_widths
 
-    def to_dict(self) -> dict[str, Any]:
-        """The shape as JSON values."""
-        return {
-            "layer": self.layer,
-            "path": self.path,
-            "n_routed": self.n_routed,
-            "routed_width": self.routed_width,
-            "shared_widths": list(self.shared_widths),
-            "top_k": self.top_k,
-        }
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerShape:
-        """Inverse of `to_dict`."""
+        """From the JSON form of ``dataclasses.asdict``."""
         return cls(**{**values, "shared_widths": tuple(values["shared_widths"])})
 
 

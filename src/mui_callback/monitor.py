@@ -14,7 +14,7 @@ from typing import Literal
 from mui_callback.probe.freeze import random_state_kept
 from mui_callback.report import MUIReport
 from mui_callback.schedule import Schedule
-from mui_callback.sinks.base import ProbePoint, Sink
+from mui_callback.sinks.base import ProbePoint, RunDescription, Sink
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class Monitor:
         measure: makes one report, and leaves no trace in the model.
         schedule: when to probe.
         sinks: where points go; none on processes other than the main one.
+        run: what they are told first.
         on_error: what happens if a measurement fails. ``"warn"``: a warning, and a point that says so; training
             goes on. ``"raise"``: the exception, after the point was written.
     """
@@ -37,6 +38,7 @@ class Monitor:
         measure: Callable[[], MUIReport],
         schedule: Schedule,
         sinks: Sequence[Sink],
+        run: RunDescription,
         *,
         on_error: OnError = "warn",
     ) -> None:
@@ -46,6 +48,9 @@ class Monitor:
         self.on_error = on_error
         self.last_step: int | None = None
         self._complained: set[int] = set()
+        with random_state_kept():
+            for sink in self.sinks:
+                self._try(sink, partial(sink.open, run))
 
     def step(self, step: int, *, is_last: bool = False) -> None:
         """To be called after each optimizer step, and with 0 before the first; does nothing if no probe is due."""
@@ -63,6 +68,7 @@ class Monitor:
     def _probe(self, step: int) -> None:
         try:
             report = self.measure()
+            point = ProbePoint(step, report=report, scalars=report.scalars())
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             self._write(ProbePoint(step, error=reason))
@@ -71,12 +77,13 @@ class Monitor:
             warnings.warn(f"MUI probe at step {step} failed; training goes on. {reason}", stacklevel=2)
             logger.debug("MUI probe at step %d failed", step, exc_info=True)
             return
-        if report.not_finite:
+        if point.scalars["mui/not_finite"]:
             warnings.warn(
-                f"MUI probe at step {step}: {report.not_finite} contributions are NaN or infinite and do not count.",
+                f"MUI probe at step {step}: {point.scalars['mui/not_finite']:.0f} contributions or token losses "
+                "are NaN or infinite.",
                 stacklevel=2,
             )
-        self._write(ProbePoint(step, report=report, scalars=report.scalars()))
+        self._write(point)
 
     def _write(self, point: ProbePoint) -> None:
         for sink in self.sinks:

@@ -16,37 +16,16 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from mui_callback.counts import ProbeCounts, unpack_layers
 from mui_callback.errors import MUIError
 from mui_callback.layout import ExpertLayout, KeyNeuron, LayerShape
 from mui_callback.metrics import performance
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
 from mui_callback.metrics.utilization import BoolArray, IntArray
-from mui_callback.scoring import bits
-from mui_callback.scoring.counts import ProbeCounts
+from mui_callback.settings import ProbeSettings
 from mui_callback.task_report import PredictionSums, TaskReport
 
 _FORMAT = "mui-report-1"
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """How a probe was made: two reports can be compared if these are equal."""
-
-    top_fraction: float = 0.001
-    """A sample's key neurons of a layer are those of its k highest contributions; k is this share of the layer's
-    neurons, rounded down, at least 1."""
-    key_expert_frequency: float = 0.6
-    """η_expert: activated frequency from which an expert is a key expert."""
-    probe_set: str = ""
-    """Fingerprint of the probe set."""
-    max_length: int | None = None
-    """Tokens that longer samples were cut to."""
-
-    def __post_init__(self) -> None:
-        for name in ("top_fraction", "key_expert_frequency"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +61,8 @@ class MUIReport:
     settings: ProbeSettings
     sample_table: SampleTable
     counts: ProbeCounts
+    probe_set: str
+    """Fingerprint of the probe set."""
     seconds: float
     """Duration of the pass."""
 
@@ -156,10 +137,11 @@ class MUIReport:
         """Write the report to one file: numpy arrays and a JSON header, no pickle. Replaces the file at once."""
         header = {
             "format": _FORMAT,
-            "layers": [layer.to_dict() for layer in self.layout.layers],
+            "layers": [asdict(layer) for layer in self.layout.layers],
             "task_names": self.task_names,
             "settings": asdict(self.settings),
             "sample_ids": self.sample_table.id,
+            "probe_set": self.probe_set,
             "seconds": self.seconds,
         }
         arrays = {f"counts.{field.name}": getattr(self.counts, field.name) for field in fields(ProbeCounts)}
@@ -185,7 +167,7 @@ class MUIReport:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays: dict[str, Any] = dict(archive)
             header = json.loads(arrays.pop("header").tobytes())
-        except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        except (ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
             raise MUIError(
                 f"{path}: expected a report written by MUIReport.save, got something else ({error})"
             ) from error
@@ -201,13 +183,22 @@ class MUIReport:
             settings=ProbeSettings(**header["settings"]),
             sample_table=SampleTable(id=tuple(header["sample_ids"]), **part("samples.")),
             counts=ProbeCounts(**part("counts.")),
+            probe_set=header["probe_set"],
             seconds=header["seconds"],
+        )
+
+    @cached_property
+    def _choices_right(self) -> tuple[BoolArray, BoolArray]:
+        """Which samples have choices, and for which of them the best one is the answer."""
+        table = self.sample_table
+        return performance.choice_is_right(
+            self.counts.choice_loss, table.choice_length, table.choice_sample, table.answer
         )
 
     def _union(self, tasks: list[int]) -> BoolArray:
         """Whether each neuron of the model is a key neuron of one of the tasks."""
         packed = np.bitwise_or.reduce(self.counts.key_neurons[tasks], axis=0)
-        return bits.unpack_layers(packed, [layer.n_neurons for layer in self.layout.layers])
+        return unpack_layers(packed, [layer.n_neurons for layer in self.layout.layers])
 
     def _task_report(self, tasks: list[int]) -> TaskReport:
         in_tasks = np.isin(self.sample_table.task, tasks)
@@ -224,9 +215,7 @@ class MUIReport:
 
     def _prediction_sums(self, in_tasks: BoolArray) -> PredictionSums:
         table, counts = self.sample_table, self.counts
-        has_choices, right = performance.choice_is_right(
-            counts.choice_loss, table.choice_length, table.choice_sample, table.answer
-        )
+        has_choices, right = self._choices_right
         has_bytes = in_tasks & (table.n_bytes >= 0)
         return PredictionSums(
             loss=float(counts.loss[in_tasks].sum()),

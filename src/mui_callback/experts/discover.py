@@ -1,4 +1,4 @@
-"""Finding the MoE layers of a model by structure, never by the name of its class."""
+"""Finding the MoE layers of a model by their structure, whatever family it is of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mui_callback.errors import NoExpertsError
+from mui_callback.errors import NoExpertsError, UnsupportedModelError
 from mui_callback.experts.shared import SHARED_NAMES, SharedExperts, find_shared_experts
 from mui_callback.experts.stacked import StackedExperts, has_stacked_layout
 from mui_callback.layout import ExpertLayout, LayerShape
@@ -45,6 +45,7 @@ def find_expert_layers(model: nn.Module) -> tuple[ExpertLayer, ...]:
             "[experts, …, …], run through transformers' use_experts_implementation). "
             "Is this a dense model, or one whose experts are a list of modules?"
         )
+    _check_numbers(layers)
     return layers
 
 
@@ -68,9 +69,19 @@ def _expert_layer(modules: dict[str, nn.Module], path: str, module: nn.Module) -
         n_routed=routed.n_experts,
         routed_width=routed.width,
         shared_widths=tuple(part.expert_width for part in shared for _ in range(part.width // part.expert_width)),
-        top_k=_top_k(modules[block_path]),
     )
     return ExpertLayer(shape, routed, shared, modules[scope_path], scope_is_moe)
+
+
+def _check_numbers(layers: tuple[ExpertLayer, ...]) -> None:
+    """Neurons are named by the number of their layer, so no two layers may share one."""
+    paths: dict[int, str] = {}
+    for shape in (layer.shape for layer in layers):
+        if shape.layer in paths:
+            raise UnsupportedModelError(
+                f"expected MoE layers with different numbers in their paths, got {paths[shape.layer]} and {shape.path}"
+            )
+        paths[shape.layer] = shape.path
 
 
 def _has_shared(block: nn.Module) -> bool:
@@ -86,11 +97,3 @@ def _layer_number(path: str) -> int:
     """The last number in a module path: 7 of ``model.layers.7.mlp.experts``."""
     numbers = [int(part) for part in path.split(".") if part.isdecimal()]
     return numbers[-1] if numbers else 0
-
-
-def _top_k(block: nn.Module) -> int:
-    for module in (block, *block.children()):
-        top_k = getattr(module, "top_k", None)
-        if isinstance(top_k, int):
-            return top_k
-    return 0

@@ -1,6 +1,6 @@
 """The one list of everything that is logged: names, definitions, units, ranges.
 
-The keys of `MUIReport.scalars`, the README's table and the W&B definitions are made from it.
+The keys of `MUIReport.scalars` and the README's table are made from it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("loss", "Negative log-likelihood of the response tokens", "nats per token", 0, None, Scope.TASK),
     Metric("bits_per_byte", "The same per UTF-8 byte of response text, where the text is known", "bits per byte", 0, None, Scope.POOLED),
     Metric("token_accuracy", "Response tokens that are the model's first choice", "share", 0, 1, Scope.TASK),
-    Metric("choice_accuracy", "Samples with choices whose answer has the highest log-likelihood per byte", "share", 0, 1, Scope.TASK),
-    Metric("key_expert_proportion", "Experts that own a key neuron in at least 60 % of the samples (key experts), as share of all experts", "share", 0, 1, Scope.TASK),
+    Metric("choice_accuracy", "Samples with choices whose answer has the highest log-likelihood per byte (per token where the text is not known)", "share", 0, 1, Scope.TASK),
+    Metric("key_expert_proportion", "Key experts (those that own a key neuron in at least η_expert = 60 % of the samples), as share of all experts", "share", 0, 1, Scope.TASK),
     Metric("key_expert_mui", "Mean share of key neurons inside a key expert", "share", 0, 1, Scope.TASK),
     Metric("shared_share", "Key neurons that are in shared experts", "share", 0, 1, Scope.TASK),
     Metric("shared_mass_share", "Contribution mass Σ\\|f\\| that is made by shared experts", "share", 0, 1, Scope.POOLED),
@@ -66,7 +66,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("tokens", "Response tokens in the probe", "tokens", 0, None, Scope.PROBE),
     Metric("truncated", "Samples cut from the left because they are longer than the context", "samples", 0, None, Scope.PROBE),
     Metric("unscored", "Samples with no response token; they mark nothing", "samples", 0, None, Scope.PROBE),
-    Metric("not_finite", "Contributions that were NaN or infinite; they never count", "entries", 0, None, Scope.PROBE),
+    Metric("not_finite", "Contributions and token losses that were NaN or infinite; such a contribution never counts", "entries", 0, None, Scope.PROBE),
     Metric("seconds", "Duration of the probe pass", "s", 0, None, Scope.PROBE),
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,49 +30,61 @@ LayerConsumer = Callable[[int, LayerScores], None]
 
 
 class Reading:
-    """What is read right now: the scored tokens of the batch, and which layers were read.
+    """What is read of the layers, batch by batch.
 
     Args:
         layers: the layers of the model.
-        consume: takes what was read of a layer.
         with_output: also hand over what the identity needs, ``LayerScores.output_R`` and ``bias_R``.
     """
 
-    def __init__(self, layers: tuple[ExpertLayer, ...], consume: LayerConsumer, *, with_output: bool = False) -> None:
+    def __init__(self, layers: tuple[ExpertLayer, ...], *, with_output: bool = False) -> None:
         self.layers = layers
-        self.consume = consume
         self.with_output = with_output
-        self.tokens: ScoredTokens | None = None
-        self.readout_TD = torch.empty(0)
-        self._not_read: set[int] = set()
+        self._batch: _Batch | None = None
 
     @contextmanager
-    def batch(self, tokens: ScoredTokens, readout_RD: Tensor) -> Iterator[None]:
-        """Every layer is read once inside; `readout_RD` are the unembedding rows of the targets.
+    def batch(self, tokens: ScoredTokens, readout_RD: Tensor, consume: LayerConsumer) -> Iterator[None]:
+        """Every layer is read once inside, and handed to `consume`.
+
+        Args:
+            tokens: the scored tokens of the batch that the model runs inside.
+            readout_RD: unembedding rows of their targets.
+            consume: takes what was read of each layer.
 
         Raises:
-            ProbeError: a layer did not run.
+            ProbeError: a layer did not run, or ran twice.
         """
-        self.readout_TD = readout_RD.new_zeros(tokens.n_rows * tokens.length, readout_RD.shape[1])
-        self.readout_TD[tokens.position_R] = readout_RD
-        self.tokens = tokens
-        self._not_read = set(range(len(self.layers)))
+        readout_TD = readout_RD.new_zeros(tokens.n_rows * tokens.length, readout_RD.shape[1])
+        readout_TD[tokens.position_R] = readout_RD
+        batch = self._batch = _Batch(tokens, readout_TD, consume, set(range(len(self.layers))))
         try:
             yield
         finally:
-            self.tokens = None
-            self.readout_TD = torch.empty(0)
-        if self._not_read:
-            paths = ", ".join(self.layers[index].shape.path for index in sorted(self._not_read))
+            self._batch = None
+        if batch.not_read:
+            paths = ", ".join(self.layers[index].shape.path for index in sorted(batch.not_read))
             raise ProbeError(f"expected every MoE layer to run in a forward pass of the model; {paths} did not.")
 
     def take(self, index: int, trace: LayerTrace, out: Tensor) -> None:
         """Score what one layer left, if a batch is being read."""
-        if self.tokens is not None:
-            layer = self.layers[index]
-            scores = score_layer(layer, trace, out, self.readout_TD, self.tokens, with_output=self.with_output)
-            self.consume(index, scores)
-            self._not_read.discard(index)
+        batch, layer = self._batch, self.layers[index]
+        if batch is None:
+            return
+        if index not in batch.not_read:
+            raise ProbeError(f"expected every MoE layer to run once in a forward pass; {layer.shape.path} ran twice.")
+        batch.not_read.remove(index)
+        scores = score_layer(layer, trace, out, batch.readout_TD, batch.tokens, with_output=self.with_output)
+        batch.consume(index, scores)
+
+
+@dataclass
+class _Batch:
+    tokens: ScoredTokens
+    readout_TD: Tensor
+    """Unembedding row of the token that each position predicts, zero where none is scored."""
+    consume: LayerConsumer
+    not_read: set[int]
+    """Positions of the layers that have not run yet."""
 
 
 @contextmanager

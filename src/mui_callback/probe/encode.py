@@ -113,6 +113,7 @@ def encode(
         if max_length is not None and longest > max_length:
             too_long.append(f"{tokens.where}: {longest} tokens > {max_length}")
             tokens = _truncate(tokens, max_length)
+        _check_choices(tokens)
         samples.append(tokens)
     if too_long:
         shown = "\n".join(too_long[:3] + ["..."] * (len(too_long) > 3))
@@ -216,6 +217,16 @@ def _keep_last(tokens: _Tokens, max_length: int) -> _Tokens:
         scored=scored,
         n_bytes=tokens.n_bytes if whole else None,
     )
+
+
+def _check_choices(sample: TokenSample) -> None:
+    """A choice that nothing predicts would have likelihood 1, and win."""
+    for index, choice in enumerate(sample.choices):
+        if not choice.scored.any():
+            raise ProbeSetError(
+                f"{sample.where}: expected every choice to have a token to score, but choice {index} has none"
+                " (without a prompt, the first token is predicted by nothing)"
+            )
 
 
 def _check_vocabulary(sample: TokenSample, vocab_size: int) -> None:

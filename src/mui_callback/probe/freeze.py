@@ -32,7 +32,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for state in modules:
             state.restore()
-        # Casts of weights made under no_grad have no history: a surrounding autocast must not reuse them to train.
+        # Casts of weights made under no_grad have no history. Older versions of torch reuse them, to train with, in
+        # an autocast that surrounds all of this.
         torch.clear_autocast_cache()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
+from mui_callback.errors import UnsupportedModelError
 from mui_callback.experts.discover import find_expert_layers, layout_of
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
@@ -15,8 +18,9 @@ from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode, make_b
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.probe_set import ProbeSet
-from mui_callback.report import MUIReport, ProbeSettings, SampleTable
-from mui_callback.scoring.counts import DeviceCounts
+from mui_callback.report import MUIReport, SampleTable
+from mui_callback.scoring.device_counts import DeviceCounts
+from mui_callback.settings import ProbeSettings
 
 
 class MUIProbe:
@@ -30,14 +34,14 @@ class MUIProbe:
         probe_set: the samples.
         tokenizer: a transformers tokenizer, or a function from text to token ids. Not needed for samples that are
             tokens already.
-        top_fraction: share of a layer's neurons whose contributions make a sample's key neurons (0.1 %).
-        key_expert_frequency: activated frequency from which an expert is a key expert (η_expert).
-        batch_tokens: positions in a forward pass, padding included. Results do not depend on it; memory does.
-        max_length: longer samples are cut from the left; None for the context length of the model.
+        top_fraction: see `ProbeSettings`, as the three that follow.
+        key_expert_frequency: η_expert.
+        batch_tokens: positions in a forward pass.
+        max_length: tokens that longer samples are cut to.
 
     Raises:
         NoExpertsError: the model has no MoE layer.
-        UnsupportedModelError: its experts or its head cannot be read.
+        UnsupportedModelError: its experts or its head cannot be read, or its weights are on several devices.
         ProbeSetError: the samples do not fit the tokenizer or the model.
         ValueError: an argument is out of its range.
     """
@@ -48,20 +52,21 @@ class MUIProbe:
         probe_set: ProbeSet,
         *,
         tokenizer: Tokenizer | None = None,
-        top_fraction: float = 0.001,
-        key_expert_frequency: float = 0.6,
-        batch_tokens: int = 8192,
-        max_length: int | None = None,
+        top_fraction: float = ProbeSettings.top_fraction,
+        key_expert_frequency: float = ProbeSettings.key_expert_frequency,
+        batch_tokens: int = ProbeSettings.batch_tokens,
+        max_length: int | None = ProbeSettings.max_length,
     ) -> None:
+        settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.probe_set = probe_set
         self.layers = find_expert_layers(self.model)
         self.layout = layout_of(self.layers)
         self._head = LanguageModelHead(self.model)
-        if max_length is None:
-            max_length = _context_length(self.model)
-        self.settings = ProbeSettings(top_fraction, key_expert_frequency, probe_set.fingerprint, max_length)
-        self._encoded = encode(probe_set, tokenizer, max_length, vocab_size=self._head.weight_VD.shape[0])
+        self._device = _common_device(self.model)
+        self.settings = replace(settings, max_length=max_length or _context_length(self.model))
+        vocab_size = self._head.weight_VD.shape[0]
+        self._encoded = encode(probe_set, tokenizer, self.settings.max_length, vocab_size=vocab_size)
         self._choices = [choice for sample in self._encoded.samples for choice in sample.choices]
         self._batches = make_batches(self._encoded.samples, batch_tokens)
         self._choice_batches = make_batches(self._choices, batch_tokens)
@@ -73,37 +78,51 @@ class MUIProbe:
             ProbeError: the experts did not run in a way that can be read.
         """
         start = time.perf_counter()
-        device = self._head.weight_VD.device
         counts = DeviceCounts(
             self.layout,
             self._encoded.task_of_sample,
             n_tasks=len(self._encoded.task_names),
             n_choices=len(self._choices),
             top_fraction=self.settings.top_fraction,
-            device=device,
+            device=self._device,
         )
-        reading = Reading(self.layers, counts.add_layer)
         with frozen(self.model):
-            with instrument(reading):
-                for batch in self._batches:
-                    inputs = to_device(batch, device)
-                    counts.start_batch(inputs.tokens, inputs.sample_B)
-                    with reading.batch(inputs.tokens, self._head.rows(inputs.tokens.target_R)):
-                        logits_RV = self._head.logits(inputs)
-                    counts.add_predictions(*token_losses(logits_RV, inputs.tokens.target_R))
-            for batch in self._choice_batches:
-                inputs = to_device(batch, device)
-                loss_R, _ = token_losses(self._head.logits(inputs), inputs.tokens.target_R)
-                counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
+            self._run_samples(counts)
+            self._run_choices(counts)
             on_host = counts.to_host()
         return MUIReport(
             layout=self.layout,
             task_names=self._encoded.task_names,
             settings=self.settings,
+            probe_set=self.probe_set.fingerprint,
             sample_table=_sample_table(self._encoded),
             counts=on_host,
             seconds=time.perf_counter() - start,
         )
+
+    def _run_samples(self, counts: DeviceCounts) -> None:
+        reading = Reading(self.layers)
+        with instrument(reading):
+            for inputs in (to_device(batch, self._device) for batch in self._batches):
+                batch_counts = counts.batch(inputs.tokens, inputs.sample_B)
+                readout_RD = self._head.rows(inputs.tokens.target_R)
+                with reading.batch(inputs.tokens, readout_RD, batch_counts.add_layer):
+                    logits_RV = self._head.logits(inputs)
+                batch_counts.add_predictions(*token_losses(logits_RV, inputs.tokens.target_R))
+
+    def _run_choices(self, counts: DeviceCounts) -> None:
+        for inputs in (to_device(batch, self._device) for batch in self._choice_batches):
+            loss_R, _ = token_losses(self._head.logits(inputs), inputs.tokens.target_R)
+            counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
+
+
+def _common_device(model: nn.Module) -> torch.device:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1 or devices[0].startswith(("mps", "meta")):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected all weights on one CPU or CUDA device, got them on {', '.join(devices)}"
+        )
+    return torch.device(devices[0])
 
 
 def _context_length(model: nn.Module) -> int | None:

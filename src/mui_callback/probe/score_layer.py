@@ -20,7 +20,7 @@ from mui_callback.errors import ProbeError
 from mui_callback.experts.discover import ExpertLayer
 from mui_callback.experts.shared import SharedExperts
 from mui_callback.experts.stacked import RoutedRows, StackedExperts
-from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens, contributions
+from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens, contributions, only_finite
 
 
 @dataclass
@@ -119,15 +119,33 @@ def _score_routed(routed: StackedExperts, rows: RoutedRows, readout_RD: Tensor, 
     readout_SD = readout_RD[token_S]
     if rows.raw_SD is not None:
         readout_SD = routed.through_norm(readout_SD, rows.raw_SD[row_S])
-    score_SI = contributions(rows.act_SI[row_S], routed.project(readout_SD, expert_S), weight_RK.flatten()[order_S])
-    return ExpertScores(score_SI, token_S, expert_S * routed.width, rank_S, top_k, routed.width, is_row_S)
+    score_SI, n_not_finite = only_finite(
+        contributions(rows.act_SI[row_S], routed.project(readout_SD, expert_S), weight_RK.flatten()[order_S])
+    )
+    return ExpertScores(
+        score_SI.masked_fill_(~is_row_S.unsqueeze(-1), float("-inf")),
+        token_S,
+        first_neuron_S=expert_S * routed.width,
+        rank_S=rank_S,
+        rows_per_token=top_k,
+        expert_width=routed.width,
+        n_not_finite=n_not_finite,
+        is_row_S=is_row_S,
+    )
 
 
 def _score_shared(shared: SharedExperts, act_RW: Tensor, readout_RD: Tensor, first_neuron: int) -> ExpertScores:
-    score_RW = contributions(act_RW, shared.project(readout_RD))
+    score_RW, n_not_finite = only_finite(contributions(act_RW, shared.project(readout_RD)))
     token_R = torch.arange(score_RW.shape[0], device=score_RW.device)
-    zero_R = torch.zeros_like(token_R)
-    return ExpertScores(score_RW, token_R, zero_R + first_neuron, zero_R, 1, shared.expert_width)
+    return ExpertScores(
+        score_RW,
+        token_R,
+        first_neuron_S=torch.full_like(token_R, first_neuron),
+        rank_S=torch.zeros_like(token_R),
+        rows_per_token=1,
+        expert_width=shared.expert_width,
+        n_not_finite=n_not_finite,
+    )
 
 
 def _inner(out: Tensor, readout_TD: Tensor, tokens: ScoredTokens) -> Tensor:

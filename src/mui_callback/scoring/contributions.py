@@ -38,7 +38,7 @@ class ScoredTokens:
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """Contributions of one kind of experts of one layer, float32 ``[S, W]``; not finite where there is none.
+    """Contributions of one kind of experts of one layer, float32 ``[S, W]``; minus infinity where there is none.
 
     Row s is token ``token_S[s]`` (0 … R - 1) and the neurons ``first_neuron_S[s]`` and following of the layer.
     ``rank_S[s]`` in ``0 … rows_per_token - 1`` orders a token's rows by expert.
@@ -51,6 +51,8 @@ class ExpertScores:
     rows_per_token: int
     expert_width: int
     """Neurons of an expert: W, or a part of W where a row holds several shared experts."""
+    n_not_finite: Tensor
+    """Contributions that were NaN or infinite, and are left out; int64 scalar."""
     is_row_S: Tensor | None = None
     """False where the router chose no expert; None if all are rows."""
 
@@ -78,6 +80,12 @@ def contributions(act_SW: Tensor, projected_SW: Tensor, weight_S: Tensor | None 
     return score_SW if weight_S is None else score_SW.mul_(weight_S.to(torch.float32).unsqueeze(-1))
 
 
+def only_finite(score_SW: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores with minus infinity for what is NaN or infinite, and how many those are (int64 scalar)."""
+    is_finite_SW = score_SW.isfinite()
+    return score_SW.masked_fill_(~is_finite_SW, float("-inf")), (~is_finite_SW).sum()
+
+
 def conserved(scores: LayerScores, n_tokens: int) -> Tensor:
     """Σ f over all neurons of the layer for each token, float64 ``[R]``.
 
@@ -86,8 +94,6 @@ def conserved(scores: LayerScores, n_tokens: int) -> Tensor:
     device = scores.parts[0].score_SW.device
     total_R = torch.zeros(n_tokens, dtype=torch.float64, device=device)
     for part in scores.parts:
-        row_sum_S = part.score_SW.sum(-1, dtype=torch.float64)
-        if part.is_row_S is not None:
-            row_sum_S = row_sum_S.masked_fill(~part.is_row_S, 0)
+        row_sum_S = part.score_SW.masked_fill(part.score_SW == float("-inf"), 0).sum(-1, dtype=torch.float64)
         total_R.index_add_(0, part.token_S, row_sum_S)
     return total_R

@@ -9,10 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mui_callback import __version__
-from mui_callback.report import MUIReport
-from mui_callback.sinks.base import ProbePoint
+from mui_callback.sinks.base import ProbePoint, RunDescription
 from mui_callback.task_report import TaskReport
+from mui_callback.version import __version__
 
 
 class JsonlSink:
@@ -29,35 +28,35 @@ class JsonlSink:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._described = False
+
+    def open(self, run: RunDescription) -> None:
+        """Append the line that describes the run."""
+        description = {
+            "version": __version__,
+            "tasks": run.task_names,
+            "probe_set": run.probe_set,
+            "settings": asdict(run.settings),
+            "layers": [asdict(layer) for layer in run.layout.layers],
+        }
+        self._append({"run": description})
 
     def write(self, point: ProbePoint) -> None:
         """Append the point."""
-        rows: list[dict[str, Any]] = []
         row: dict[str, Any] = {"step": point.step, "time": time.time()}
         if point.report is None:
             row["error"] = point.error
         else:
-            if not self._described:
-                rows.append({"run": _description(point.report)})
             row |= {"scalars": point.scalars, "pooled": _task(point.report.pooled)}
             row["tasks"] = {name: _task(task) for name, task in point.report.tasks.items()}
+        self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in [*rows, row]))
-        self._described = self._described or bool(rows)
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Nothing is left to do: every line is on disk."""
-
-
-def _description(report: MUIReport) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "tasks": list(report.task_names),
-        "settings": asdict(report.settings),
-        "layers": [layer.to_dict() for layer in report.layout.layers],
-    }
 
 
 def _task(task: TaskReport) -> dict[str, Any]:

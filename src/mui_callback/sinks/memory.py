@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from mui_callback.sinks.base import ProbePoint
+from mui_callback.sinks.base import ProbePoint, RunDescription
 
 
 class MemorySink:
-    """Keeps every point in `points`: for notebooks, and for tests."""
+    """Keeps the description of the run in `run` and every point in `points`: for notebooks, and for tests."""
 
     def __init__(self) -> None:
+        self.run: RunDescription | None = None
         self.points: list[ProbePoint] = []
         self.closed = False
+
+    def open(self, run: RunDescription) -> None:
+        """Keep the description."""
+        self.run = run
 
     def write(self, point: ProbePoint) -> None:
         """Keep the point."""

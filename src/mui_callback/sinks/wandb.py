@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from mui_callback.metrics.catalogue import PREFIX
-from mui_callback.sinks.base import ProbePoint
+from mui_callback.sinks.base import ProbePoint, RunDescription
 
 
 class WandbSink:
@@ -18,9 +18,12 @@ class WandbSink:
         step_key: the metric that the trainer uses as x axis (HF Trainer: ``train/global_step``).
     """
 
-    def __init__(self, step_key: str = "train/global_step") -> None:
+    def __init__(self, step_key: str) -> None:
         self.step_key = step_key
         self._defined_in: str | None = None
+
+    def open(self, run: RunDescription) -> None:
+        """Nothing to do: the trainer may not have started its run yet."""
 
     def write(self, point: ProbePoint) -> None:
         """Log the scalars of the point; a failed probe logs nothing."""
