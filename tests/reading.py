@@ -44,11 +44,11 @@ def layer_scores(model: nn.Module, samples: list[TokenSample], *, conservation: 
             totals[layer].append(conserved(scores, len(batch.tokens.row_R)))
             outputs[layer].append((scores.output_R - scores.bias_R).double())
 
-    reading = Reading(layers, with_output=conservation)
+    reading = Reading(layers)
     with frozen(model), instrument(reading):
         for host_batch in make_batches(samples, batch_tokens=40):
             batch = to_device(host_batch, head.weight_VD.device)
-            with reading.batch(batch.tokens, head.rows(batch.tokens.target_R), consume):
+            with reading.batch(batch.tokens, head.rows(batch.tokens.target_R), consume, with_output=conservation):
                 head.logits(batch)
     if conservation:
         return [torch.cat(parts) for parts in totals], [torch.cat(parts) for parts in outputs]

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import (
     ByT5Tokenizer,
     DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -103,6 +104,37 @@ def test_training_that_stops_early_is_probed_at_its_end(tmp_path: Path) -> None:
 
     _, memory = run(tmp_path, probe_set=probe_set(), callbacks=[Stop()])
     assert steps(memory) == [0, 3, 5]
+
+
+def test_the_last_point_is_of_the_last_weights_not_of_the_best_that_are_loaded_then(tmp_path: Path) -> None:
+    memory = MemorySink()
+    worse = {"eval_loss": iter([1.0, 2.0, 3.0])}
+
+    class Judge(TrainerCallback):  # makes every later evaluation worse
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+            metrics["eval_loss"] = next(worse["eval_loss"])
+
+    callbacks = [Judge(), MUICallback(probe_set(), every=100, sinks=[memory]), EarlyStoppingCallback(1)]
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    data = {"eval_dataset": rows(4, seed=9)}
+    trainer = make_trainer(tmp_path / "a", callbacks, trainer=data, load_best_model_at_end=True, **options)
+    trainer.train()
+    at_the_end = MemorySink()
+    make_trainer(
+        tmp_path / "b", [MUICallback(probe_set(), every=4, sinks=[at_the_end])], trainer=data, **options
+    ).train()
+    assert steps(memory)[-1] == trainer.state.global_step == 4
+    assert memory.points[-1].scalars["mui/loss"] == at_the_end.points[1].scalars["mui/loss"]
+
+
+def test_a_warning_that_is_an_error_does_not_stop_training(tmp_path: Path) -> None:
+    memory = MemorySink()
+    trainer = make_trainer(tmp_path, [MUICallback(probe_set(), every=4, sinks=[memory])])
+    trainer.model.model.layers[0].mlp.forward = lambda hidden_states: hidden_states
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.train()
+    assert [point.error is not None for point in memory.points] == [True] * 3
 
 
 def test_training_twice_with_one_callback(tmp_path: Path) -> None:
@@ -213,6 +245,23 @@ def test_eval_data_that_cannot_be_probed_gives_way_to_the_builtin_set(tmp_path: 
     with pytest.warns(UserWarning, match="eval data cannot be probed.*pixels.*built-in probe set"):
         _, memory = run(tmp_path, trainer=trainer)
     assert memory.points[0].report.task_names == ProbeSet.builtin().task_names
+
+
+def test_documents_packed_in_a_row_are_samples_of_their_own(tmp_path: Path) -> None:
+    ids = rows(2, seed=5)
+    packed = torch.cat([ids[0]["input_ids"], ids[1]["input_ids"]])
+    positions = torch.arange(18).repeat(2)
+    data = [{"input_ids": packed, "labels": packed.clone(), "position_ids": positions}]
+    _, memory = run(tmp_path / "packed", trainer={"eval_dataset": data})
+    _, apart = run(tmp_path / "apart", trainer={"eval_dataset": ids})
+    assert memory.points[0].report.samples == 2
+    assert memory.points[0].scalars["mui/loss"] == apart.points[0].scalars["mui/loss"]
+
+
+def test_streaming_eval_data(tmp_path: Path) -> None:
+    data = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows(9, seed=5)])
+    _, memory = run(tmp_path, trainer={"eval_dataset": data.to_iterable_dataset()}, eval_samples=5)
+    assert memory.points[0].report.samples == 5
 
 
 def test_without_eval_data_the_builtin_set_is_used(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mui_callback import MUIProbe, ProbeSet
+from mui_callback.errors import ProbeError
 from mui_callback.probe.freeze import frozen
 from tiny import build
 from tiny_samples import make_samples
@@ -27,6 +29,10 @@ class Leaky(nn.Module):
         self.l_aux: Tensor | None = None
         self.counter = torch.zeros(())
         self.longest = 7
+        self.losses: list[Tensor] = []
+        self.cache: dict[str, int] = {"a": 1}
+        self.generator = torch.Generator()
+        self.config = SimpleNamespace(seen=0)
 
     def forward(self, x: Tensor) -> Tensor:
         self.load += 1
@@ -34,6 +40,11 @@ class Leaky(nn.Module):
         self.l_aux = x.sum()
         self.counter.add_(1)
         self.longest = 99
+        self.load.data += 1  # unseen by the version counter
+        self.losses.append(x)
+        self.cache |= {"a": 2, "b": 3}
+        torch.rand(1, generator=self.generator)
+        self.config.seen += 1
         self.new_attribute = x
         random.random()
         np.random.rand()  # noqa: NPY002
@@ -78,6 +89,34 @@ def test_no_trace_of_a_forward(fails: bool) -> None:
     assert module.l_aux is None
     assert module.longest == 7
     assert module.counter == 0
+    assert module.losses == []
+    assert module.cache == {"a": 1}
+    assert torch.equal(module.generator.get_state(), torch.Generator().get_state())
+    assert module.config.seen == 0
+
+
+def test_a_parameter_that_a_forward_writes_to_is_reported() -> None:
+    class SelfNormalising(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data.div_(self.weight.data.norm())
+            with torch.no_grad():
+                self.weight.mul_(1.0)
+            return super().forward(x)
+
+    module = SelfNormalising(2, 2)
+    with pytest.raises(ProbeError, match="wrote to parameters, which cannot be undone: weight"), frozen(module):
+        module(torch.ones(2))
+
+
+def test_backward_hooks_of_users_do_not_see_a_probe() -> None:
+    model = build("qwen2_moe")
+    calls: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.shared_expert.register_full_backward_hook(lambda *_: calls.append(1))
+    MUIProbe(model, ProbeSet({"a": make_samples()})).measure()
+    assert not calls
+    model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
+    assert len(calls) == 2
 
 
 def test_train_and_eval_are_not_called() -> None:

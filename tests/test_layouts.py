@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -76,6 +77,28 @@ def test_conservation_identity(family: str) -> None:
     report = MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.02).measure()
     assert all(layer.shared_widths == LAYOUTS[family][1] for layer in report.layout.layers)
     assert 0 < report.mui < 1
+
+
+class Wrapper(torch.nn.Module):
+    """As torch's checkpoint wrapper: another module around a decoder layer."""
+
+    def __init__(self, wrapped: torch.nn.Module) -> None:
+        super().__init__()
+        self._checkpoint_wrapped_module = wrapped
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._checkpoint_wrapped_module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, partial(torch.compile, backend="eager")])
+def test_wrapped_layers_are_read_like_bare_ones(wrap: Any) -> None:
+    model = build(config("granitemoeshared"))
+    bare = MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.02).measure()
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = wrap(layer)
+    wrapped = MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.02).measure()
+    assert [layer.shared_widths for layer in wrapped.layout.layers] == [(32,)] * 3
+    assert wrapped.key_neurons() == bare.key_neurons()
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])

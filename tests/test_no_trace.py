@@ -84,11 +84,20 @@ def test_a_probe_that_raises_in_the_middle_changes_nothing(call: int, tmp_path: 
     assert losses == without.losses
 
 
-def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", ["by the Trainer", "forward", "layers"])
+def test_a_compiled_model_is_not_compiled_again(compiled: str, tmp_path: Path) -> None:
     def frames(callbacks: list[Any], directory: Path) -> int:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        train(directory, callbacks, torch_compile=True, torch_compile_backend="eager")
+        by_trainer = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled == "by the Trainer" else {}
+        trainer = make_trainer(directory, callbacks, **by_trainer)
+        model = trainer.model
+        if compiled == "forward":
+            model.forward = torch.compile(model.forward, backend="eager")
+        if compiled == "layers":
+            for index, layer in enumerate(model.model.layers):
+                model.model.layers[index] = torch.compile(layer, backend="eager")
+        trainer.train()
         return sum(torch._dynamo.utils.counters["frames"].values())
 
     without = frames([], tmp_path / "without")

@@ -48,7 +48,7 @@ def test_batch_size_does_not_matter(family: str, batch_tokens: int) -> None:
     assert np.array_equal(reference.counts.activated, report.counts.activated)
     assert np.array_equal(reference.counts.routed, report.counts.routed)
     for name, value in reference.scalars().items():
-        if name != "mui/seconds":
+        if name not in ("mui/seconds", "mui/identity_error"):
             assert report.scalars()[name] == pytest.approx(value, rel=1e-5), name
 
 
@@ -146,7 +146,7 @@ def test_a_sample_without_response_token_marks_nothing_and_is_counted(model: nn.
     assert report.key_neurons("a") == plain.key_neurons("a")
     assert report.key_neurons("b") == frozenset()
     assert report.unscored == 2
-    assert report.tasks["b"].mui == 0
+    assert report.tasks["b"].mui is None
     assert report.tasks["b"].loss is None
     assert "mui/b/loss" not in report.scalars()
 
@@ -269,6 +269,53 @@ def test_weights_on_several_devices_are_refused() -> None:
     model.model.layers[1].to("meta")
     with pytest.raises(UnsupportedModelError, match="all weights on one CPU or CUDA device, got them on cpu, meta"):
         MUIProbe(model, probe_set())
+
+
+def test_a_block_that_is_not_read_right_is_refused() -> None:
+    """A norm as a function, which no hook sees: its contributions would be wrong, and the identity says so."""
+    model = build("olmoe")
+    block = model.model.layers[1].mlp
+    forward = block.forward
+    block.forward = lambda x: torch.nn.functional.rms_norm(forward(x), (24,))
+    with pytest.raises(ProbeError, match=r"layer 1 \(model\.layers\.1\.mlp\).*do not add up to its output"):
+        MUIProbe(model, probe_set()).measure()
+
+
+def test_a_head_that_is_not_read_right_is_refused() -> None:
+    model = build("olmoe")
+
+    class Adapted(nn.Linear):  # an adapter adds to what the weight makes
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + super().forward(x.flip(-1))
+
+    head = Adapted(24, VOCAB, bias=False)
+    head.load_state_dict(model.lm_head.state_dict())
+    model.lm_head = head
+    with pytest.raises(ProbeError, match="logits of the language-model head are not its weight times"):
+        MUIProbe(model, probe_set()).measure()
+
+
+def test_a_head_with_a_bias_is_read_right() -> None:
+    model = build("olmoe")
+    model.lm_head = nn.Linear(24, VOCAB)
+    assert MUIProbe(model, probe_set()).measure().mui > 0
+
+
+def test_a_resized_vocabulary_is_noticed() -> None:
+    model = build("olmoe")
+    probe = MUIProbe(model, probe_set(), top_fraction=FRACTION)
+    model.resize_token_embeddings(VOCAB + 64)
+    fresh = MUIProbe(model, probe_set(), top_fraction=FRACTION)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(torch.rand_like(model.lm_head.weight))
+    assert same_sets(probe.measure(), fresh.measure())
+
+
+def test_measuring_under_inference_mode(model: nn.Module) -> None:
+    probe = MUIProbe(model, probe_set(), top_fraction=FRACTION)
+    with torch.inference_mode():
+        report = probe.measure()
+    assert same_sets(report, probe.measure())
 
 
 def test_text_needs_a_tokenizer(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mui_callback.errors import ProbeSetError
 
@@ -91,6 +91,10 @@ class MUICallback(TrainerCallback):
         self.sinks = tuple(sinks)
         self.eval_samples = eval_samples
         self.on_error: OnError = on_error
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
+        if eval_samples < 1:
+            raise ValueError(f"eval_samples: expected a positive number of samples, got {eval_samples!r}")
         self.settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens)
         self._monitor: Monitor | None = None
 
@@ -118,18 +122,29 @@ class MUICallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Probe if it is due. The last probe belongs here: trackers may be closed when training has ended."""
-        if self._monitor is not None:
-            is_last = state.global_step >= state.max_steps or control.should_training_stop
-            self._monitor.step(state.global_step, is_last=is_last)
+        self._step(state, is_last=state.global_step >= state.max_steps or control.should_training_stop)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Probe if training was told to stop here: afterwards the Trainer may load other weights, its best ones."""
+        if control.should_training_stop:
+            self._step(state, is_last=True)
+
+    on_save = on_epoch_end = on_evaluate
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Probe here if training was stopped between two steps; close the sinks and let go of the model."""
+        """Probe the last step if no other event came after it; close the sinks and let go of the model."""
+        has_other_weights = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if not has_other_weights:
+            self._step(state, is_last=True)
         if self._monitor is not None:
-            self._monitor.step(state.global_step, is_last=True)
             self._monitor.close()
             self._monitor = None
+
+    def _step(self, state: TrainerState, *, is_last: bool) -> None:
+        if self._monitor is not None:
+            self._monitor.step(state.global_step, is_last=is_last)
 
     def _find_probe_set(self, tokenizer: Any) -> ProbeSet:
         if self.probe_set is not None:
@@ -137,7 +152,7 @@ class MUICallback(TrainerCallback):
         trainer = calling_trainer()
         try:
             probe_set = eval_probe_set(trainer, self.eval_samples)
-        except ProbeSetError as error:
+        except Exception as error:  # a data set or a collator of the user's own may raise anything
             if tokenizer is None:
                 raise
             warnings.warn(f"The eval data cannot be probed ({error}); using the built-in probe set.", stacklevel=2)

@@ -3,7 +3,7 @@
 Counts and sets are merged by sum and union over samples, batches, layers and processes; ratios are taken from them
 once, at the end.
 
-Shapes: N samples of the probe, Q tasks, E experts of all layers, C choices of all samples.
+Shapes: N samples of the probe, Q tasks, L layers, E experts of all layers, C choices of all samples.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class ProbeCounts:
     """Σ negative log-likelihood of each choice of each sample, in nats, ``[C]``."""
     not_finite: NDArray[np.int64]
     """Contributions and token losses that were not finite, ``[1]``."""
+    identity_error: NDArray[np.float64]
+    """How far, in the first batch, each layer is from the identity Σ f = ⟨output, W_head[y]⟩, relative, ``[L]``."""
+    head_error: NDArray[np.float64]
+    """How far, in the first batch, the targets' logits are from what W_head makes of the hidden states, ``[1]``."""
 
 
 def n_bytes(n_neurons: int) -> int:

@@ -74,15 +74,11 @@ class Monitor:
             self._write(ProbePoint(step, error=reason))
             if self.on_error == "raise":
                 raise
-            warnings.warn(f"MUI probe at step {step} failed; training goes on. {reason}", stacklevel=2)
+            _warn(f"MUI probe at step {step} failed; training goes on. {reason}")
             logger.debug("MUI probe at step %d failed", step, exc_info=True)
             return
-        if point.scalars["mui/not_finite"]:
-            warnings.warn(
-                f"MUI probe at step {step}: {point.scalars['mui/not_finite']:.0f} contributions or token losses "
-                "are NaN or infinite.",
-                stacklevel=2,
-            )
+        if report.not_finite:
+            _warn(f"MUI probe at step {step}: {report.not_finite} contributions or token losses are NaN or infinite.")
         self._write(point)
 
     def _write(self, point: ProbePoint) -> None:
@@ -96,4 +92,12 @@ class Monitor:
         except Exception as error:
             if id(sink) not in self._complained:
                 self._complained.add(id(sink))
-                warnings.warn(f"{type(sink).__name__} failed: {type(error).__name__}: {error}", stacklevel=2)
+                _warn(f"{type(sink).__name__} failed: {type(error).__name__}: {error}")
+
+
+def _warn(message: str) -> None:
+    """A warning that stays one where warnings are turned into errors."""
+    try:
+        warnings.warn(message, stacklevel=3)
+    except Warning:
+        logger.warning(message)

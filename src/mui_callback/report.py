@@ -106,6 +106,12 @@ class MUIReport:
         """Contributions that were NaN or infinite."""
         return int(self.counts.not_finite.sum())
 
+    @property
+    def identity_error(self) -> float | None:
+        """Largest relative error, over the layers, of Σ f = ⟨output of the layer, W_head[y]⟩ in the first batch."""
+        errors = self.counts.identity_error[np.isfinite(self.counts.identity_error)]
+        return float(errors.max()) if errors.size else None
+
     def scalars(self) -> dict[str, float]:
         """Everything that is logged: ``mui/<metric>`` pooled and ``mui/<task>/<metric>``.
 

@@ -95,8 +95,8 @@ class TaskReport:
 
     @property
     def mui(self) -> float | None:
-        """Model Utilization Index, in [0, 1]."""
-        return utilization.mui(self.key_neurons, self.layout.width) if self.n_samples else None
+        """Model Utilization Index, in (0, 1]; None where no sample has a key neuron."""
+        return utilization.mui(self.key_neurons, self.layout.width) if self.key_neurons.any() else None
 
     @property
     def layer_mui(self) -> FloatArray:
@@ -122,7 +122,7 @@ class TaskReport:
     @property
     def key_expert_proportion(self) -> float | None:
         """Share of the experts that are key experts."""
-        return ratio(int(self.key_experts.sum()), self.layout.n_experts) if self.n_samples else None
+        return ratio(int(self.key_experts.sum()), self.layout.n_experts) if self.key_neurons.any() else None
 
     @property
     def key_expert_mui(self) -> float | None:
@@ -150,7 +150,7 @@ class TaskReport:
     @property
     def shared_in_top10(self) -> int | None:
         """Shared experts among the ten with the highest activated frequency."""
-        if not self.layout.is_shared.any() or not self.n_samples:
+        if not self.layout.is_shared.any() or not self.key_neurons.any():
             return None
         top = utilization.top_experts(self.activated_frequency, self.expert_mui)
         return int(self.layout.is_shared[top].sum())

@@ -7,13 +7,13 @@ from random import Random
 
 from mui_callback.probe.samples import ProbeSample
 
-_LARGEST = 99
+_LARGEST = 49
 _SLIPS = (-20, -11, -10, -9, -2, -1, 1, 2, 9, 10, 11, 20)
 """How far wrong choices are from the right one: a wrong digit, a carry too many or too few."""
 
 
 def split_additions(random: Random, n_held_out: int) -> tuple[list[ProbeSample], list[ProbeSample]]:
-    """All additions of two numbers from 0 to 99 in random order: the training part and the held-out part.
+    """All additions of two numbers from 0 to 49 in random order: the training part and the held-out part.
 
     3+5 and 5+3 are one problem, so both are in the same part. Held-out ones have four choices.
     """

@@ -108,7 +108,7 @@ def _split(
     # Documents repeat each other: the topic "compound" contains the topic "if".
     unseen = [sample for sample in _samples(held_out, documents, cut) if sample.response not in training_text]
     if len(unseen) < n_held_out:
-        raise MUIError(f"{task}: expected {n_held_out} or more held-out samples in this Python's own files, got {len(unseen)}")
+        raise MUIError(f"{task}: expected {n_held_out} or more samples to hold out in this Python, got {len(unseen)}")
     return _samples(training, documents, cut), random.sample(unseen, n_held_out)
 
 

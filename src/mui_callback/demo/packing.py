@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from random import Random
 
 import torch
@@ -42,7 +43,8 @@ def pack(
         Rows of int64 ``[row_length]``: ``input_ids``, ``labels`` and ``position_ids``.
     """
     random = Random(seed)
-    streams = {task: _forever([tokenize(sample, tokenizer) for sample in samples[task]], random) for task in shares}
+    tokens = cache(partial(tokenize, tokenizer=tokenizer))
+    streams = {task: map(tokens, _forever(samples[task], random)) for task in shares}
     seen = dict.fromkeys(shares, 0)
     rows: list[Row] = []
     row: list[TokenSample] = []
@@ -60,7 +62,7 @@ def pack(
     return rows
 
 
-def _forever(samples: list[TokenSample], random: Random) -> Iterator[TokenSample]:
+def _forever(samples: Sequence[ProbeSample], random: Random) -> Iterator[ProbeSample]:
     while True:
         yield from random.sample(samples, len(samples))
 

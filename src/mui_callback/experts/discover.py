@@ -11,6 +11,9 @@ from mui_callback.experts.shared import SHARED_NAMES, SharedExperts, find_shared
 from mui_callback.experts.stacked import StackedExperts, has_stacked_layout
 from mui_callback.layout import ExpertLayout, LayerShape
 
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer")
+"""Names under which wrappers (torch.compile, checkpointing, FSDP, PEFT) keep the module that they wrap."""
+
 
 @dataclass(frozen=True)
 class ExpertLayer:
@@ -56,8 +59,8 @@ def layout_of(layers: tuple[ExpertLayer, ...]) -> ExpertLayout:
 
 def _expert_layer(modules: dict[str, nn.Module], path: str, module: nn.Module) -> ExpertLayer:
     routed = StackedExperts(path, module)
-    block_path = path.rpartition(".")[0]
-    outer_path = block_path.rpartition(".")[0]
+    block_path = _outside(path)
+    outer_path = _outside(block_path)
     scope_path, scope_is_moe = block_path, not _is_numbered(block_path)
     # Granite keeps the shared MLP beside the block of the routed experts, in the decoder layer.
     if scope_is_moe and _is_numbered(outer_path) and _has_shared(modules[outer_path]):
@@ -71,6 +74,18 @@ def _expert_layer(modules: dict[str, nn.Module], path: str, module: nn.Module) -
         shared_widths=tuple(part.expert_width for part in shared for _ in range(part.width // part.expert_width)),
     )
     return ExpertLayer(shape, routed, shared, modules[scope_path], scope_is_moe)
+
+
+def _unwrapped(path: str) -> str:
+    """The path of the outermost wrapper around a module, which is its place in the model."""
+    while path.rpartition(".")[2] in _WRAPPED:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _outside(path: str) -> str:
+    """The path of the module that holds this one."""
+    return _unwrapped(path).rpartition(".")[0]
 
 
 def _check_numbers(layers: tuple[ExpertLayer, ...]) -> None:
@@ -90,7 +105,7 @@ def _has_shared(block: nn.Module) -> bool:
 
 def _is_numbered(path: str) -> bool:
     """Whether the path ends in a number, as that of a decoder layer in its list does."""
-    return path.rpartition(".")[2].isdecimal()
+    return _unwrapped(path).rpartition(".")[2].isdecimal()
 
 
 def _layer_number(path: str) -> int:

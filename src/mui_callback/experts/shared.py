@@ -57,10 +57,11 @@ def find_shared_experts(path: str, block: nn.Module, routed_width: int) -> tuple
 
 
 def _read_layout(path: str, module: nn.Module, routed_width: int) -> SharedExperts:
+    module = getattr(module, "_orig_mod", module)  # compiled by itself
     down = getattr(module, "down_proj", None)
     if isinstance(down, Tensor) and down.dim() == 3 and _is_plain(down):
         return StackedSharedExperts(path, module, down)
-    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
     for name in _DOWN_NAMES:
         if name in linears and _is_plain(linears[name].weight):
             return SharedMLP(path, module, linears[name], routed_width)

@@ -32,7 +32,8 @@ class RoutedRows:
     """What the experts did with each (token, expert) pair, sorted by expert.
 
     ``row_TK`` says which row the k-th expert of a token is; ``act_SI`` are the activations that feed the down
-    projection; ``raw_SD`` is the experts' output before the norm that follows it, where there is one.
+    projection; ``raw_SD`` is the experts' output before the norm that follows it, where there is one; ``down`` is the
+    down projection as it was in this forward (adapters make it anew each time).
     """
 
     expert_TK: Tensor
@@ -40,6 +41,7 @@ class RoutedRows:
     row_TK: Tensor
     act_SI: Tensor
     raw_SD: Tensor | None
+    down: Tensor
 
 
 class StackedExperts:
@@ -118,9 +120,10 @@ class StackedExperts:
         rows = RoutedRows(
             expert_TK,
             weight_TK,
-            row_S.view(n_tokens, top_k),
-            act_SI,
-            raw_SD if module.has_post_expert_norm else None,
+            row_TK=row_S.view(n_tokens, top_k),
+            act_SI=act_SI,
+            raw_SD=raw_SD if module.has_post_expert_norm else None,
+            down=module.down_proj,
         )
         return out_TD, rows
 
@@ -129,17 +132,18 @@ class StackedExperts:
         out = grouped_mm(x_SN, weight if self.module.is_transposed else weight.transpose(-2, -1), offsets_E)
         return out + getattr(self.module, f"{name}_bias")[expert_S] if self.module.has_bias else out
 
-    def project(self, readout_SD: Tensor, expert_S: Tensor) -> Tensor:
+    def project(self, rows: RoutedRows, readout_SD: Tensor, expert_S: Tensor) -> Tensor:
         """⟨W_d[:, j], readout⟩ for each neuron j of each row's expert.
 
         Args:
-            readout_SD: ``[S, D]``, rows sorted by expert.
+            rows: what `run` left.
+            readout_SD: ``[S, D]``, sorted by expert.
             expert_S: int64 ``[S]``, ascending.
 
         Returns:
             ``[S, I]`` in the dtype of the weight.
         """
-        down: Tensor = self.module.down_proj
+        down = rows.down
         offsets_E = group_offsets(expert_S, self.n_experts)
         return grouped_mm(readout_SD, down.transpose(-2, -1) if self.module.is_transposed else down, offsets_E)
 

@@ -67,6 +67,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("truncated", "Samples cut from the left because they are longer than the context", "samples", 0, None, Scope.PROBE),
     Metric("unscored", "Samples with no response token; they mark nothing", "samples", 0, None, Scope.PROBE),
     Metric("not_finite", "Contributions and token losses that were NaN or infinite; such a contribution never counts", "entries", 0, None, Scope.PROBE),
+    Metric("identity_error", "How far the contributions of a layer are from adding up to its output, relative, at most over layers", "1", 0, None, Scope.PROBE),
     Metric("seconds", "Duration of the probe pass", "s", 0, None, Scope.PROBE),
 )  # fmt: skip
 

@@ -34,29 +34,30 @@ class Reading:
 
     Args:
         layers: the layers of the model.
-        with_output: also hand over what the identity needs, ``LayerScores.output_R`` and ``bias_R``.
     """
 
-    def __init__(self, layers: tuple[ExpertLayer, ...], *, with_output: bool = False) -> None:
+    def __init__(self, layers: tuple[ExpertLayer, ...]) -> None:
         self.layers = layers
-        self.with_output = with_output
         self._batch: _Batch | None = None
 
     @contextmanager
-    def batch(self, tokens: ScoredTokens, readout_RD: Tensor, consume: LayerConsumer) -> Iterator[None]:
+    def batch(
+        self, tokens: ScoredTokens, readout_RD: Tensor, consume: LayerConsumer, *, with_output: bool = False
+    ) -> Iterator[None]:
         """Every layer is read once inside, and handed to `consume`.
 
         Args:
             tokens: the scored tokens of the batch that the model runs inside.
             readout_RD: unembedding rows of their targets.
             consume: takes what was read of each layer.
+            with_output: also hand over what the identity needs, ``LayerScores.output_R`` and ``bias_R``.
 
         Raises:
             ProbeError: a layer did not run, or ran twice.
         """
         readout_TD = readout_RD.new_zeros(tokens.n_rows * tokens.length, readout_RD.shape[1])
         readout_TD[tokens.position_R] = readout_RD
-        batch = self._batch = _Batch(tokens, readout_TD, consume, set(range(len(self.layers))))
+        batch = self._batch = _Batch(tokens, readout_TD, consume, with_output, set(range(len(self.layers))))
         try:
             yield
         finally:
@@ -73,7 +74,7 @@ class Reading:
         if index not in batch.not_read:
             raise ProbeError(f"expected every MoE layer to run once in a forward pass; {layer.shape.path} ran twice.")
         batch.not_read.remove(index)
-        scores = score_layer(layer, trace, out, batch.readout_TD, batch.tokens, with_output=self.with_output)
+        scores = score_layer(layer, trace, out, batch.readout_TD, batch.tokens, with_output=batch.with_output)
         batch.consume(index, scores)
 
 
@@ -83,6 +84,7 @@ class _Batch:
     readout_TD: Tensor
     """Unembedding row of the token that each position predicts, zero where none is scored."""
     consume: LayerConsumer
+    with_output: bool
     not_read: set[int]
     """Positions of the layers that have not run yet."""
 

@@ -32,12 +32,16 @@ class LanguageModelHead:
         find = getattr(model, "get_output_embeddings", None)
         head = find() if callable(find) else getattr(model, "lm_head", None)
         weight = getattr(head, "weight", None)
-        if not isinstance(head, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
+        is_plain = isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+        if not isinstance(head, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2 or not is_plain:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: expected a language-model head, from get_output_embeddings() or as "
-                f"attribute lm_head, with a weight [vocabulary, width]; got {type(head).__name__}."
+                f"attribute lm_head, with a plain floating-point weight [vocabulary, width]; got {type(head).__name__}."
             )
         self.module = head
+        self.error = torch.full((), float("nan"), device=weight.device)
+        """Relative difference, in the last forward, between the targets' logits as the head computed them and
+        ⟨hidden state, W_head[y]⟩ plus its bias; NaN if the head did not run as a module."""
         self._options = _accepted(model, use_cache=False, output_router_logits=False, return_dict=True)
 
     @property
@@ -78,11 +82,22 @@ class LanguageModelHead:
                 return None
             return (hidden.flatten(0, 1)[tokens.position_R].unsqueeze(0), *args[1:])
 
-        handle = self.module.register_forward_pre_hook(keep)
+        def compare(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            if args[0].shape[:-1] != (1, tokens.position_R.shape[0]):
+                return
+            expected_R = (args[0][0].float() * self.rows(tokens.target_R).float()).sum(-1)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                expected_R += bias[tokens.target_R].float()
+            difference_R = out[0].gather(1, tokens.target_R[:, None])[:, 0].float() - expected_R
+            self.error = torch.linalg.vector_norm(difference_R) / torch.linalg.vector_norm(expected_R)
+
+        handles = [self.module.register_forward_pre_hook(keep), self.module.register_forward_hook(compare)]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def token_losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mui_callback.errors import UnsupportedModelError
+from mui_callback.counts import ProbeCounts
+from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.discover import find_expert_layers, layout_of
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
@@ -21,6 +22,9 @@ from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.report import MUIReport, SampleTable
 from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.settings import ProbeSettings
+
+ROUNDING = 0.05
+"""Relative error of the identity that rounding can explain, in 16 bits too; a wrong tensor is far above it."""
 
 
 class MUIProbe:
@@ -62,10 +66,9 @@ class MUIProbe:
         self.probe_set = probe_set
         self.layers = find_expert_layers(self.model)
         self.layout = layout_of(self.layers)
-        self._head = LanguageModelHead(self.model)
+        vocab_size = LanguageModelHead(self.model).weight_VD.shape[0]
         self._device = _common_device(self.model)
         self.settings = replace(settings, max_length=max_length or _context_length(self.model))
-        vocab_size = self._head.weight_VD.shape[0]
         self._encoded = encode(probe_set, tokenizer, self.settings.max_length, vocab_size=vocab_size)
         self._choices = [choice for sample in self._encoded.samples for choice in sample.choices]
         self._batches = make_batches(self._encoded.samples, batch_tokens)
@@ -75,21 +78,24 @@ class MUIProbe:
         """Run the probe set through the model and count.
 
         Raises:
-            ProbeError: the experts did not run in a way that can be read.
+            ProbeError: the experts did not run in a way that can be read: their contributions do not add up to the
+                output of their layer, or some did not run at all.
         """
         start = time.perf_counter()
-        counts = DeviceCounts(
-            self.layout,
-            self._encoded.task_of_sample,
-            n_tasks=len(self._encoded.task_names),
-            n_choices=len(self._choices),
-            top_fraction=self.settings.top_fraction,
-            device=self._device,
-        )
         with frozen(self.model):
-            self._run_samples(counts)
-            self._run_choices(counts)
+            head = LanguageModelHead(self.model)  # found anew: a resized vocabulary has another one
+            counts = DeviceCounts(
+                self.layout,
+                self._encoded.task_of_sample,
+                n_tasks=len(self._encoded.task_names),
+                n_choices=len(self._choices),
+                top_fraction=self.settings.top_fraction,
+                device=self._device,
+            )
+            self._run_samples(head, counts)
+            self._run_choices(head, counts)
             on_host = counts.to_host()
+        self._check(on_host)
         return MUIReport(
             layout=self.layout,
             task_names=self._encoded.task_names,
@@ -100,20 +106,40 @@ class MUIProbe:
             seconds=time.perf_counter() - start,
         )
 
-    def _run_samples(self, counts: DeviceCounts) -> None:
+    def _run_samples(self, head: LanguageModelHead, counts: DeviceCounts) -> None:
         reading = Reading(self.layers)
         with instrument(reading):
-            for inputs in (to_device(batch, self._device) for batch in self._batches):
+            for number, batch in enumerate(self._batches):
+                inputs = to_device(batch, self._device)
                 batch_counts = counts.batch(inputs.tokens, inputs.sample_B)
-                readout_RD = self._head.rows(inputs.tokens.target_R)
-                with reading.batch(inputs.tokens, readout_RD, batch_counts.add_layer):
-                    logits_RV = self._head.logits(inputs)
+                readout_RD = head.rows(inputs.tokens.target_R)
+                is_first = number == 0
+                with reading.batch(inputs.tokens, readout_RD, batch_counts.add_layer, with_output=is_first):
+                    logits_RV = head.logits(inputs)
+                if is_first:
+                    counts.head_error.copy_(head.error)
                 batch_counts.add_predictions(*token_losses(logits_RV, inputs.tokens.target_R))
 
-    def _run_choices(self, counts: DeviceCounts) -> None:
-        for inputs in (to_device(batch, self._device) for batch in self._choice_batches):
-            loss_R, _ = token_losses(self._head.logits(inputs), inputs.tokens.target_R)
+    def _run_choices(self, head: LanguageModelHead, counts: DeviceCounts) -> None:
+        for batch in self._choice_batches:
+            inputs = to_device(batch, self._device)
+            loss_R, _ = token_losses(head.logits(inputs), inputs.tokens.target_R)
             counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
+
+    def _check(self, counts: ProbeCounts) -> None:
+        """Refuse numbers that were made from the wrong tensors."""
+        for layer, error in zip(self.layout.layers, counts.identity_error.tolist(), strict=True):
+            if error > ROUNDING:
+                raise ProbeError(
+                    f"layer {layer.layer} ({layer.path}): the contributions of its neurons do not add up to its output "
+                    f"(relative error {error:.2g}, at most {ROUNDING} can be rounding). Its experts work in a way that "
+                    "is not read right, so no number is reported."
+                )
+        if counts.head_error[0] > ROUNDING:
+            raise ProbeError(
+                f"the logits of the language-model head are not its weight times the hidden states (relative error "
+                f"{counts.head_error[0]:.2g}, at most {ROUNDING} can be rounding). Is there an adapter on it?"
+            )
 
 
 def _common_device(model: nn.Module) -> torch.device:

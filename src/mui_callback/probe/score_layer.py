@@ -120,7 +120,7 @@ def _score_routed(routed: StackedExperts, rows: RoutedRows, readout_RD: Tensor, 
     if rows.raw_SD is not None:
         readout_SD = routed.through_norm(readout_SD, rows.raw_SD[row_S])
     score_SI, n_not_finite = only_finite(
-        contributions(rows.act_SI[row_S], routed.project(readout_SD, expert_S), weight_RK.flatten()[order_S])
+        contributions(rows.act_SI[row_S], routed.project(rows, readout_SD, expert_S), weight_RK.flatten()[order_S])
     )
     return ExpertScores(
         score_SI.masked_fill_(~is_row_S.unsqueeze(-1), float("-inf")),

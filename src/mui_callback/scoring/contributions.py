@@ -91,9 +91,18 @@ def conserved(scores: LayerScores, n_tokens: int) -> Tensor:
 
     Equal to ``output_R - bias_R`` up to rounding, for any architecture, exactly when the right tensors were read.
     """
-    device = scores.parts[0].score_SW.device
-    total_R = torch.zeros(n_tokens, dtype=torch.float64, device=device)
+    total_R = torch.zeros(n_tokens, dtype=torch.float64, device=scores.parts[0].score_SW.device)
     for part in scores.parts:
         row_sum_S = part.score_SW.masked_fill(part.score_SW == float("-inf"), 0).sum(-1, dtype=torch.float64)
         total_R.index_add_(0, part.token_S, row_sum_S)
     return total_R
+
+
+def identity_error(scores: LayerScores) -> Tensor:
+    """‖Σ f - (output - biases)‖ / ‖output - biases‖ over the tokens, float64 scalar; NaN where the output is zero."""
+    assert scores.output_R is not None
+    assert scores.bias_R is not None
+    expected_R = (scores.output_R - scores.bias_R).double()
+    difference_R = conserved(scores, len(expected_R)) - expected_R
+    error: Tensor = torch.linalg.vector_norm(difference_R) / torch.linalg.vector_norm(expected_R)
+    return error

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mui_callback.counts import ProbeCounts, n_bytes
 from mui_callback.layout import ExpertLayout
-from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens
+from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens, identity_error
 from mui_callback.scoring.select import key_entries_per_sample, select_key_entries
 from mui_callback.scoring.topk import NOTHING, Candidates
 
@@ -65,6 +65,8 @@ class DeviceCounts:
         self.correct = zeros(torch.int64, len(task_of_sample))
         self.choice_loss = zeros(torch.float64, n_choices)
         self.not_finite = zeros(torch.int64, 1)
+        self.identity_error = zeros(torch.float64, len(layout.layers)).fill_(float("nan"))
+        self.head_error = zeros(torch.float64, 1).fill_(float("nan"))
 
     def batch(self, tokens: ScoredTokens, sample_B: Tensor) -> BatchCounts:
         """The counter of one batch of samples, whose numbers are int64 ``[B]``."""
@@ -102,6 +104,8 @@ class BatchCounts:
         for part in scores.parts:
             self._add_mass(layer, part)
             self.counts.not_finite += part.n_not_finite
+        if scores.output_R is not None:
+            self.counts.identity_error[layer] = identity_error(scores)
 
     def add_predictions(self, loss_R: Tensor, is_correct_R: Tensor) -> None:
         """Loss (nats) and whether the first choice was right, for each scored token."""

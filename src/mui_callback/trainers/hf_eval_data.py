@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from mui_callback.errors import ProbeSetError
 from mui_callback.probe.freeze import random_state_kept
 from mui_callback.probe.probe_set import ProbeSet
 
+_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 _MASK_COLUMNS = ("labels", "label_ids", "completion_mask", "assistant_masks")
 """Columns beside the model's own that collators make labels from."""
 
@@ -57,7 +61,7 @@ def eval_probe_set(trainer: Any, max_samples: int) -> ProbeSet | None:
 
 
 def _in_order(rows: Any) -> Iterable[Any]:
-    return (rows[index] for index in range(len(rows))) if hasattr(rows, "__getitem__") else iter(rows)
+    return (rows[index] for index in range(len(rows))) if hasattr(rows, "__len__") else iter(rows)
 
 
 def _read_task(trainer: Any, name: str, rows: list[Any]) -> ProbeSet:
@@ -67,15 +71,27 @@ def _read_task(trainer: Any, name: str, rows: list[Any]) -> ProbeSet:
         raise ProbeSetError(f"eval_dataset {name!r}: expected rows that are mappings, got {type(rows[0]).__name__}")
     if "input_ids" not in rows[0]:
         return ProbeSet.from_dataset(rows, task=name)
-    return ProbeSet.from_token_rows([_collate(trainer, row) for row in rows], task=name)
+    collate = copy.deepcopy(trainer.data_collator)  # it may have a random state of its own, shared with training
+    batches = [_collate(trainer, collate, row) for row in rows]
+    return ProbeSet.from_token_rows([part for batch in batches for part in _documents(batch)], task=name)
 
 
-def _collate(trainer: Any, row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _collate(trainer: Any, collate: Callable[[list[Any]], Any] | None, row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row as the model would get it: a batch of one."""
-    if trainer.data_collator is None:
+    if collate is None:
         return row
     if trainer.args.remove_unused_columns:
         wanted = {*inspect.signature(type(trainer.model).forward).parameters, *_MASK_COLUMNS}
         row = {name: value for name, value in row.items() if name in wanted}
-    batch = trainer.data_collator([row])
-    return {name: batch[name] for name in ("input_ids", "labels", "attention_mask") if batch.get(name) is not None}
+    batch = collate([row])
+    return {name: batch[name] for name in _COLUMNS if batch.get(name) is not None}
+
+
+def _documents(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A packed row as its documents: where positions begin again, attention does not look back."""
+    if "position_ids" not in batch:
+        return [batch]
+    columns = {name: np.asarray(values).reshape(-1) for name, values in batch.items()}
+    starts = np.flatnonzero(columns.pop("position_ids") == 0)
+    parts = {name: np.split(values, starts[starts > 0]) for name, values in columns.items()}
+    return [dict(zip(parts, document, strict=True)) for document in zip(*parts.values(), strict=True)]
