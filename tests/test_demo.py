@@ -231,7 +231,7 @@ def test_the_screen_has_a_line_for_each_probe(report: MUIReport) -> None:
     assert len(row(0, report)) == 79
     english = report.tasks["english"]
     assert f"{english.loss:.2f}" in lines[2]
-    assert f"{100 * (english.mui or 0):.1f}" in lines[2]
+    assert f" {100 * (english.mui or 0):.1f} │" in lines[2]
 
 
 def test_the_picture_leaves_failed_probes_out(report: MUIReport, tmp_path: Path) -> None:
