@@ -22,15 +22,16 @@ X = "train/global_step"
 def train_with_wandb(output_dir: Path, reporter: str) -> list[dict[str, Any]]:
     """The records of the run's own file."""
     output_dir.mkdir(parents=True)
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(output_dir), "WANDB_SILENT": "true"}
+    # Another test of this process may have had a run, and left its service and settings in the environment.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {**clean, "WANDB_MODE": "offline", "WANDB_DIR": str(output_dir), "WANDB_SILENT": "true"}
     command = [sys.executable, str(HERE / "wandb_training.py"), str(output_dir), reporter]
     subprocess.run(command, env=environment, check=True, timeout=300, cwd=HERE)
     (run_dir,) = (output_dir / "wandb").glob("offline-run-*")
     wandb = shutil.which("wandb", path=Path(sys.executable).parent)
     assert wandb is not None
-    shown = subprocess.run(
-        [wandb, "leet", "inspect", "--json", str(run_dir)], capture_output=True, check=True, timeout=120, text=True
-    )
+    inspect = [wandb, "leet", "inspect", "--json", str(run_dir)]
+    shown = subprocess.run(inspect, env=clean, capture_output=True, check=True, timeout=120, text=True)
     return [json.loads(line) for line in shown.stdout.splitlines()]
 
 
@@ -54,6 +55,7 @@ def with_trainer(directory: Path) -> list[dict[str, Any]]:
 
 def test_keys_are_those_of_the_catalogue(with_trainer: list[dict[str, Any]]) -> None:
     possible = {key(m.name) for m in CATALOGUE} | {key(m.name, "a") for m in CATALOGUE if m.scope is Scope.TASK}
+    assert mui_rows(with_trainer)
     for row in mui_rows(with_trainer):
         logged = {name for name in row if not name.startswith("_")} - {X}
         assert logged <= possible
