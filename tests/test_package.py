@@ -69,6 +69,8 @@ def test_the_command_line_explains_itself(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as exit_:
         main(["nonsense"])
     assert exit_.value.code == 2
+    with pytest.raises(SystemExit, match="steps: expected a positive number, got 0"):
+        main(["demo", "--steps", "0"])
 
 
 def test_the_example_runs(tmp_path: Path) -> None:

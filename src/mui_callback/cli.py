@@ -16,9 +16,11 @@ def demo(output_dir: Path = Path("mui-demo"), steps: int | None = None, seed: in
         steps: optimizer steps, if not the demo's own number; fewer take less time and show less.
         seed: seed of the weights and of the data.
     """
+    if steps is not None and steps < 1:
+        raise MUIError(f"steps: expected a positive number, got {steps}")
     from mui_callback.demo.run import DEFAULT_STEPS, run_demo
 
-    run_demo(output_dir, steps=steps or DEFAULT_STEPS, seed=seed)
+    run_demo(output_dir, steps=DEFAULT_STEPS if steps is None else steps, seed=seed)
 
 
 def main(arguments: list[str] | None = None) -> None:
