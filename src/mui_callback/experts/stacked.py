@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mui_callback.errors import UnsupportedModelError
 from mui_callback.experts.grouped import group_offsets, grouped_mm
+from mui_callback.experts.norms import channel_scale
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
@@ -148,14 +149,9 @@ class StackedExperts:
         return grouped_mm(readout_SD, down.transpose(-2, -1) if self.module.is_transposed else down, offsets_E)
 
     def through_norm(self, readout_SD: Tensor, raw_SD: Tensor) -> Tensor:
-        """The readout in front of the norm that follows an expert.
-
-        Such a norm scales each channel of its input: what it scaled by, in this row, is output over input, so
-        ⟨norm(o), r⟩ = ⟨o, scale · r⟩ holds exactly. A channel that is zero adds nothing on either side.
-        """
+        """The readout in front of the norm that follows an expert, whose input was `raw_SD`."""
         raw_SD = raw_SD.float()
-        scale_SD: Tensor = self.module.post_expert_norm(raw_SD) / raw_SD
-        return readout_SD * scale_SD.masked_fill_(raw_SD == 0, 0)
+        return readout_SD * channel_scale(self.module.post_expert_norm(raw_SD), raw_SD)
 
     def output_bias(self, readout_SD: Tensor, expert_S: Tensor) -> Tensor | None:
         """⟨b_d, readout⟩ of each row, ``[S]``: the part of an expert's output that no neuron makes."""

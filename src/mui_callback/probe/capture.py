@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from mui_callback.errors import ProbeError
 from mui_callback.experts.discover import ExpertLayer
 from mui_callback.experts.interface import route_experts_through
+from mui_callback.experts.norms import channel_scale
 from mui_callback.experts.shared import SharedExperts
 from mui_callback.probe.score_layer import LayerTrace, score_layer
 from mui_callback.scoring.contributions import LayerScores, ScoredTokens
@@ -185,6 +186,6 @@ def _hold_scale(norm: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tenso
     if not x.requires_grad:
         return None
     with torch.no_grad():
-        scale = (out.float() / x.float()).masked_fill(x == 0, 0)
+        scale = channel_scale(out, x)
     scaled = x * scale
     return out.detach() + (scaled - scaled.detach()).to(out.dtype)

@@ -40,8 +40,8 @@ class LanguageModelHead:
             )
         self.module = head
         self.error = torch.full((), float("nan"), device=weight.device)
-        """Relative difference, in the last forward, between the targets' logits as the head computed them and
-        ⟨hidden state, W_head[y]⟩ plus its bias; NaN if the head did not run as a module."""
+        """Relative difference, in the last forward that was checked, between the targets' logits as the head computed
+        them and ⟨hidden state, W_head[y]⟩ plus its bias; NaN if the head did not run as a module."""
         self._options = _accepted(model, use_cache=False, output_router_logits=False, return_dict=True)
 
     @property
@@ -55,14 +55,14 @@ class LanguageModelHead:
         """W_head[y] of each target, ``[R, D]``: a gather, never a product with the vocabulary."""
         return self.weight_VD.detach()[target_R]
 
-    def logits(self, inputs: DeviceBatch) -> Tensor:
+    def logits(self, inputs: DeviceBatch, *, check: bool = False) -> Tensor:
         """Run the model and return the logits that predict the scored tokens, ``[R, V]``.
 
         The head is given those positions only, so the logits of prompt and padding are never computed; what the
-        model does to its logits afterwards (scaling, capping) applies as always.
+        model does to its logits afterwards (scaling, capping) applies as always. With `check`, `error` is set.
         """
         tokens, input_ids = inputs.tokens, inputs.input_ids
-        with self._keep_only(tokens):
+        with self._keep_only(tokens, check=check):
             output = self.model(input_ids=input_ids, attention_mask=inputs.attention_mask, **self._options)
         logits: Tensor = output["logits"] if isinstance(output, dict) else output[0]
         if logits.shape[:2] == (1, tokens.position_R.shape[0]):
@@ -75,7 +75,7 @@ class LanguageModelHead:
         )
 
     @contextmanager
-    def _keep_only(self, tokens: ScoredTokens) -> Iterator[None]:
+    def _keep_only(self, tokens: ScoredTokens, *, check: bool) -> Iterator[None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             hidden = args[0]
             if hidden.shape[:-1] != (tokens.n_rows, tokens.length):
@@ -92,7 +92,9 @@ class LanguageModelHead:
             difference_R = out[0].gather(1, tokens.target_R[:, None])[:, 0].float() - expected_R
             self.error = torch.linalg.vector_norm(difference_R) / torch.linalg.vector_norm(expected_R)
 
-        handles = [self.module.register_forward_pre_hook(keep), self.module.register_forward_hook(compare)]
+        handles = [self.module.register_forward_pre_hook(keep)]
+        if check:
+            handles.append(self.module.register_forward_hook(compare))
         try:
             yield
         finally:

@@ -70,6 +70,7 @@ class MUIProbe:
         self._device = _common_device(self.model)
         self.settings = replace(settings, max_length=max_length or _context_length(self.model))
         self._encoded = encode(probe_set, tokenizer, self.settings.max_length, vocab_size=vocab_size)
+        self._sample_table = _sample_table(self._encoded)
         self._choices = [choice for sample in self._encoded.samples for choice in sample.choices]
         self._batches = make_batches(self._encoded.samples, batch_tokens)
         self._choice_batches = make_batches(self._choices, batch_tokens)
@@ -94,6 +95,7 @@ class MUIProbe:
             )
             self._run_samples(head, counts)
             self._run_choices(head, counts)
+            counts.head_error.copy_(head.error)
             on_host = counts.to_host()
         self._check(on_host)
         return MUIReport(
@@ -101,7 +103,7 @@ class MUIProbe:
             task_names=self._encoded.task_names,
             settings=self.settings,
             probe_set=self.probe_set.fingerprint,
-            sample_table=_sample_table(self._encoded),
+            sample_table=self._sample_table,
             counts=on_host,
             seconds=time.perf_counter() - start,
         )
@@ -115,9 +117,7 @@ class MUIProbe:
                 readout_RD = head.rows(inputs.tokens.target_R)
                 is_first = number == 0
                 with reading.batch(inputs.tokens, readout_RD, batch_counts.add_layer, with_output=is_first):
-                    logits_RV = head.logits(inputs)
-                if is_first:
-                    counts.head_error.copy_(head.error)
+                    logits_RV = head.logits(inputs, check=is_first)
                 batch_counts.add_predictions(*token_losses(logits_RV, inputs.tokens.target_R))
 
     def _run_choices(self, head: LanguageModelHead, counts: DeviceCounts) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from mui_callback.errors import ProbeSetError
 from mui_callback.probe.freeze import random_state_kept
+from mui_callback.probe.hub import iterate_rows
 from mui_callback.probe.probe_set import ProbeSet
 
 _COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
@@ -55,13 +56,10 @@ def eval_probe_set(trainer: Any, max_samples: int) -> ProbeSet | None:
     probe_set: ProbeSet | None = None
     for name, rows in tasks.items():
         with random_state_kept():  # a data set may draw from the random state that training goes on with
-            task = _read_task(trainer, str(name).replace("/", "_"), list(islice(_in_order(rows), max_samples)))
+            first = list(islice(iterate_rows(rows, f"eval_dataset {name!r}"), max_samples))
+            task = _read_task(trainer, str(name).replace("/", "_"), first)
         probe_set = task if probe_set is None else probe_set | task
     return probe_set
-
-
-def _in_order(rows: Any) -> Iterable[Any]:
-    return (rows[index] for index in range(len(rows))) if hasattr(rows, "__len__") else iter(rows)
 
 
 def _read_task(trainer: Any, name: str, rows: list[Any]) -> ProbeSet:
