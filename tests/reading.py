@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mui_callback.experts.discover import find_expert_layers, layout_of
+from mui_callback.experts.discover import find_expert_layers
+from mui_callback.experts.layer import layout_of
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
 from mui_callback.probe.encode import make_batches
@@ -17,9 +18,11 @@ from mui_callback.probe.samples import TokenSample
 from mui_callback.scoring.contributions import LayerScores, conserved
 
 
-def layer_scores(model: nn.Module, samples: list[TokenSample], *, conservation: bool = False) -> Any:
+def layer_scores(
+    model: nn.Module, samples: list[TokenSample], *, conservation: bool = False, dense: bool = False
+) -> Any:
     """Per layer and sample: (response position, expert, neuron) → contribution; or the identity's two sides."""
-    layers = find_expert_layers(model)
+    layers = find_expert_layers(model, dense=dense)
     shapes = layout_of(layers).layers
     found: list[list[dict[tuple[int, str, int], float]]] = [[{} for _ in samples] for _ in layers]
     totals: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -40,15 +43,15 @@ def layer_scores(model: nn.Module, samples: list[TokenSample], *, conservation: 
                     found[layer][sample][int(batch.tokens.order_R[token]), expert, neuron] = value
         if conservation:
             assert scores.output_R is not None
-            assert scores.bias_R is not None
+            assert scores.unmade_R is not None
             totals[layer].append(conserved(scores, len(batch.tokens.row_R)))
-            outputs[layer].append((scores.output_R - scores.bias_R).double())
+            outputs[layer].append((scores.output_R - scores.unmade_R).double())
 
     reading = Reading(layers)
     with frozen(model), instrument(reading):
         for host_batch in make_batches(samples, batch_tokens=40):
             batch = to_device(host_batch, head.weight_VD.device)
-            with reading.batch(batch.tokens, head.rows(batch.tokens.target_R), consume, with_output=conservation):
+            with reading.batch(batch.tokens, head.rows(batch.tokens.target_R), consume, check=conservation):
                 head.logits(batch)
     if conservation:
         return [torch.cat(parts) for parts in totals], [torch.cat(parts) for parts in outputs]

@@ -208,7 +208,7 @@ def test_a_dense_model_is_refused_by_name() -> None:
     dense = LlamaForCausalLM(
         LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
-    with pytest.raises(NoExpertsError, match=r"LlamaForCausalLM has no MoE layer.*gate_up_proj.*down_proj"):
+    with pytest.raises(NoExpertsError, match=r"LlamaForCausalLM has no MoE layer.*gate_up_proj.*dense=True"):
         MUIProbe(dense, probe_set())
 
 
@@ -272,11 +272,20 @@ def test_weights_on_several_devices_are_refused() -> None:
 
 
 def test_a_block_that_is_not_read_right_is_refused() -> None:
-    """A norm as a function, which no hook sees: its contributions would be wrong, and the identity says so."""
+    """A norm as a function, which no hook sees: its contributions would be wrong."""
     model = build("olmoe")
     block = model.model.layers[1].mlp
     forward = block.forward
     block.forward = lambda x: torch.nn.functional.rms_norm(forward(x), (24,))
+    with pytest.raises(ProbeError, match=r"layer 1 \(model\.layers\.1\.mlp\): what follows its experts is not linear"):
+        MUIProbe(model, probe_set()).measure()
+
+
+def test_a_part_that_no_neuron_made_is_refused() -> None:
+    model = build("olmoe")
+    block = model.model.layers[1].mlp
+    forward = block.forward
+    block.forward = lambda x: forward(x) + x
     with pytest.raises(ProbeError, match=r"layer 1 \(model\.layers\.1\.mlp\).*do not add up to its output"):
         MUIProbe(model, probe_set()).measure()
 

@@ -13,17 +13,21 @@ from mui_callback.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mui_callback.callback import MUICallback
+    from mui_callback.experts.adapters import MoEBlock, StackedWeight, register_adapter
     from mui_callback.probe.probe_set import ProbeSet
     from mui_callback.probe.run import MUIProbe
     from mui_callback.report import MUIReport
 
-__all__ = ["MUICallback", "MUIProbe", "MUIReport", "ProbeSet"]
+__all__ = ["MUICallback", "MUIProbe", "MUIReport", "MoEBlock", "ProbeSet", "StackedWeight", "register_adapter"]
 
 _HOMES = {
     "MUICallback": "mui_callback.callback",
     "MUIProbe": "mui_callback.probe.run",
     "MUIReport": "mui_callback.report",
+    "MoEBlock": "mui_callback.experts.adapters",
     "ProbeSet": "mui_callback.probe.probe_set",
+    "StackedWeight": "mui_callback.experts.adapters",
+    "register_adapter": "mui_callback.experts.adapters",
 }
 
 

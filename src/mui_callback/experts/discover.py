@@ -2,90 +2,129 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
 from mui_callback.errors import NoExpertsError, UnsupportedModelError
-from mui_callback.experts.shared import SHARED_NAMES, SharedExperts, find_shared_experts
+from mui_callback.experts.adapters import adapted
+from mui_callback.experts.base import Experts
+from mui_callback.experts.dense import find_dense_layers
+from mui_callback.experts.layer import ExpertLayer
+from mui_callback.experts.lists import find_list, find_stacked_parameter, has_router
+from mui_callback.experts.paths import is_elsewhere, is_inside, is_numbered, layer_numbers, outside
+from mui_callback.experts.shared import SHARED_NAMES, find_shared_experts, has_shared
 from mui_callback.experts.stacked import StackedExperts, has_stacked_layout
-from mui_callback.layout import ExpertLayout, LayerShape
-
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer")
-"""Names under which wrappers (torch.compile, checkpointing, FSDP, PEFT) keep the module that they wrap."""
+from mui_callback.layout import LayerShape
 
 
-@dataclass(frozen=True)
-class ExpertLayer:
-    """One MoE layer: its experts, and the module at whose end all of them have run."""
-
-    shape: LayerShape
-    routed: StackedExperts
-    shared: tuple[SharedExperts, ...]
-    scope: nn.Module
-    """The module whose forward calls all experts of the layer."""
-    scope_is_moe: bool
-    """Whether the output of `scope` is the output of the MoE layer. If so, what `scope` does to the experts' outputs
-    (a gate on the shared expert, a scaling factor, a projection) belongs to the contributions; if not, `scope` is a
-    decoder layer and the output of the MoE layer is the sum of the experts' outputs."""
-
-
-def find_expert_layers(model: nn.Module) -> tuple[ExpertLayer, ...]:
+def find_expert_layers(model: nn.Module, *, dense: bool = False) -> tuple[ExpertLayer, ...]:
     """All MoE layers of the model, in the order of its modules.
+
+    Args:
+        model: any module that holds them.
+        dense: also take the MLP of each layer without experts, as a layer of one expert.
 
     Raises:
         NoExpertsError: the model has none; the message says what was looked for.
-        UnsupportedModelError: experts were found whose weights cannot be read.
+        UnsupportedModelError: experts were found that cannot be read.
     """
-    modules = dict(model.named_modules())
-    layers = tuple(
-        _expert_layer(modules, path, module) for path, module in modules.items() if has_stacked_layout(module)
-    )
-    if not layers:
+    modules = {path: module for path, module in model.named_modules() if not is_elsewhere(path, model)}
+    found = list(_moe_layers(modules))
+    if dense:
+        layer_paths = [_decoder_layer(path) for path, _ in found]
+        found += find_dense_layers(modules, layer_paths)
+        order = {path: position for position, path in enumerate(modules)}
+        found.sort(key=lambda entry: order[entry[0]])
+    if not found:
         raise NoExpertsError(
             f"{type(model).__name__} has no MoE layer that can be probed. Looked among its {len(modules)} modules for "
             "experts with stacked weights (parameters gate_up_proj or up_proj, and down_proj, of shape "
-            "[experts, …, …], run through transformers' use_experts_implementation). "
-            "Is this a dense model, or one whose experts are a list of modules?"
+            "[experts, …, …]) and for lists of equal MLPs beside a router. "
+            "A dense model can be probed with dense=True; what structure does not tell, register_adapter can."
+            if not dense
+            else f"{type(model).__name__} has no MLP that can be probed: looked among its {len(modules)} modules for "
+            "MoE layers, and in each decoder layer for linear maps to neurons and back."
         )
+    numbers = layer_numbers(model, [layer.shape.path for _, layer in found])
+    layers = tuple(
+        replace(layer, shape=replace(layer.shape, layer=number))
+        for (_, layer), number in zip(found, numbers, strict=True)
+    )
     _check_numbers(layers)
     return layers
 
 
-def layout_of(layers: tuple[ExpertLayer, ...]) -> ExpertLayout:
-    """The numbering of the layers' experts and neurons."""
-    return ExpertLayout([layer.shape for layer in layers])
+def _moe_layers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLayer]]:
+    claimed: list[str] = []
+    for path, module in modules.items():
+        if any(is_inside(path, other) for other in claimed):
+            continue
+        told = adapted(path, module)
+        if told is not None:
+            claimed.append(path)
+            yield path, _layer(path, module, *told, scope_is_moe=not is_numbered(path))
+            continue
+        routed = None if path.rpartition(".")[2] in SHARED_NAMES else _find_routed(path, module)
+        if routed is None:
+            continue
+        claimed.append(path)
+        block_path = _block_of(modules, path, module, routed)
+        if block_path is not None:
+            yield path, _structured_layer(modules, block_path, module, routed)
 
 
-def _expert_layer(modules: dict[str, nn.Module], path: str, module: nn.Module) -> ExpertLayer:
-    routed = StackedExperts(path, module)
-    block_path = _outside(path)
-    outer_path = _outside(block_path)
-    scope_path, scope_is_moe = block_path, not _is_numbered(block_path)
-    # Granite keeps the shared MLP beside the block of the routed experts, in the decoder layer.
-    if scope_is_moe and _is_numbered(outer_path) and _has_shared(modules[outer_path]):
-        scope_path, scope_is_moe = outer_path, False
-    shared = find_shared_experts(scope_path, modules[scope_path], routed.width)
+def _find_routed(path: str, module: nn.Module) -> Experts | None:
+    if has_stacked_layout(module):
+        return StackedExperts(path, module)
+    return find_stacked_parameter(path, module) or find_list(path, module)
+
+
+def _block_of(modules: dict[str, nn.Module], path: str, module: nn.Module, routed: Experts) -> str | None:
+    """The path of the module that holds experts and router; None if there is no router, so that it is no MoE."""
+    block = outside(path)
+    if isinstance(routed, StackedExperts):
+        return block
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return path if has_router(module, routed.n_experts) else block
+    while not has_router(modules[block], routed.n_experts, beside=module):
+        if is_numbered(block) or not block:
+            return None
+        block = outside(block)
+    return block
+
+
+def _structured_layer(
+    modules: dict[str, nn.Module], block_path: str, module: nn.Module, routed: Experts
+) -> ExpertLayer:
+    outer_path = outside(block_path)
+    scope_path, scope_is_moe = block_path, not is_numbered(block_path)
+    # Some keep the shared experts beside the block of the routed ones.
+    if scope_is_moe and has_shared(modules[outer_path]):
+        scope_path, scope_is_moe = outer_path, not is_numbered(outer_path)
+    shared = find_shared_experts(scope_path, modules[scope_path], module, routed.width)
+    return _layer(block_path, modules[scope_path], routed, shared, scope_is_moe=scope_is_moe)
+
+
+def _layer(
+    path: str, scope: nn.Module, routed: Experts, shared: tuple[Experts, ...], *, scope_is_moe: bool
+) -> ExpertLayer:
     shape = LayerShape(
-        layer=_layer_number(path),
-        path=block_path,
+        layer=0,
+        path=path,
         n_routed=routed.n_experts,
         routed_width=routed.width,
-        shared_widths=tuple(part.expert_width for part in shared for _ in range(part.width // part.expert_width)),
+        shared_widths=tuple(part.width for part in shared for _ in range(part.n_experts)),
     )
-    return ExpertLayer(shape, routed, shared, modules[scope_path], scope_is_moe)
+    return ExpertLayer(shape, (routed, *shared), scope, scope_is_moe)
 
 
-def _unwrapped(path: str) -> str:
-    """The path of the outermost wrapper around a module, which is its place in the model."""
-    while path.rpartition(".")[2] in _WRAPPED:
-        path = path.rpartition(".")[0]
-    return path
-
-
-def _outside(path: str) -> str:
-    """The path of the module that holds this one."""
-    return _unwrapped(path).rpartition(".")[0]
+def _decoder_layer(path: str) -> str:
+    """The path of the list element that a module is in."""
+    parts = path.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=len(parts) - 1)
+    return ".".join(parts[: last + 1])
 
 
 def _check_numbers(layers: tuple[ExpertLayer, ...]) -> None:
@@ -97,18 +136,3 @@ def _check_numbers(layers: tuple[ExpertLayer, ...]) -> None:
                 f"expected MoE layers with different numbers in their paths, got {paths[shape.layer]} and {shape.path}"
             )
         paths[shape.layer] = shape.path
-
-
-def _has_shared(block: nn.Module) -> bool:
-    return any(isinstance(getattr(block, name, None), nn.Module) for name in SHARED_NAMES)
-
-
-def _is_numbered(path: str) -> bool:
-    """Whether the path ends in a number, as that of a decoder layer in its list does."""
-    return _unwrapped(path).rpartition(".")[2].isdecimal()
-
-
-def _layer_number(path: str) -> int:
-    """The last number in a module path: 7 of ``model.layers.7.mlp.experts``."""
-    numbers = [int(part) for part in path.split(".") if part.isdecimal()]
-    return numbers[-1] if numbers else 0

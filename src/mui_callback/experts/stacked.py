@@ -10,15 +10,20 @@ D width of the experts' input and output.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mui_callback.errors import UnsupportedModelError
+from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.grouped import group_offsets, grouped_mm
+from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.norms import channel_scale
+from mui_callback.experts.tail import Cut, Tail, add_inner
+from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, contributions, only_finite
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
@@ -80,6 +85,20 @@ class StackedExperts:
                     f"{self.path}.{name}: expected plain weights of 16 bits or more, got "
                     f"{type(weight.data).__name__} of {weight.dtype}. Quantised and sharded experts cannot be probed."
                 )
+
+    @property
+    def layout(self) -> str:
+        """See `Experts`."""
+        return "stacked, transposed" if self.module.is_transposed else "stacked"
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """See `Experts`."""
+        return (self.module,)
+
+    def recorder(self, tail: Tail, first_neuron: int) -> StackedRecorder:
+        """See `Experts`."""
+        return StackedRecorder(self, tail, first_neuron)
 
     def _weight_names(self) -> tuple[str, str]:
         return ("gate_up_proj" if self.module.has_gate else "up_proj", "down_proj")
@@ -159,3 +178,103 @@ class StackedExperts:
             return None
         bias_ED: Tensor = self.module.down_proj_bias
         return (bias_ED[expert_S].float() * readout_SD.float()).sum(-1)
+
+
+class StackedRecorder:
+    """See `Recorder`."""
+
+    def __init__(self, experts: StackedExperts, tail: Tail, first_neuron: int) -> None:
+        self.experts = experts
+        self.tail = tail
+        self.first_neuron = first_neuron
+        self.clear()
+
+    def clear(self) -> None:
+        """See `Recorder`."""
+        self.rows: RoutedRows | None = None
+        self.cut: Cut | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """See `Recorder`."""
+        with route_experts_through(self.experts.module, self._run):
+            yield
+
+    def _run(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):
+            out_TD, self.rows = self.experts.run(x_TD, expert_TK, weight_TK)
+        self.cut = self.tail.cut(out_TD)
+        return self.cut.value
+
+    @property
+    def has_run(self) -> bool:
+        """See `Recorder`."""
+        return self.rows is not None
+
+    def check_complete(self, tokens: ScoredTokens) -> None:
+        """See `Recorder`."""
+        if self.rows is None:
+            raise ProbeError(
+                f"{self.tail.where} ran without calling its experts through transformers' experts interface. "
+                "Was its forward replaced, by a kernel from the hub for example?"
+            )
+        expected, seen = tokens.n_rows * tokens.length, self.rows.expert_TK.shape[0]
+        if seen != expected:
+            raise ProbeError(
+                f"{self.tail.where}: expected its experts to see the {expected} positions of the batch, one row each, "
+                f"got {seen}."
+            )
+
+    def locate(self, out: Tensor, tokens: ScoredTokens) -> None:
+        """See `Recorder`: the rows are known from the start."""
+
+    def scores(self, tokens: ScoredTokens) -> ExpertScores:
+        """See `Recorder`."""
+        rows, readout_RD = self._read(tokens)
+        expert_RK, by_expert_RK = rows.expert_TK[tokens.position_R].sort(dim=1)
+        weight_RK = rows.weight_TK[tokens.position_R].gather(1, by_expert_RK)
+        row_RK = rows.row_TK[tokens.position_R].gather(1, by_expert_RK)
+        top_k = expert_RK.shape[1]
+
+        expert_S, order_S = expert_RK.flatten().sort(stable=True)
+        token_S, rank_S = order_S // top_k, order_S % top_k
+        row_S = row_RK.flatten()[order_S]
+        is_row_S = expert_S < self.experts.n_experts
+        expert_S = expert_S.clamp(max=self.experts.n_experts - 1)
+        readout_SD = readout_RD[token_S]
+        if rows.raw_SD is not None:
+            readout_SD = self.experts.through_norm(readout_SD, rows.raw_SD[row_S])
+        projected_SI = self.experts.project(rows, readout_SD, expert_S)
+        score_SI, n_not_finite = only_finite(
+            contributions(rows.act_SI[row_S], projected_SI, weight_RK.flatten()[order_S])
+        )
+        return ExpertScores(
+            score_SI.masked_fill_(~is_row_S.unsqueeze(-1), float("-inf")),
+            token_S,
+            first_neuron_S=self.first_neuron + expert_S * self.experts.width,
+            rank_S=rank_S,
+            rows_per_token=top_k,
+            expert_width=self.experts.width,
+            n_not_finite=n_not_finite,
+            is_row_S=is_row_S,
+        )
+
+    def add_output(self, output_R: Tensor, tokens: ScoredTokens) -> None:
+        """See `Recorder`."""
+        assert self.cut is not None
+        add_inner(output_R, tokens.numbers(), self.cut.value_SD, self.cut.readout_SD)
+
+    def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens) -> None:
+        """See `Recorder`."""
+        rows, readout_RD = self._read(tokens)
+        expert_RK = rows.expert_TK[tokens.position_R].clamp(max=self.experts.n_experts - 1)
+        weight_RK = rows.weight_TK[tokens.position_R].float()
+        for expert_R, weight_R in zip(expert_RK.unbind(1), weight_RK.unbind(1), strict=True):
+            bias_R = self.experts.output_bias(readout_RD, expert_R)
+            if bias_R is not None:
+                unmade_R += bias_R * weight_R
+
+    def _read(self, tokens: ScoredTokens) -> tuple[RoutedRows, Tensor]:
+        assert self.rows is not None
+        assert self.cut is not None
+        return self.rows, self.cut.readout_SD[tokens.position_R]

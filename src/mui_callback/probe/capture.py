@@ -1,10 +1,8 @@
 """Reading the expert layers while the model runs, one layer at a time.
 
-`instrument` puts hooks on the layers and its own experts function behind transformers' experts interface. When the
-last expert of a layer has run, its contributions are computed and handed on, and nothing of it is kept.
-
-From the first output of an expert to the end of the layer's scope, the few operations in between (its *tail*) are
-recorded by autograd, and nothing else is: `score_layer` needs their transpose.
+`instrument` attaches the recorders of all experts. When the last expert of a layer has run, its contributions are
+computed and handed on, and nothing of it is kept. In between, from the entry of the layer to its output, autograd
+records what happens outside of the experts (see `experts.tail`), and nothing else is recorded.
 """
 
 from __future__ import annotations
@@ -16,14 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mui_callback.errors import ProbeError
-from mui_callback.experts.discover import ExpertLayer
-from mui_callback.experts.interface import route_experts_through
-from mui_callback.experts.norms import channel_scale
-from mui_callback.experts.shared import SharedExperts
-from mui_callback.probe.score_layer import LayerTrace, score_layer
+from mui_callback.experts.layer import ExpertLayer
+from mui_callback.probe.score_layer import LayerReader
 from mui_callback.scoring.contributions import LayerScores, ScoredTokens
 
 LayerConsumer = Callable[[int, LayerScores], None]
@@ -43,7 +37,7 @@ class Reading:
 
     @contextmanager
     def batch(
-        self, tokens: ScoredTokens, readout_RD: Tensor, consume: LayerConsumer, *, with_output: bool = False
+        self, tokens: ScoredTokens, readout_RD: Tensor, consume: LayerConsumer, *, check: bool = False
     ) -> Iterator[None]:
         """Every layer is read once inside, and handed to `consume`.
 
@@ -51,14 +45,15 @@ class Reading:
             tokens: the scored tokens of the batch that the model runs inside.
             readout_RD: unembedding rows of their targets.
             consume: takes what was read of each layer.
-            with_output: also hand over what the identity needs, ``LayerScores.output_R`` and ``bias_R``.
+            check: also hand over what the identity needs, ``LayerScores.output_R`` and ``unmade_R``, and make sure
+                that what follows the experts of each layer is linear.
 
         Raises:
             ProbeError: a layer did not run, or ran twice.
         """
         readout_TD = readout_RD.new_zeros(tokens.n_rows * tokens.length, readout_RD.shape[1])
         readout_TD[tokens.position_R] = readout_RD
-        batch = self._batch = _Batch(tokens, readout_TD, consume, with_output, set(range(len(self.layers))))
+        batch = self._batch = _Batch(tokens, readout_TD, consume, check, set(range(len(self.layers))))
         try:
             yield
         finally:
@@ -67,15 +62,15 @@ class Reading:
             paths = ", ".join(self.layers[index].shape.path for index in sorted(batch.not_read))
             raise ProbeError(f"expected every MoE layer to run in a forward pass of the model; {paths} did not.")
 
-    def take(self, index: int, trace: LayerTrace, out: Tensor) -> None:
-        """Score what one layer left, if a batch is being read."""
+    def take(self, index: int, reader: LayerReader, out: Tensor, *, is_output: bool) -> None:
+        """Score what one layer left, if a batch is being read; see `LayerReader.scores`."""
         batch, layer = self._batch, self.layers[index]
         if batch is None:
             return
         if index not in batch.not_read:
             raise ProbeError(f"expected every MoE layer to run once in a forward pass; {layer.shape.path} ran twice.")
         batch.not_read.remove(index)
-        scores = score_layer(layer, trace, out, batch.readout_TD, batch.tokens, with_output=batch.with_output)
+        scores = reader.scores(out, batch.readout_TD, batch.tokens, is_output=is_output, check=batch.check)
         batch.consume(index, scores)
 
 
@@ -85,107 +80,80 @@ class _Batch:
     readout_TD: Tensor
     """Unembedding row of the token that each position predicts, zero where none is scored."""
     consume: LayerConsumer
-    with_output: bool
+    check: bool
     not_read: set[int]
     """Positions of the layers that have not run yet."""
 
 
 @contextmanager
 def instrument(reading: Reading) -> Iterator[None]:
-    """Hooks on all layers of the reading while it lasts; to be entered under `torch.no_grad`."""
-    captures = [_LayerCapture(index, layer, reading) for index, layer in enumerate(reading.layers)]
+    """Whatever reads the layers is attached while this lasts; to be entered under `torch.no_grad`."""
     with ExitStack() as stack:
-        stack.enter_context(
-            route_experts_through({capture.layer.routed.module: capture.run_routed for capture in captures})
-        )
-        for capture in captures:
-            stack.enter_context(capture.hooked())
+        for index, layer in enumerate(reading.layers):
+            stack.enter_context(_LayerCapture(index, layer, reading).attached())
         yield
 
 
 class _LayerCapture:
-    """Collects what one layer's experts do, from the begin to the end of the layer's scope."""
+    """Follows one layer from its entry to where its experts' outputs have come together."""
 
     def __init__(self, index: int, layer: ExpertLayer, reading: Reading) -> None:
         self.index = index
         self.layer = layer
         self.reading = reading
-        self.trace = LayerTrace()
+        self.reader = LayerReader(layer)
+        self.is_open = False
+        self.recording = ExitStack()
 
     @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def attached(self) -> Iterator[None]:
         """All hooks of this layer."""
-        handles = [
-            self.layer.scope.register_forward_pre_hook(self._before),
-            self.layer.scope.register_forward_hook(self._after),
-        ]
-        for shared in self.layer.shared:
-            handles += self._hook_shared(shared)
-        if self.layer.scope_is_moe:
-            norms = [child for child in self.layer.scope.children() if "norm" in type(child).__name__.lower()]
-            handles += [norm.register_forward_hook(_hold_scale) for norm in norms]
-        try:
+        scope = self.layer.scope
+        with ExitStack() as stack:
+            stack.enter_context(scope.register_forward_pre_hook(self._enter))
+            stack.enter_context(scope.register_forward_hook(self._leave))
+            if not self.layer.scope_is_moe:
+                for child in scope.children():
+                    stack.enter_context(child.register_forward_pre_hook(self._join))
+            for handle in self.reader.watch_tail():
+                stack.enter_context(handle)
+            stack.callback(self.recording.close)  # after an exception inside the layer
+            for recorder in self.reader.recorders:
+                stack.enter_context(recorder.attached())
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def run_routed(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Stands in for the forward of the routed experts."""
-        with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):
-            out, self.trace.rows = self.layer.routed.run(x_TD, expert_TK, weight_TK)
-        self.trace.routed_out = self._begin_tail(out)
-        return self.trace.routed_out
+    def _enter(self, scope: nn.Module, args: Any) -> None:
+        self.reader.clear()
+        self.is_open = True
+        # Forwards that are meant for no_grad overwrite what autograd saves. What it saves for linear operations are
+        # factors; if one of those is overwritten, contributions do not add up.
+        self.recording.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+        # Functions inside that are decorated with no_grad give back the mode that they found.
+        torch.set_grad_enabled(self.layer.scope_is_moe)
 
-    def _before(self, scope: nn.Module, args: Any) -> None:
-        self.trace = LayerTrace()
-
-    def _hook_shared(self, shared: SharedExperts) -> list[RemovableHandle]:
-        def before(module: nn.Module, args: Any) -> None:
-            self._record(False)
-
-        def read(act_TW: Tensor) -> None:
-            self.trace.shared_act[shared.path] = act_TW
-
-        def after(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            self.trace.shared_out[shared.path] = self._begin_tail(out)
-            return self.trace.shared_out[shared.path]
-
-        return [
-            shared.module.register_forward_pre_hook(before),
-            *shared.watch(read),
-            shared.module.register_forward_hook(after),
-        ]
-
-    def _after(self, scope: nn.Module, args: Any, out: Any) -> Any:
-        self._record(False)
-        self.reading.take(self.index, self.trace, out[0] if isinstance(out, tuple) else out)
-        self.trace = LayerTrace()
-        if not self.layer.scope_is_moe:
+    def _join(self, child: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """In a decoder layer, the MoE layer ends where a module takes the outputs of all its experts as one."""
+        x = args[0] if args else None
+        if not self.is_open or not isinstance(x, Tensor) or not x.requires_grad or not self.reader.has_joined(x):
             return None
+        self._close(x, is_output=len(self.layer.experts) > 1)  # the sum of several; one may come with the residual
+        return (x.detach(), *args[1:])
+
+    def _leave(self, scope: nn.Module, args: Any, out: Any) -> Any:
+        if not self.is_open:
+            return None
+        self._close(out[0] if isinstance(out, tuple) else out, is_output=self.layer.scope_is_moe)
         if isinstance(out, tuple):
             return tuple(part.detach() if isinstance(part, Tensor) else part for part in out)
         return out.detach()
 
-    def _begin_tail(self, out: Tensor) -> Tensor:
-        """The output of an expert, from which on the tail is recorded."""
-        self._record(True)
-        return out.detach().requires_grad_() if self.layer.scope_is_moe else out
-
-    def _record(self, on: bool) -> None:
-        if self.layer.scope_is_moe:
-            torch.set_grad_enabled(on)
+    def _close(self, out: Tensor, *, is_output: bool) -> None:
+        torch.set_grad_enabled(False)
+        self.recording.close()
+        self.is_open = False
+        self.reading.take(self.index, self.reader, out, is_output=is_output)
+        self.reader.clear()
 
 
-def _hold_scale(norm: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-    """Let a norm in the tail pass for the scaling of channels that it amounts to at its present input.
-
-    The value is that of the norm to the bit; only what autograd sees is linear.
-    """
-    x = args[0]
-    if not x.requires_grad:
-        return None
-    with torch.no_grad():
-        scale = channel_scale(out, x)
-    scaled = x * scale
-    return out.detach() + (scaled - scaled.detach()).to(out.dtype)
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved

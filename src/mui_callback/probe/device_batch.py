@@ -15,15 +15,31 @@ from mui_callback.scoring.contributions import ScoredTokens
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """Tensors of one forward pass; B samples of T positions."""
+    """Tensors of one forward pass; B samples of T positions, and of S in front of an encoder."""
 
     input_ids: Tensor
-    """int64 ``[B, T]``."""
+    """int64 ``[B, T]``; an encoder-decoder's decoder reads it."""
     attention_mask: Tensor
     """int64 ``[B, T]``."""
+    encoder_ids: Tensor | None
+    """int64 ``[B, S]``, for an encoder-decoder only."""
+    encoder_mask: Tensor | None
+    """int64 ``[B, S]``, for an encoder-decoder only."""
     sample_B: Tensor
     """Index of each row's sequence, int64 ``[B]``."""
     tokens: ScoredTokens
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        """What the model is called with, under the names that transformers has for it."""
+        if self.encoder_ids is None or self.encoder_mask is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {
+            "input_ids": self.encoder_ids,
+            "attention_mask": self.encoder_mask,
+            "decoder_input_ids": self.input_ids,
+            "decoder_attention_mask": self.attention_mask,
+        }
 
 
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
@@ -36,6 +52,8 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     return DeviceBatch(
         input_ids=move(batch.input_ids),
         attention_mask=move(batch.attention_mask),
+        encoder_ids=None if batch.encoder_ids is None else move(batch.encoder_ids),
+        encoder_mask=None if batch.encoder_mask is None else move(batch.encoder_mask),
         sample_B=move(batch.sample),
         tokens=ScoredTokens(
             position_R=move(batch.flat_position),

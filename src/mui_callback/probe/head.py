@@ -6,7 +6,7 @@ Shapes: B samples, T positions, R scored tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from mui_callback.probe.device_batch import DeviceBatch
 from mui_callback.scoring.contributions import ScoredTokens
 
 _ROWS_AT_ONCE = 1024
+_NAMES = ("lm_head", "embed_out", "output_layer", "unembed", "head", "output")
+"""Names of heads, for models without get_output_embeddings; the first that there is one module of."""
 
 
 class LanguageModelHead:
@@ -29,14 +31,14 @@ class LanguageModelHead:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        find = getattr(model, "get_output_embeddings", None)
-        head = find() if callable(find) else getattr(model, "lm_head", None)
+        head = _find_head(model)
         weight = getattr(head, "weight", None)
         is_plain = isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
         if not isinstance(head, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2 or not is_plain:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: expected a language-model head, from get_output_embeddings() or as "
-                f"attribute lm_head, with a plain floating-point weight [vocabulary, width]; got {type(head).__name__}."
+                f"{type(model).__name__}: expected a language-model head, from get_output_embeddings() or as one "
+                f"module named {', '.join(_NAMES)}, with a plain floating-point weight [vocabulary, width]; "
+                f"got {type(head).__name__}."
             )
         self.module = head
         self.error = torch.full((), float("nan"), device=weight.device)
@@ -63,12 +65,12 @@ class LanguageModelHead:
         """
         tokens, input_ids = inputs.tokens, inputs.input_ids
         with self._keep_only(tokens, check=check):
-            output = self.model(input_ids=input_ids, attention_mask=inputs.attention_mask, **self._options)
-        logits: Tensor = output["logits"] if isinstance(output, dict) else output[0]
+            output = self.model(**inputs.model_inputs, **self._options)
+        logits = _logits_of(output)
         if logits.shape[:2] == (1, tokens.position_R.shape[0]):
             return logits[0]
-        if logits.shape[:2] == tuple(input_ids.shape):  # the model does not call its head as a module
-            return logits.flatten(0, 1)[tokens.position_R]
+        if logits.shape[:-1] in (input_ids.shape, (input_ids.numel(),)):  # the head is not called with [B, T, D]
+            return logits.reshape(input_ids.numel(), -1)[tokens.position_R]
         raise ProbeError(
             f"{type(self.model).__name__}: expected logits of shape [{input_ids.shape[0]}, {input_ids.shape[1]}, "
             f"vocabulary], got {tuple(logits.shape)}."
@@ -83,13 +85,16 @@ class LanguageModelHead:
             return (hidden.flatten(0, 1)[tokens.position_R].unsqueeze(0), *args[1:])
 
         def compare(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            if args[0].shape[:-1] != (1, tokens.position_R.shape[0]):
+            hidden_RD, out_RV = args[0].flatten(0, -2), out.flatten(0, -2)
+            if len(hidden_RD) == tokens.n_rows * tokens.length:
+                hidden_RD, out_RV = hidden_RD[tokens.position_R], out_RV[tokens.position_R]
+            if len(hidden_RD) != len(tokens.position_R):
                 return
-            expected_R = (args[0][0].float() * self.rows(tokens.target_R).float()).sum(-1)
+            expected_R = (hidden_RD.float() * self.rows(tokens.target_R).float()).sum(-1)
             bias = getattr(module, "bias", None)
             if bias is not None:
                 expected_R += bias[tokens.target_R].float()
-            difference_R = out[0].gather(1, tokens.target_R[:, None])[:, 0].float() - expected_R
+            difference_R = out_RV.gather(1, tokens.target_R[:, None])[:, 0].float() - expected_R
             self.error = torch.linalg.vector_norm(difference_R) / torch.linalg.vector_norm(expected_R)
 
         handles = [self.module.register_forward_pre_hook(keep)]
@@ -102,6 +107,19 @@ class LanguageModelHead:
                 handle.remove()
 
 
+def _find_head(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if isinstance(head, nn.Module):
+        return head
+    modules = list(model.named_modules())
+    for name in _NAMES:
+        found: list[nn.Module] = [module for path, module in modules if path.rpartition(".")[2] == name]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
 def token_losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (nats, float32) and whether the target is the highest logit, ``[R]`` each."""
     losses, correct = [], []
@@ -109,6 +127,19 @@ def token_losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
         losses.append(torch.nn.functional.cross_entropy(logits.float(), target, reduction="none"))
         correct.append(logits.argmax(-1) == target)
     return torch.cat(losses), torch.cat(correct)
+
+
+def _logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: an output of transformers, a mapping, a tuple or the tensor itself."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ProbeError(f"expected logits from the model, as a tensor or under the name logits, got {type(output)}")
+    return output
 
 
 def _accepted(model: nn.Module, **options: Any) -> dict[str, Any]:

@@ -35,6 +35,13 @@ class ScoredTokens:
     length: int
     """T, the padded length of the batch."""
 
+    def numbers(self) -> Tensor:
+        """The number of the scored token that each position predicts, int64 ``[B · T]``; -1 where none is scored."""
+        n_positions, device = self.n_rows * self.length, self.position_R.device
+        numbers = torch.full((n_positions,), -1, dtype=torch.int64, device=device)
+        numbers[self.position_R] = torch.arange(len(self.position_R), device=device)
+        return numbers
+
 
 @dataclass(frozen=True)
 class ExpertScores:
@@ -64,8 +71,8 @@ class LayerScores:
     parts: tuple[ExpertScores, ...]
     output_R: Tensor | None = None
     """⟨output of the MoE layer, readout⟩ of each token, float32 ``[R]``; only where it was asked for."""
-    bias_R: Tensor | None = None
-    """What the output biases of the experts add to it."""
+    unmade_R: Tensor | None = None
+    """What no neuron made of it: output biases, experts that pass their input on."""
 
 
 def contributions(act_SW: Tensor, projected_SW: Tensor, weight_S: Tensor | None = None) -> Tensor:
@@ -89,7 +96,7 @@ def only_finite(score_SW: Tensor) -> tuple[Tensor, Tensor]:
 def conserved(scores: LayerScores, n_tokens: int) -> Tensor:
     """Σ f over all neurons of the layer for each token, float64 ``[R]``.
 
-    Equal to ``output_R - bias_R`` up to rounding, for any architecture, exactly when the right tensors were read.
+    Equal to ``output_R - unmade_R`` up to rounding, for any architecture, exactly when the right tensors were read.
     """
     total_R = torch.zeros(n_tokens, dtype=torch.float64, device=scores.parts[0].score_SW.device)
     for part in scores.parts:
@@ -99,10 +106,10 @@ def conserved(scores: LayerScores, n_tokens: int) -> Tensor:
 
 
 def identity_error(scores: LayerScores) -> Tensor:
-    """‖Σ f - (output - biases)‖ / ‖output - biases‖ over the tokens, float64 scalar; NaN where the output is zero."""
+    """‖Σ f - (output - unmade)‖ / ‖output - unmade‖ over the tokens, float64 scalar; NaN where the output is zero."""
     assert scores.output_R is not None
-    assert scores.bias_R is not None
-    expected_R = (scores.output_R - scores.bias_R).double()
+    assert scores.unmade_R is not None
+    expected_R = (scores.output_R - scores.unmade_R).double()
     difference_R = conserved(scores, len(expected_R)) - expected_R
     error: Tensor = torch.linalg.vector_norm(difference_R) / torch.linalg.vector_norm(expected_R)
     return error

@@ -1,0 +1,70 @@
+"""What all kinds of experts have in common, however their weights are kept.
+
+Shapes: R scored tokens.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from mui_callback.experts.tail import Tail
+from mui_callback.scoring.contributions import ExpertScores, ScoredTokens
+
+
+class Experts(Protocol):
+    """Experts of one layer that are kept and run in the same way: all routed ones, or some shared ones."""
+
+    @property
+    def path(self) -> str:
+        """Module path, for messages."""
+
+    @property
+    def layout(self) -> str:
+        """How the weights are kept, in words."""
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules in which the experts run up to their down projection; never a part of the tail."""
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts."""
+
+    @property
+    def width(self) -> int:
+        """Neurons of each expert."""
+
+    def recorder(self, tail: Tail, first_neuron: int) -> Recorder:
+        """What reads these experts, whose first neuron has this number in the layer."""
+
+
+class Recorder(Protocol):
+    """Reads experts in one forward pass after another."""
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Whatever has to be in the model while it is read."""
+
+    def clear(self) -> None:
+        """Forget the last forward pass."""
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the experts ran since."""
+
+    def check_complete(self, tokens: ScoredTokens) -> None:
+        """Raises `ProbeError` if the experts did not run, or not on the positions of the batch."""
+
+    def locate(self, out: Tensor, tokens: ScoredTokens) -> None:
+        """Find out which token each row belongs to, before the tail that ends at `out` is transposed."""
+
+    def scores(self, tokens: ScoredTokens) -> ExpertScores:
+        """The contributions of the neurons to the scored tokens, after the tail was transposed."""
+
+    def add_output(self, output_R: Tensor, tokens: ScoredTokens) -> None:
+        """Add ⟨output of the experts, readout⟩ of each token to float32 ``[R]``."""
+
+    def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens) -> None:
+        """Add what no neuron made of that: output biases, experts that pass their input on."""

@@ -1,0 +1,71 @@
+"""What module paths say: which module holds another, which layer it is in, whether it is part of the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer")
+"""Names under which wrappers (torch.compile, checkpointing, FSDP, PEFT) keep the module that they wrap."""
+
+_ELSEWHERE = ("vision", "visual", "image", "audio", "talker", "mtp", "nextn")
+"""Words in paths of experts that a language model does not run on text."""
+
+
+def unwrapped(path: str) -> str:
+    """The path of the outermost wrapper around a module, which is its place in the model."""
+    while path.rpartition(".")[2] in _WRAPPED:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def outside(path: str) -> str:
+    """The path of the module that holds this one."""
+    return unwrapped(path).rpartition(".")[0]
+
+
+def is_inside(path: str, holder: str) -> bool:
+    """Whether a path is that of `holder` or of something in it."""
+    return path == holder or path.startswith(f"{holder}.") or not holder
+
+
+def is_numbered(path: str) -> bool:
+    """Whether the path ends in a number, as that of a decoder layer in its list does."""
+    return unwrapped(path).rpartition(".")[2].isdecimal()
+
+
+def is_attention(path: str) -> bool:
+    """Whether the module is an attention, or in one: some have experts, which are no MLPs."""
+    return bool(_words(path) & {"attn", "attention"})
+
+
+def is_elsewhere(path: str, model: nn.Module) -> bool:
+    """Whether the module belongs to another part than the MLPs of the decoder."""
+    words = _words(path)
+    if "encoder" in words:  # some call their only stack so
+        return any("decoder" in name.lower() for name, _ in model.named_modules())
+    return is_attention(path) or bool(words & set(_ELSEWHERE))
+
+
+def _words(path: str) -> set[str]:
+    return {word for part in path.lower().split(".") for word in part.split("_")}
+
+
+def layer_numbers(model: nn.Module, paths: Sequence[str]) -> list[int]:
+    """The number of the decoder layer that each module is in: 7 of ``model.layers.7.mlp``.
+
+    Of several numbers in a path (``decoder.block.3.layer.2.mlp``), the first is taken in which the paths differ;
+    where all are in one layer, the number in the longest list. 0 where there is none.
+    """
+    numbers = [[(i, int(part)) for i, part in enumerate(path.split(".")) if part.isdecimal()] for path in paths]
+    n_numbers = min(map(len, numbers), default=0)
+    if n_numbers == 0:
+        return [0] * len(paths)
+    columns = [[row[column][1] for row in numbers] for column in range(n_numbers)]
+    varying = [column for column in columns if len(set(column)) > 1]
+    if varying:
+        return varying[0]
+    parts = paths[0].split(".")
+    lengths = [len(list(model.get_submodule(".".join(parts[:i])).children())) for i, _ in numbers[0][:n_numbers]]
+    return columns[lengths.index(max(lengths))]

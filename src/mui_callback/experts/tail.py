@@ -1,0 +1,226 @@
+"""What a layer does with the outputs of its experts, recorded so that it can be transposed.
+
+Between the down projection of an expert and the output of its layer lie a routing weight, an output bias, a gate, a
+scaling factor, a norm, a projection out of a latent space, the sum over experts: the *tail*. It is linear in the
+outputs of the experts, and autograd transposes it. Applied to the unembedding row of the target, the transpose gives
+the *readout* in front of it, so that for any architecture
+
+    G · ⟨W_d[:, j], W_head[y]⟩ = ⟨W_d[:, j], readout⟩.
+
+Shapes: T positions of the batch (flattened), R scored tokens, S rows of one output (token and expert), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mui_callback.errors import ProbeError
+from mui_callback.experts.linear import is_linear
+from mui_callback.experts.norms import channel_scale
+from mui_callback.scoring.contributions import ScoredTokens
+
+
+@dataclass(eq=False)
+class Cut:
+    """An output of experts, at which the tail begins."""
+
+    value: Tensor
+    """``[…, D]``: a leaf of autograd, or a tensor in the tail."""
+    readout: Tensor | None = None
+    """In the shape of `value`; set by `Tail.transpose`."""
+
+    @property
+    def value_SD(self) -> Tensor:
+        """The output, ``[S, D]``."""
+        return self.value.detach().reshape(-1, self.value.shape[-1])
+
+    @property
+    def readout_SD(self) -> Tensor:
+        """The unembedding row of each row's target as seen from here, ``[S, D]``."""
+        assert self.readout is not None
+        return self.readout.reshape(-1, self.readout.shape[-1])
+
+
+class Tail:
+    """The tail of one layer in one forward pass.
+
+    Args:
+        where: the layer, for messages.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the last forward pass."""
+        self.cuts: list[Cut] = []
+        self.constants: list[tuple[Cut, Tensor]] = []
+        """What no neuron made, ``[D]`` or ``[S, D]``, and where it was added: biases, identity experts."""
+
+    def cut(self, out: Tensor) -> Cut:
+        """The output of experts from which on operations are recorded; go on with ``cut.value`` or a copy."""
+        torch.set_grad_enabled(True)
+        cut = Cut(out.detach().requires_grad_())
+        self.cuts.append(cut)
+        return cut
+
+    def watched(self, scope: Iterable[nn.Module], experts: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Hooks on those modules that need care in a tail: norms, and linear maps with a bias outside of experts."""
+        handles, inside = [], {module for expert in experts for module in expert.modules()}
+        for module in scope:
+            if "norm" in type(module).__name__.lower():
+                handles.append(module.register_forward_hook(self._hold_scale))
+            elif module not in inside and is_linear(module) and getattr(module, "bias", None) is not None:
+                handles.append(module.register_forward_hook(self._note_bias))
+        return handles
+
+    def _is_inside(self, x: object) -> bool:
+        return bool(self.cuts) and torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+
+    def _hold_scale(self, norm: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        """Let a norm pass for the scaling of channels that it amounts to at its present input.
+
+        The value is that of the norm to the bit; only what autograd sees is linear.
+        """
+        if not args or not self._is_inside(args[0]):
+            return None
+        with torch.no_grad():
+            scale = channel_scale(out, args[0])
+        scaled = args[0] * scale
+        return out.detach() + (scaled - scaled.detach()).to(out.dtype)
+
+    def _note_bias(self, linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if args and self._is_inside(args[0]):
+            assert isinstance(linear.bias, Tensor)
+            self.constants.append((Cut(out), linear.bias))
+
+    def has_joined(self, x: Tensor) -> bool:
+        """Whether the tensor holds the outputs of all cuts so far."""
+        return bool(self.cuts) and _leaves_behind(x) >= {id(cut.value) for cut in self.cuts}
+
+    def transpose(self, out: Tensor, readout_TD: Tensor, *, check: bool = False) -> None:
+        """Set the readout of every cut and constant.
+
+        Args:
+            out: output of the layer, ``[…, D]`` of T positions.
+            readout_TD: unembedding row of the token that each position predicts, zero where none is scored.
+            check: whether to make sure that the tail is linear.
+
+        Raises:
+            ProbeError: the outputs of the experts did not reach the output of the layer in a way that was recorded,
+                or the tail is not linear.
+        """
+        cuts = [*self.cuts, *(cut for cut, _ in self.constants)]
+        if out.numel() != readout_TD.numel():
+            raise ProbeError(
+                f"{self.where}: expected an output of {readout_TD.shape[0]} positions of width {readout_TD.shape[1]}, "
+                f"that of the language-model head, got {tuple(out.shape)}."
+            )
+        readouts = self._seen_from(out, cuts, readout_TD, create_graph=check)
+        if check:
+            leaves = {id(cut.value) for cut in self.cuts}
+            if any(_leaves_behind(readout) & leaves for readout in readouts):
+                raise ProbeError(
+                    f"{self.where}: what follows its experts is not linear in their outputs, so these cannot be told "
+                    "apart. Is another module than the down projection taken for it? `register_adapter` can name it."
+                )
+        for cut, readout in zip(cuts, readouts, strict=True):
+            cut.readout = readout.detach()
+
+    def tokens_of(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
+        """Which scored token each row of each cut goes to: int64 ``[S]``, -1 where none.
+
+        The transposed tail carries the number of the token to the rows, one digit at a time: every digit is sent
+        along a fixed direction, and read off as a multiple of what 1 becomes. To be called before `transpose`.
+
+        Raises:
+            ProbeError: a row goes to several tokens.
+        """
+        base = 1024 if out.dtype in (torch.float32, torch.float64) else 16  # exact in the digits of the dtype
+        number_T = tokens.numbers() + 1
+        direction_D = torch.arange(out.shape[-1], device=out.device).mul(2654435761).bitwise_right_shift(16) % 2 * 2 - 1
+
+        def sent(value_T: Tensor) -> list[Tensor]:
+            sent_TD = value_T.to(out.dtype)[:, None] * direction_D.to(out.dtype)
+            seen = self._seen_from(out, cuts, sent_TD, retain_graph=True)
+            return [grad.reshape(-1, grad.shape[-1]).float() for grad in seen]
+
+        ones = sent((number_T > 0).long())
+        squares = [one_SD.square().sum(-1) for one_SD in ones]
+        numbers = [torch.zeros_like(square_S, dtype=torch.int64) for square_S in squares]
+        weight, largest = 1, len(tokens.position_R)
+        while weight <= largest:
+            for number_S, one_SD, square_S, digit_SD in zip(
+                numbers, ones, squares, sent(number_T // weight % base), strict=True
+            ):
+                digit_S = ((digit_SD * one_SD).sum(-1) / square_S).nan_to_num_()
+                if ((digit_S - digit_S.round()).abs() > 0.2).any():
+                    raise ProbeError(
+                        f"{self.where}: an expert's output goes to several tokens at once (as in a soft mixture of "
+                        "experts), so no token can be said to have used it."
+                    )
+                number_S += digit_S.round().long() * weight
+            weight *= base
+        return [number_S - 1 for number_S in numbers]
+
+    def tokens_of_constants(self, out: Tensor, tokens: ScoredTokens) -> list[Tensor]:
+        """The same for what no neuron made; one row for each position of the batch is in order."""
+        number_T = tokens.numbers()
+        cuts = [cut for cut, _ in self.constants]
+        if all(len(cut.value_SD) == len(number_T) for cut in cuts):
+            return [number_T] * len(cuts)
+        return self.tokens_of(out, cuts, tokens)
+
+    def _seen_from(
+        self,
+        out: Tensor,
+        cuts: Sequence[Cut],
+        sent_TD: Tensor,
+        *,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+    ) -> list[Tensor]:
+        values = [cut.value for cut in cuts]
+        if not values:
+            return []
+        if not out.requires_grad:
+            raise ProbeError(
+                f"{self.where}: the outputs of its experts do not reach its output in a way that autograd can follow. "
+                "Does its forward run in torch.inference_mode, or detach them?"
+            )
+        sent = sent_TD.to(out.dtype).view_as(out)
+        with torch.enable_grad():
+            seen = torch.autograd.grad(
+                out, values, sent, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+            )
+        return [torch.zeros_like(value) if grad is None else grad for grad, value in zip(seen, values, strict=True)]
+
+
+def add_inner(sum_R: Tensor, token_S: Tensor, value_SD: Tensor, readout_SD: Tensor) -> None:
+    """Add ⟨value, readout⟩ of each row to the sum of its token; rows of token -1 are left out."""
+    is_row_S = token_S >= 0
+    inner_S = (value_SD.detach().float() * readout_SD.float()).sum(-1)
+    sum_R.index_add_(0, token_S[is_row_S], inner_S[is_row_S])
+
+
+def _leaves_behind(x: Tensor) -> set[int]:
+    """Identities of the leaves of autograd that a tensor was computed from."""
+    found: set[int] = set()
+    seen: set[object] = set()
+    stack: list[object] = [x.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        stack += [following for following, _ in getattr(node, "next_functions", ())]
+    return found

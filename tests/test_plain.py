@@ -1,0 +1,224 @@
+"""Experts as lists of modules, in every way that people send tokens to them, against plain loops in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mui_callback import MoEBlock, MUIProbe, MUIReport, ProbeSet, StackedWeight, register_adapter
+from mui_callback.errors import NoExpertsError, ProbeError, UnsupportedModelError
+from mui_callback.experts.adapters import unregister_adapter
+from naive import naive_key_neurons
+from plain_moe import FACTS, ZOO, build_plain
+from plain_naive import plain_scores
+from reading import layer_scores
+from tiny_samples import make_samples
+
+FRACTION = 0.05
+Adapter = Callable[[nn.Module], MoEBlock | None]
+
+
+def measure(model: nn.Module, **options: bool) -> MUIReport:
+    return MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=FRACTION, **options).measure()
+
+
+@pytest.fixture
+def adapters() -> Iterator[list[Adapter]]:
+    registered: list[Adapter] = []
+    yield registered
+    for adapter in registered:
+        unregister_adapter(adapter)
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_scores_and_key_neurons_equal_the_loops(name: str) -> None:
+    model, samples = build_plain(name), make_samples()
+    naive, log_likelihoods = plain_scores(model, name, [(s.input_ids.tolist(), s.scored.tolist()) for s in samples])
+    for naive_layer, fast_layer in zip(naive, layer_scores(model, samples), strict=True):
+        for expected, scores in zip(naive_layer.scores, fast_layer, strict=True):
+            largest = max(map(abs, expected.values()))
+            assert set(scores) == set(expected)
+            assert max(abs(scores[entry] - value) for entry, value in expected.items()) < 1e-5 * largest
+    report = measure(model)
+    assert report.key_neurons() == set().union(*naive_key_neurons(naive, FRACTION))
+    tokens = [value for sample in log_likelihoods for value in sample]
+    assert report.pooled.loss == pytest.approx(-np.mean(tokens), rel=1e-5)
+    routed = sum(len({(n, e) for n, e, _ in sample if e[0] == "E"}) for layer in naive for sample in layer.scores)
+    assert report.counts.routed[:, ~report.layout.is_shared].sum() == routed
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_structure(name: str) -> None:
+    facts = FACTS[name]
+    layers = measure(build_plain(name)).layout.layers
+    assert [layer.layer for layer in layers] == list(facts.layers)
+    assert {layer.n_routed for layer in layers} == {facts.n_routed}
+    assert {layer.routed_width for layer in layers} == {facts.width}
+    assert {layer.shared_widths for layer in layers} == {tuple(facts.shared)}
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_conservation_identity(name: str) -> None:
+    totals, outputs = layer_scores(build_plain(name), make_samples(), conservation=True)
+    for total, output in zip(totals, outputs, strict=True):
+        assert torch.linalg.norm(total - output) < 1e-5 * torch.linalg.norm(output)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v1", "mixtral", "qwen2", "gpt2", "expert_norm", "latent"])
+def test_half_precision(name: str) -> None:
+    model = build_plain(name)
+    exact, rounded = measure(model).key_neurons(), measure(model.to(torch.bfloat16))
+    assert rounded.scalars()["mui/identity_error"] < 0.02
+    assert len(exact & rounded.key_neurons()) > 0.5 * len(exact | rounded.key_neurons())
+
+
+@pytest.mark.parametrize("name", ["deepseek_v1", "deepseek_v2", "slots", "expert_norm"])
+def test_training_is_the_same_to_the_bit(name: str) -> None:
+    def losses(*, probed: bool) -> list[float]:
+        model = build_plain(name).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        ids = torch.randint(0, 384, (4, 17), generator=torch.Generator().manual_seed(0))
+        found = []
+        for step in range(4):
+            if probed and step % 2:
+                measure(model)
+            logits = model(ids[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    assert losses(probed=True) == losses(probed=False)
+
+
+def test_a_list_of_mlps_without_a_router_is_no_moe() -> None:
+    assert [layer.layer for layer in measure(build_plain("decoy")).layout.layers] == [1]
+
+
+def test_what_follows_the_experts_must_be_linear() -> None:
+    with pytest.raises(ProbeError, match=r"layer 0 \(layers\.0\.mlp\): what follows its experts is not linear"):
+        measure(build_plain("nonlinear_tail"))
+
+
+def test_an_expert_that_is_not_found_is_noticed() -> None:
+    with pytest.raises(ProbeError, match=r"layer 0 \(layers\.0\.mlp\): the contributions of its neurons do not add up"):
+        measure(build_plain("hidden_mlp"))
+
+
+def test_an_adapter_names_what_structure_does_not_tell(adapters: list[Adapter]) -> None:
+    def with_side(module: nn.Module) -> MoEBlock | None:
+        if not hasattr(module, "side"):
+            return None
+        return MoEBlock([expert.down_proj for expert in module.experts], shared=[list(module.side.children())[-1]])
+
+    adapters.append(register_adapter(with_side))
+    model = build_plain("hidden_mlp")
+    totals, outputs = layer_scores(model, make_samples(), conservation=True)
+    for total, output in zip(totals, outputs, strict=True):
+        assert torch.linalg.norm(total - output) < 1e-5 * torch.linalg.norm(output)
+    assert all(layer.shared_widths for layer in measure(model).layout.layers)
+
+
+def test_an_adapter_and_structure_agree(adapters: list[Adapter]) -> None:
+    model = build_plain("qwen2")
+    found = measure(model)
+
+    def told(module: nn.Module) -> MoEBlock | None:
+        if not hasattr(module, "shared_expert"):
+            return None
+        return MoEBlock([expert.down_proj for expert in module.experts], shared=[module.shared_expert.down_proj])
+
+    adapters.append(register_adapter(told))
+    assert measure(model).layout == found.layout
+    assert measure(model).key_neurons() == found.key_neurons()
+
+
+def test_an_output_that_goes_to_several_tokens_is_refused(adapters: list[Adapter]) -> None:
+    def soft(module: nn.Module) -> MoEBlock | None:
+        return MoEBlock([e.down_proj for e in module.experts]) if hasattr(module, "experts") else None
+
+    model = build_plain("soft_moe")
+    with pytest.raises(NoExpertsError):
+        measure(model)
+    adapters.append(register_adapter(soft))
+    with pytest.raises(ProbeError, match="goes to several tokens at once"):
+        measure(model)
+
+
+def test_stacked_weights_may_be_named(adapters: list[Adapter]) -> None:
+    """The experts of the loops once more, but their down projections rows of one parameter that nobody can guess."""
+
+    class Rows(nn.Module):
+        def __init__(self, experts: nn.ModuleList) -> None:
+            super().__init__()
+            self.ups = nn.ModuleList(nn.ModuleList([expert.w1, expert.w3]) for expert in experts)
+            self.rows = nn.Parameter(torch.cat([expert.w2.weight.detach().T for expert in experts]))
+
+        def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+            gate, up = self.ups[expert]
+            return (nn.functional.silu(gate(x)) * up(x)) @ self.rows.view(len(self.ups), -1, x.shape[-1])[expert]
+
+    class One(nn.Module):
+        def __init__(self, stack: Rows, number: int) -> None:
+            super().__init__()
+            self.call = lambda x: stack(x, number)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.call(x)
+
+    model = build_plain("mixtral")
+    found = measure(model)
+    stacked = copy.deepcopy(model)
+    for layer in stacked.layers:
+        block = layer.block_sparse_moe
+        block.stack = Rows(block.experts)
+        block.experts = nn.ModuleList(One(block.stack, number) for number in range(len(block.experts)))
+
+    def told(module: nn.Module) -> MoEBlock | None:
+        stack = getattr(module, "stack", None)
+        return None if stack is None else MoEBlock(StackedWeight(stack, stack.rows, 6, 16))
+
+    adapters.append(register_adapter(told))
+    report = measure(stacked)
+    assert report.layout == found.layout
+    assert report.key_neurons() == found.key_neurons()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda block: "experts", r"layers\.0\.block_sparse_moe: expected a MoEBlock or None from adapter .*'experts'"),
+        (lambda block: MoEBlock([]), r"layers\.0\.block_sparse_moe: adapter .* names no routed experts"),
+        (lambda block: MoEBlock([nn.Linear(3, 3)]), r"expected down projections that are in this module"),
+        (lambda block: MoEBlock([block.experts[0]]), r"experts\.0: expected a linear map .* got MixtralMLP"),
+        (lambda block: MoEBlock([block.experts[0].w1, block.experts[0].w2]), r"experts of one width, got 16, 24"),
+    ],
+)
+def test_what_an_adapter_may_not_say(
+    answer: Callable[[nn.Module], object], message: str, adapters: list[Adapter]
+) -> None:
+    def wrong(module: nn.Module) -> MoEBlock | None:
+        return answer(module) if hasattr(module, "experts") else None  # type: ignore[return-value]
+
+    adapters.append(register_adapter(wrong))
+    with pytest.raises(UnsupportedModelError, match=message):
+        measure(build_plain("mixtral"))
+
+
+def test_which_of_two_square_maps_is_the_last_must_be_told() -> None:
+    model = build_plain("square")
+    for layer in model.layers:
+        for expert in layer.mlp.experts:
+            expert.one, expert.two = expert.fc_in, expert.fc_out
+            del expert.fc_in, expert.fc_out
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0\.mlp\.experts\.0: its linear maps one, two have the same"
+    ):
+        measure(model)
