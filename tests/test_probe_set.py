@@ -398,7 +398,7 @@ def test_token_rows_with_nothing_to_score_are_kept() -> None:
         ({"input_ids": [[1, 2], [3]]}, "`input_ids` to be integers of shape [T] or [1, T]"),
         ({"input_ids": [[1, 2], [3, 4]]}, "`input_ids` to be integers of shape [T] or [1, T]"),
         ({"input_ids": [1, -2]}, "token ids to be 0 or more, got int -2"),
-        ({"input_ids": [1, 2], "labels": [2]}, "`labels` to be as long as `input_ids` (2), got 1"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "`attention_mask` to be as long as `input_ids` (2), got 1"),
         ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "each label to be -100 or its own token"),
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "`attention_mask` to be 1 with zeros only"),
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 2, 2]}, "`attention_mask` to be 1 with zeros only"),
@@ -408,6 +408,83 @@ def test_token_rows_that_are_not_valid(row: Any, expected: str) -> None:
     message = rejected(lambda: ProbeSet.from_token_rows([{"input_ids": [1, 2]}, row], task="t"))
     assert message.startswith("t[1]")
     assert f": expected {expected}" in message
+
+
+# Rows of an encoder-decoder
+
+
+@pytest.mark.parametrize(
+    ("row", "encoder_ids", "input_ids", "scored"),
+    [
+        ({"input_ids": [5, 6, 1], "labels": [7, 1]}, [5, 6, 1], [7, 1], [True, True]),
+        ({"input_ids": [5, 1], "labels": [7, 8, 1]}, [5, 1], [7, 8, 1], [True, True, True]),
+        ({"input_ids": torch.tensor([[5, 1]]), "labels": torch.tensor([[7]])}, [5, 1], [7], [True]),
+        # Padding: of the prompt on either side, of the labels at the end.
+        ({"input_ids": [0, 5, 1, 0], "attention_mask": [0, 1, 1, 0], "labels": [7]}, [5, 1], [7], [True]),
+        ({"input_ids": [5, 1], "labels": [7, 1, -100, -100]}, [5, 1], [7, 1], [True, True]),
+        ({"input_ids": [5, 1], "labels": [-100, -100, -100]}, [5, 1], [], []),
+        # What the decoder reads stands where labels do not.
+        (
+            {"input_ids": [5, 1], "labels": [7, 8, 1], "decoder_input_ids": [0, 7, 8]},
+            [5, 1],
+            [7, 8, 1],
+            [True, True, True],
+        ),
+        (
+            {"input_ids": [5, 1], "labels": [-100, 8, -100, 1, -100], "decoder_input_ids": [0, 7, 8, 9, 1]},
+            [5, 1],
+            [7, 8, 9, 1],
+            [False, True, False, True],
+        ),
+        ({"input_ids": [5, 1], "labels": [-100, -100], "decoder_input_ids": [0, 7]}, [5, 1], [], []),
+    ],
+)
+def test_rows_that_look_like_an_encoder_decoders(
+    row: Any, encoder_ids: list[int], input_ids: list[int], scored: list[bool]
+) -> None:
+    for encoder_decoder in (False, True):
+        (sample,) = ProbeSet.from_token_rows([row], encoder_decoder=encoder_decoder).tasks["tokens"]
+        assert isinstance(sample, TokenSample)
+        assert sample.encoder_ids is not None
+        assert sample.encoder_ids.tolist() == encoder_ids
+        assert (sample.input_ids.tolist(), sample.scored.tolist()) == (input_ids, scored)
+
+
+def test_rows_that_may_be_either_are_told_apart_by_the_caller() -> None:
+    row = {"input_ids": [5, 6, 1], "labels": [-100, 6, 1]}
+    both = {"input_ids": [5, 6, 1], "labels": [5, 6, 1]}
+    (causal,) = ProbeSet.from_token_rows([row]).tasks["tokens"]
+    assert isinstance(causal, TokenSample)
+    assert causal.encoder_ids is None
+    (apart,) = ProbeSet.from_token_rows([both], encoder_decoder=True).tasks["tokens"]
+    assert isinstance(apart, TokenSample)
+    assert apart.encoder_ids is not None
+    assert (apart.encoder_ids.tolist(), apart.input_ids.tolist(), apart.scored.all()) == ([5, 6, 1], [5, 6, 1], True)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"input_ids": [1, 2]}, "the key 'labels', an encoder-decoder's response, got only 'input_ids'"),
+        ({"input_ids": [1], "decoder_input_ids": [0, 1]}, "the key 'labels', an encoder-decoder's response"),
+        ({"input_ids": [1, 2], "labels": [-100, 3]}, "labels of -100 at the end only, or `decoder_input_ids`"),
+        ({"input_ids": [1], "labels": [3, -3]}, "token ids to be 0 or more, got int -3"),
+        ({"input_ids": [-1], "labels": [3, 3]}, "token ids to be 0 or more, got int -1"),
+        ({"input_ids": [1], "labels": [3, 4], "decoder_input_ids": [0]}, "as long as `decoder_input_ids` (1), got 2"),
+        (
+            {"input_ids": [1], "labels": [3, 4], "decoder_input_ids": [3, 4]},
+            "`decoder_input_ids` to be a start token and then `labels`, got 1 other tokens",
+        ),
+        ({"input_ids": [1, 2], "attention_mask": [0, 0], "labels": [3]}, "`encoder_ids` to hold 1 or more tokens"),
+        ({"input_ids": [1, 2], "attention_mask": [1], "labels": [3]}, "`attention_mask` to be as long as `input_ids`"),
+        ({"input_ids": [1], "labels": [1.5, 2.5]}, "`labels` to be integers of shape [T] or [1, T]"),
+    ],
+)
+def test_rows_of_an_encoder_decoder_that_are_not_valid(row: Any, expected: str) -> None:
+    good = {"input_ids": [1, 2], "labels": [3]}
+    message = rejected(lambda: ProbeSet.from_token_rows([good, row], task="t", encoder_decoder=True))
+    assert message.startswith("t[1]")
+    assert expected in message
 
 
 @pytest.mark.parametrize("rows", [{"input_ids": [1, 2]}, "abc", 5])
@@ -432,6 +509,14 @@ def test_token_rows_are_rows(rows: Any) -> None:
             lambda: TokenChoice(np.array([1.5]), np.array([False])),
             "choice: expected `input_ids` to be integers",
         ),
+        (
+            lambda: TokenSample("t", np.array([1]), np.array([True]), encoder_ids=np.array([])),
+            "`encoder_ids` to hold 1 or more tokens, got none",
+        ),
+        (
+            lambda: TokenChoice(np.array([1]), np.array([True]), encoder_ids=np.array([[1], [2]])),
+            "`encoder_ids` to be integers of shape [T] or [1, T]",
+        ),
         (lambda: ProbeSample("a", "x", choices=("y",), answer=0), "`choices` to hold 2 or more alternatives"),
         (lambda: ProbeSample("a", "x", choices="yz", answer=0), "`choices` to be a list of 2 or more"),  # type: ignore[arg-type]
     ],
@@ -442,10 +527,11 @@ def test_samples_check_their_fields(make: Callable[[], object], expected: str) -
 
 def test_token_arrays_are_copied_and_read_only() -> None:
     ids = np.array([1, 2, 3])
-    sample = TokenSample("t", ids, np.array([False, True, True]))
+    sample = TokenSample("t", ids, np.array([False, True, True]), encoder_ids=ids)
     ids[0] = 9
-    assert sample.input_ids.tolist() == [1, 2, 3]
-    for array in (sample.input_ids, sample.scored):
+    assert sample.encoder_ids is not None
+    assert sample.input_ids.tolist() == sample.encoder_ids.tolist() == [1, 2, 3]
+    for array in (sample.input_ids, sample.scored, sample.encoder_ids):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
 
@@ -506,14 +592,25 @@ def test_fingerprint_is_the_same_on_every_machine() -> None:
     assert probe_set.fingerprint == "b80b01f6a8ee4165731078eb9be49c7e0f513981faefe8cdf9dfc17b6a6e829c"
 
 
+def test_fingerprint_of_causal_tokens_is_what_it_was_before_encoders() -> None:
+    choices = _choice(1, 2), _choice(1, 3)
+    sample = TokenSample("b", np.array([1, 2]), np.array([False, True]), 5, choices=choices, answer=1)
+    expected = "34c42e6ee518776363f6cd03daddcd6883f062ae24f1e90de22c9e0f93c36436"
+    assert ProbeSet({"t": [sample]}).fingerprint == expected
+
+
 def test_fingerprint_ignores_where_the_samples_were_read(tmp_path: Path) -> None:
     one = ProbeSet.from_jsonl({"t": write(tmp_path / "one.jsonl", {"response": "x"})})
     two = ProbeSet.from_jsonl({"t": write(tmp_path / "two.jsonl", b"\n", {"id": "named", "response": "x", "more": 1})})
     assert one.fingerprint == two.fingerprint
 
 
-def _choice(*ids: int) -> TokenChoice:
-    return TokenChoice(np.array(ids), np.array([False] * (len(ids) - 1) + [True]))
+def _choice(*ids: int, **fields: Any) -> TokenChoice:
+    return TokenChoice(np.array(ids), np.array([False] * (len(ids) - 1) + [True]), **fields)
+
+
+def _apart(encoder_ids: list[int]) -> TokenSample:
+    return TokenSample("t", np.array([1, 2]), np.array([False, False]), encoder_ids=np.array(encoder_ids))
 
 
 def _with_choices(first: TokenChoice, second: TokenChoice, answer: int) -> TokenSample:
@@ -544,6 +641,10 @@ def test_fingerprint_changes_with_any_content() -> None:
         {"t": [_with_choices(_choice(1, 2), _choice(1, 3), 0)]},
         {"t": [_with_choices(_choice(1, 2), _choice(1, 3), 1)]},
         {"t": [_with_choices(_choice(1, 2), _choice(1, 4), 0)]},
+        {"t": [_apart([5])]},
+        {"t": [_apart([6])]},
+        {"t": [_apart([])]},
+        {"t": [_with_choices(_choice(1, 2, encoder_ids=np.array([5])), _choice(1, 3), 0)]},
     ]
     assert len({ProbeSet(tasks).fingerprint for tasks in variants}) == len(variants)
 

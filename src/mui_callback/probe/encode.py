@@ -1,9 +1,10 @@
 """From a probe set to token samples, and from those to padded batches."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class EncodedProbeSet:
 
     Attributes:
         task_names: The names of the tasks, in order.
-        samples: The N samples, task by task.
+        samples: The N samples, task by task. Those for an encoder-decoder begin with the start token.
         task_of_sample: int64 [N], index into `task_names`.
         n_truncated: Number of samples that were longer than the maximum, in themselves or in a choice.
         n_unscored: Number of samples with no response token.
@@ -48,9 +49,13 @@ class EncodedProbeSet:
 class Batch:
     """B sequences, padded on the right with id 0 to T tokens, and the R tokens among them to score.
 
+    Those of an encoder-decoder are its decoder's; its encoder's are padded in the same way to S tokens.
+
     Attributes:
         input_ids: int64 [B, T].
         attention_mask: int64 [B, T], 1 for tokens and 0 for padding.
+        encoder_ids: int64 [B, S], or None without an encoder.
+        encoder_mask: int64 [B, S], as `attention_mask`, or None without an encoder.
         sample: int64 [B], index of each row's sequence among those that were batched.
         flat_position: int64 [R], row * T + (t - 1): where the prediction of scored token t is made. Scored
             tokens are ordered by row, then by position.
@@ -61,6 +66,8 @@ class Batch:
 
     input_ids: IntArray
     attention_mask: IntArray
+    encoder_ids: IntArray | None
+    encoder_mask: IntArray | None
     sample: IntArray
     flat_position: IntArray
     row: IntArray
@@ -79,6 +86,7 @@ def encode(
     max_length: int | None = None,
     *,
     vocab_size: int | None = None,
+    decoder_start: int | None = None,
 ) -> EncodedProbeSet:
     """Tokenise a probe set.
 
@@ -91,25 +99,42 @@ def encode(
     than `max_length` loses tokens from the left, and its `n_bytes` where that reaches into the response; one
     warning lists such samples.
 
+    For an encoder-decoder prompt and response are tokenised apart, each with the end-of-sequence token that
+    the tokenizer appends; the response as a target, if the tokenizer knows targets. A token sample that is
+    one sequence is parted at its first scored token. The prompt is the encoder's, and the decoder gets
+    `decoder_start` and the response, all of whose tokens are predicted. A prompt that is too long loses
+    tokens from the left too, but the decoder's sequence from the right: nothing of it is context only, and
+    without its beginning the rest would be predicted from something else than in training.
+
     Args:
         probe_set: The samples.
         tokenizer: Needed unless all samples are token samples.
         max_length: The longest sequence to keep, in tokens, 2 or more; None for no limit.
         vocab_size: If given, token ids must be less than this.
+        decoder_start: The token that the decoder of an encoder-decoder starts with; None for a causal model.
 
     Raises:
-        ProbeSetError: If a text sample comes without a tokenizer, the tokenizer returns no token ids, or
-            an id is not in the vocabulary.
+        ProbeSetError: If a text sample comes without a tokenizer, the tokenizer returns no token ids, an
+            id is not in the vocabulary, an encoder has no prompt, or a prompt has no encoder.
     """
     if max_length is not None and max_length < 2:
         fail("max_length", "None or 2 or more tokens", max_length)
     samples: list[TokenSample] = []
     too_long: list[str] = []
     for sample in (sample for task in probe_set.tasks.values() for sample in task):
-        tokens = tokenize(sample, tokenizer) if isinstance(sample, ProbeSample) else sample
+        tokens = sample
+        if isinstance(tokens, ProbeSample):
+            tokens = tokenize(tokens, tokenizer, encoder_decoder=decoder_start is not None)
+        if decoder_start is not None:
+            tokens = _start_decoder(tokens, decoder_start)
+        elif any(sequence.encoder_ids is not None for sequence in _sequences(tokens)):
+            raise ProbeSetError(
+                f"{tokens.where}: expected prompt and response in one sequence, as the model is not an"
+                " encoder-decoder, got `encoder_ids` (or a row whose `labels` are not as long as its `input_ids`)"
+            )
         if vocab_size is not None:
             _check_vocabulary(tokens, vocab_size)
-        longest = max(len(sequence.input_ids) for sequence in _sequences(tokens))
+        longest = max(map(len, _parts(tokens)))
         if max_length is not None and longest > max_length:
             too_long.append(f"{tokens.where}: {longest} tokens > {max_length}")
             tokens = _truncate(tokens, max_length)
@@ -118,7 +143,8 @@ def encode(
     if too_long:
         shown = "\n".join(too_long[:3] + ["..."] * (len(too_long) > 3))
         counts = f"{len(too_long)} of {len(samples)} probe samples"
-        warnings.warn(f"{counts} are too long and were cut from the left:\n{shown}", stacklevel=2)
+        side = "from the left" if decoder_start is None else "(prompts from the left, responses from the right)"
+        warnings.warn(f"{counts} are too long and were cut {side}:\n{shown}", stacklevel=2)
     sizes = [len(task) for task in probe_set.tasks.values()]
     return EncodedProbeSet(
         task_names=probe_set.task_names,
@@ -129,16 +155,18 @@ def encode(
     )
 
 
-def tokenize(sample: ProbeSample, tokenizer: Tokenizer | None) -> TokenSample:
-    """Tokenise one text sample and its choices, as `encode` describes.
+def tokenize(sample: ProbeSample, tokenizer: Tokenizer | None, *, encoder_decoder: bool = False) -> TokenSample:
+    """Tokenise one text sample and its choices, as `encode` describes, but without a start token.
 
     Raises:
-        ProbeSetError: If there is no tokenizer, or it does not return token ids.
+        ProbeSetError: If there is no tokenizer, it does not return token ids, or an encoder has no prompt.
     """
     if tokenizer is None:
         raise ProbeSetError(f"{sample.where}: expected a tokenizer for this text sample: pass tokenizer=")
     where = f"{sample.where}: tokenizer"
     prompt_ids = _call(tokenizer, sample.prompt, where) if sample.prompt else np.empty(0, dtype=np.int64)
+    if encoder_decoder and not prompt_ids.size:
+        raise ProbeSetError(f"{sample.where}: expected a prompt: an encoder-decoder needs one for its encoder")
 
     def continued(text: str) -> tuple[IntArray, BoolArray, int]:
         input_ids = _call(tokenizer, sample.prompt + text, where)
@@ -146,44 +174,74 @@ def tokenize(sample: ProbeSample, tokenizer: Tokenizer | None) -> TokenSample:
         scored[:1] = False
         return input_ids, scored, len(text.encode())
 
+    def apart(text: str) -> tuple[IntArray, BoolArray, int]:
+        input_ids = _call(_for_targets(tokenizer), text, where)
+        return input_ids, np.ones(len(input_ids), dtype=np.bool_), len(text.encode())
+
+    read, encoder_ids = (apart, prompt_ids) if encoder_decoder else (continued, None)
     return TokenSample(
         sample.id,
-        *continued(sample.response),
+        *read(sample.response),
         source=sample.source,
-        choices=tuple(TokenChoice(*continued(choice)) for choice in sample.choices),
+        choices=tuple(TokenChoice(*read(choice), encoder_ids) for choice in sample.choices),
         answer=sample.answer,
+        encoder_ids=encoder_ids,
     )
 
 
 def make_batches(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int) -> list[Batch]:
     """Batch sequences of similar length.
 
-    Sequences are sorted by length (ties by index) and packed greedily. One without a scored token has
-    nothing to score and is in no batch.
+    Sequences are sorted by length, an encoder's included (ties by index), and packed greedily. One without
+    a scored token has nothing to score and is in no batch.
 
     Args:
-        sequences: The sequences to batch.
-        batch_tokens: The most tokens (B * T, with padding) of a batch, 1 or more. A longer sequence makes
-            a batch of its own.
+        sequences: The sequences to batch, as `encode` makes them.
+        batch_tokens: The most tokens (B * T, or B * (T + S) with an encoder; with padding) of a batch, 1 or
+            more. A longer sequence makes a batch of its own.
 
     Raises:
-        ProbeSetError: If `batch_tokens` is less than 1.
+        ProbeSetError: If `batch_tokens` is less than 1, or a decoder's sequence has no start token yet.
     """
     if batch_tokens < 1:
         fail("batch_tokens", "1 or more tokens", batch_tokens)
     scored = [index for index, sequence in enumerate(sequences) if sequence.scored.any()]
     packs: list[list[int]] = []
-    for index in sorted(scored, key=lambda index: len(sequences[index].input_ids)):
-        width = len(sequences[index].input_ids)
-        if packs and (len(packs[-1]) + 1) * width <= batch_tokens:
+    widths: tuple[int, ...] = ()
+    for index in sorted(scored, key=lambda index: sum(_lengths(sequences[index]))):
+        lengths = _lengths(sequences[index])
+        widest = tuple(map(max, widths, lengths))
+        if packs and (len(packs[-1]) + 1) * sum(widest) <= batch_tokens:
             packs[-1].append(index)
+            widths = widest
         else:
             packs.append([index])
-    return [_pad(sequences, pack) for pack in packs]
+            widths = lengths
+    return [_pad([sequences[index] for index in pack], pack) for pack in packs]
 
 
 def _sequences(sample: TokenSample) -> tuple[TokenSample | TokenChoice, ...]:
     return (sample, *sample.choices)
+
+
+def _parts(sample: TokenSample) -> list[IntArray]:
+    """All token ids of a sample, as the model gets them: of each sequence, and of its encoder."""
+    parts = [ids for sequence in _sequences(sample) for ids in (sequence.input_ids, sequence.encoder_ids)]
+    return [ids for ids in parts if ids is not None]
+
+
+def _lengths(sequence: TokenSample | TokenChoice) -> tuple[int, int]:
+    """The number of tokens of the only or the decoder's sequence, and of the encoder's."""
+    return len(sequence.input_ids), 0 if sequence.encoder_ids is None else len(sequence.encoder_ids)
+
+
+def _for_targets(tokenizer: Any) -> Tokenizer:
+    """The tokenizer for what a decoder writes, which can differ: NLLB's names another language in it."""
+    try:
+        parameters = inspect.signature(tokenizer).parameters
+    except (TypeError, ValueError):  # not everything that can be called says how
+        return cast("Tokenizer", tokenizer)
+    return (lambda text: tokenizer(text_target=text)) if "text_target" in parameters else tokenizer
 
 
 def _call(tokenizer: Tokenizer, text: str, where: str) -> IntArray:
@@ -198,24 +256,43 @@ def _common_prefix(first: IntArray, second: IntArray) -> int:
     return int(differ[0]) if differ.size else shorter
 
 
-def _truncate(sample: TokenSample, max_length: int) -> TokenSample:
-    cut = max(len(sequence.input_ids) for sequence in _sequences(sample)) - max_length
+def _start_decoder(sample: TokenSample, start: int) -> TokenSample:
+    return replace(_started(sample, start), choices=tuple(_started(choice, start) for choice in sample.choices))
+
+
+def _started(tokens: _Tokens, start: int) -> _Tokens:
+    encoder_ids, response, scored = tokens.encoder_ids, tokens.input_ids, tokens.scored
+    if encoder_ids is None:
+        first = int(np.flatnonzero(scored).min(initial=len(scored)))
+        encoder_ids, response, scored = response[:first], response[first:], scored[first:]
     return replace(
-        _keep_last(sample, max_length),
-        choices=tuple(_keep_last(choice, max_length) for choice in sample.choices),
-        n_truncated=sample.n_truncated + cut,
+        tokens,
+        input_ids=np.append(start, response),
+        scored=np.append(False, scored),
+        encoder_ids=encoder_ids,
     )
 
 
-def _keep_last(tokens: _Tokens, max_length: int) -> _Tokens:
-    scored = tokens.scored[-max_length:].copy()
+def _truncate(sample: TokenSample, max_length: int) -> TokenSample:
+    return replace(
+        _shorten(sample, max_length),
+        choices=tuple(_shorten(choice, max_length) for choice in sample.choices),
+        n_truncated=sample.n_truncated + max(map(len, _parts(sample))) - max_length,
+    )
+
+
+def _shorten(tokens: _Tokens, max_length: int) -> _Tokens:
+    encoder_ids = tokens.encoder_ids
+    kept = slice(-max_length, None) if encoder_ids is None else slice(max_length)
+    scored = tokens.scored[kept].copy()
     scored[:1] = False
     whole = scored.sum() == tokens.scored.sum()
     return replace(
         tokens,
-        input_ids=tokens.input_ids[-max_length:],
+        input_ids=tokens.input_ids[kept],
         scored=scored,
         n_bytes=tokens.n_bytes if whole else None,
+        encoder_ids=None if encoder_ids is None else encoder_ids[-max_length:],
     )
 
 
@@ -230,32 +307,40 @@ def _check_choices(sample: TokenSample) -> None:
 
 
 def _check_vocabulary(sample: TokenSample, vocab_size: int) -> None:
-    for sequence in _sequences(sample):
-        largest = int(sequence.input_ids.max(initial=0))
-        if largest >= vocab_size:
-            raise ProbeSetError(
-                f"{sample.where}: expected token ids below the model's vocabulary size {vocab_size},"
-                f" got {largest}: tokenizer and model do not match"
-            )
+    largest = max(int(ids.max(initial=0)) for ids in _parts(sample))
+    if largest >= vocab_size:
+        raise ProbeSetError(
+            f"{sample.where}: expected token ids below the model's vocabulary size {vocab_size},"
+            f" got {largest}: tokenizer and model do not match"
+        )
 
 
 def _pad(sequences: Sequence[TokenSample | TokenChoice], pack: list[int]) -> Batch:
-    shape = (len(pack), len(sequences[pack[-1]].input_ids))
-    input_ids = np.zeros(shape, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
-    scored = np.zeros(shape, dtype=np.bool_)
-    for row, index in enumerate(pack):
-        length = len(sequences[index].input_ids)
-        input_ids[row, :length] = sequences[index].input_ids
-        attention_mask[row, :length] = 1
-        scored[row, :length] = sequences[index].scored
+    input_ids, attention_mask = _padded([sequence.input_ids for sequence in sequences])
+    scored = _padded([sequence.scored for sequence in sequences])[0].astype(np.bool_)
+    if scored[:, 0].any():
+        raise ProbeSetError("expected sequences as `encode` makes them, got one without the decoder's start token")
+    encoders = [sequence.encoder_ids for sequence in sequences if sequence.encoder_ids is not None]
+    encoder_ids, encoder_mask = _padded(encoders) if encoders else (None, None)
     rows, positions = np.nonzero(scored)
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
+        encoder_ids=encoder_ids,
+        encoder_mask=encoder_mask,
         sample=np.array(pack, dtype=np.int64),
-        flat_position=rows * shape[1] + positions - 1,
+        flat_position=rows * input_ids.shape[1] + positions - 1,
         row=rows,
         order=(scored.cumsum(axis=1, dtype=np.int64) - 1)[scored],
         target=input_ids[scored],
     )
+
+
+def _padded(rows: Sequence[IntArray | BoolArray]) -> tuple[IntArray, IntArray]:
+    """The rows, and a mask of where they are, of shape [number of rows, length of the longest]."""
+    padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    mask = np.zeros_like(padded)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return padded, mask

@@ -32,4 +32,5 @@ def _content(sample: ProbeSample | TokenSample) -> list[Any]:
 
 
 def _tokens(tokens: TokenSample | TokenChoice) -> list[Any]:
-    return [tokens.input_ids.tolist(), tokens.scored.astype(int).tolist(), tokens.n_bytes]
+    encoder = [] if tokens.encoder_ids is None else [tokens.encoder_ids.tolist()]
+    return [tokens.input_ids.tolist(), tokens.scored.astype(int).tolist(), tokens.n_bytes, *encoder]

@@ -145,26 +145,42 @@ class ProbeSet:
 
     @classmethod
     def from_token_rows(
-        cls, rows: Iterable[Mapping[str, Any]], task: str = "tokens", max_samples: int | None = None
+        cls,
+        rows: Iterable[Mapping[str, Any]],
+        task: str = "tokens",
+        max_samples: int | None = None,
+        *,
+        encoder_decoder: bool = False,
     ) -> "ProbeSet":
         """Make a probe set of one task from rows of token ids.
 
         Without labels every token but the first is a response token. A row without any scored token is
         kept: it is a sample with no response token, and is reported as such.
 
+        A row of an encoder-decoder has its prompt in `input_ids` and its response in `labels`. Where it
+        also has `decoder_input_ids` or labels of another length it is known as one; where it may not,
+        `encoder_decoder` tells. What the decoder starts with is the model's, not the row's.
+
         Args:
             rows: Mappings of `input_ids` and optionally `labels` (aligned with them, -100 where a token
                 is not scored) and `attention_mask` (0 for padding on either side, which is dropped).
-                Values are lists, arrays or tensors of shape [T] or [1, T].
+                Values are lists, arrays or tensors of shape [T] or [1, T]. An encoder-decoder's `labels`
+                have a length of their own and -100 at their end only, unless `decoder_input_ids` (a
+                start token and the labels, shifted to the right by it) says what is read there.
             task: The task's name.
             max_samples: Read the first so many rows.
+            encoder_decoder: Whether all rows are an encoder-decoder's.
 
         Raises:
             ProbeSetError: If a row is not valid.
         """
         _check_max_samples(max_samples)
         found = enumerate(islice(iterate_rows(rows, task), max_samples))
-        return cls({task: [token_sample(row, f"{task}[{index}]", f"{task}-{index}") for index, row in found]})
+        samples = [
+            token_sample(row, f"{task}[{index}]", f"{task}-{index}", encoder_decoder=encoder_decoder)
+            for index, row in found
+        ]
+        return cls({task: samples})
 
     @classmethod
     def builtin(cls) -> "ProbeSet":

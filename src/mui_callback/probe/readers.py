@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from mui_callback.errors import ProbeSetError
-from mui_callback.probe.samples import IntArray, ProbeSample, TokenSample, fail, integers, is_integer
+from mui_callback.probe.samples import BoolArray, IntArray, ProbeSample, TokenSample, fail, integers, is_integer
 
 FilePath = str | os.PathLike[str]
 
@@ -120,14 +120,14 @@ def text_samples(texts: Iterable[str], task: str) -> tuple[ProbeSample, ...]:
     )
 
 
-def token_sample(row: Any, source: str, default_id: str) -> TokenSample:
+def token_sample(row: Any, source: str, default_id: str, *, encoder_decoder: bool = False) -> TokenSample:
     """Make a sample from a row of token ids.
 
     Args:
-        row: `input_ids` and optionally `labels` (aligned with them, -100 where a token is not scored) and
-            `attention_mask` (1, and 0 for padding on either side, which is dropped); each [T] or [1, T].
+        row: As in `ProbeSet.from_token_rows`.
         source: Where the row is from, for messages.
         default_id: The sample's id if the row has none.
+        encoder_decoder: Whether the row is an encoder-decoder's even if it does not look like one.
 
     Raises:
         ProbeSetError: If the row is no mapping or does not hold a valid sample.
@@ -138,21 +138,52 @@ def token_sample(row: Any, source: str, default_id: str) -> TokenSample:
     input_ids = integers(row["input_ids"], source, "input_ids")
     kept = slice(None)
     if row.get("attention_mask") is not None:
-        kept = _unpadded(_aligned(row, "attention_mask", input_ids, source), source)
+        mask = integers(row["attention_mask"], source, "attention_mask", kinds="iub")
+        kept = _unpadded(_aligned(mask, "attention_mask", input_ids, "input_ids", source), source)
+    labels = None if row.get("labels") is None else integers(row["labels"], source, "labels")
+    sample_id = _row_id(row, default_id, source)
+    is_apart = labels is not None and labels.shape != input_ids.shape
+    if encoder_decoder or is_apart or row.get("decoder_input_ids") is not None:
+        return TokenSample(sample_id, *_decoded(row, labels, source), source=source, encoder_ids=input_ids[kept])
     scored = np.ones(len(input_ids), dtype=np.bool_)
-    if row.get("labels") is not None:
-        labels = _aligned(row, "labels", input_ids, source)
+    if labels is not None:
         scored = labels != IGNORE_INDEX
         differ = np.flatnonzero((scored & (labels != input_ids))[kept])
         if differ.size:
             raise ProbeSetError(
                 f"{source}: expected each label to be -100 or its own token (labels are aligned with"
-                f" `input_ids`, not shifted), got {differ.size} labels of other tokens"
+                f" `input_ids`, not shifted) unless the rows are an encoder-decoder's (encoder_decoder=True),"
+                f" got {differ.size} labels of other tokens"
             )
     scored = scored[kept].copy()
     scored[:1] = False
-    sample_id = _row_id(row, default_id, source)
     return TokenSample(sample_id, input_ids[kept], scored, source=source)
+
+
+def _decoded(row: Mapping[str, Any], labels: IntArray | None, source: str) -> tuple[IntArray, BoolArray]:
+    """The response of an encoder-decoder's row and which of its tokens are scored, up to the last that is."""
+    if labels is None:
+        raise ProbeSetError(f"{source}: expected the key 'labels', an encoder-decoder's response, {_present(row)}")
+    length = int(np.flatnonzero(labels != IGNORE_INDEX).max(initial=-1)) + 1
+    response = labels[:length]
+    scored = response != IGNORE_INDEX
+    if row.get("decoder_input_ids") is not None:
+        decoder_ids = integers(row["decoder_input_ids"], source, "decoder_input_ids")
+        _aligned(labels, "labels", decoder_ids, "decoder_input_ids", source)
+        # The label of a position is what is read at the next one; nothing reads the last.
+        response = np.append(decoder_ids[1:length], response[-1:])
+        differ = np.flatnonzero(scored & (response != labels[:length]))
+        if differ.size:
+            raise ProbeSetError(
+                f"{source}: expected `decoder_input_ids` to be a start token and then `labels`,"
+                f" got {differ.size} other tokens"
+            )
+    elif not scored.all():
+        raise ProbeSetError(
+            f"{source}: expected labels of -100 at the end only, or `decoder_input_ids` to say what the decoder"
+            f" reads in their place, got {np.count_nonzero(~scored)} before other labels"
+        )
+    return response, scored
 
 
 def _mapping(row: Any, source: str) -> Mapping[str, Any]:
@@ -174,11 +205,10 @@ def _row_id(row: Mapping[str, Any], default: str, source: str) -> str:
     return str(value)
 
 
-def _aligned(row: Mapping[str, Any], name: str, input_ids: IntArray, source: str) -> IntArray:
-    array = integers(row[name], source, name, kinds="iub" if name == "attention_mask" else "iu")
-    if array.shape != input_ids.shape:
+def _aligned(array: IntArray, name: str, other: IntArray, other_name: str, source: str) -> IntArray:
+    if array.shape != other.shape:
         raise ProbeSetError(
-            f"{source}: expected `{name}` to be as long as `input_ids` ({len(input_ids)}), got {len(array)}"
+            f"{source}: expected `{name}` to be as long as `{other_name}` ({len(other)}), got {len(array)}"
         )
     return array
 

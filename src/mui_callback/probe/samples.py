@@ -62,9 +62,10 @@ class TokenChoice:
     """One tokenised alternative of a sample: its prompt followed by one of its choices.
 
     Attributes:
-        input_ids: int64 [T], read-only.
-        scored: bool [T], read-only. True where the token belongs to the choice; `scored[0]` is False.
+        input_ids: int64 [T], read-only; as in `TokenSample`.
+        scored: bool [T], read-only. True where the token belongs to the choice; as in `TokenSample`.
         n_bytes: UTF-8 bytes of the choice's text, or None where they are not known.
+        encoder_ids: int64 [S], read-only, or None; as in `TokenSample`.
 
     Raises:
         ProbeSetError: If the arrays do not have these types and shapes.
@@ -73,6 +74,7 @@ class TokenChoice:
     input_ids: IntArray
     scored: BoolArray
     n_bytes: int | None = None
+    encoder_ids: IntArray | None = None
 
     def __post_init__(self) -> None:
         _check_tokens(self, "choice")
@@ -80,18 +82,22 @@ class TokenChoice:
 
 @dataclass(frozen=True, eq=False)
 class TokenSample:
-    """One probe sample as tokens.
+    """One probe sample as tokens: prompt and response in one sequence, or, for an encoder-decoder, apart.
 
     Attributes:
         id: Name of the sample within its task.
-        input_ids: int64 [T], read-only.
+        input_ids: int64 [T], read-only. Prompt and response; next to `encoder_ids` the response alone,
+            without the token that the decoder starts with: `encode` puts that in front.
         scored: bool [T], read-only. True where the token is a response token. A token is predicted from
-            the ones before it, so `scored[0]` is False.
+            the ones before it, so `scored[0]` is False; next to `encoder_ids` it may be True, for the
+            start token will predict it.
         n_bytes: UTF-8 bytes of the response's text, or None where they are not known.
         source: Where the sample was read. Used in messages only.
         choices: Empty, or two or more tokenised alternatives.
         answer: Index into `choices` of the right one; None without choices.
-        n_truncated: Number of tokens that were cut from the left, of the sample or of its longest choice.
+        n_truncated: Number of tokens that the longest sequence of the sample and its choices has lost.
+        encoder_ids: int64 [S], read-only. The prompt, for the encoder of an encoder-decoder; None where
+            `input_ids` holds it.
 
     Raises:
         ProbeSetError: If a field has the wrong type, shape or value.
@@ -105,6 +111,7 @@ class TokenSample:
     choices: tuple[TokenChoice, ...] = ()
     answer: int | None = None
     n_truncated: int = 0
+    encoder_ids: IntArray | None = None
 
     def __post_init__(self) -> None:
         where = self.where
@@ -192,14 +199,24 @@ def _check_answer(answer: int | None, n_choices: int, where: str) -> int | None:
     return int(answer)
 
 
+def _token_ids(values: Any, where: str, name: str) -> IntArray:
+    ids = integers(values, where, name)
+    if (ids < 0).any():
+        fail(where, "token ids to be 0 or more", int(ids.min()))
+    return ids
+
+
 def _check_tokens(tokens: TokenSample | TokenChoice, where: str) -> None:
-    input_ids = integers(tokens.input_ids, where, "input_ids")
-    if (input_ids < 0).any():
-        fail(where, "token ids to be 0 or more", int(input_ids.min()))
+    input_ids = _token_ids(tokens.input_ids, where, "input_ids")
     scored = np.array(tokens.scored)
     if scored.shape != input_ids.shape or (scored.size and scored.dtype != np.bool_):
         fail(where, f"`scored` to be bool of shape {input_ids.shape}", tokens.scored)
-    if scored.size and scored[0]:
+    if tokens.encoder_ids is not None:
+        encoder_ids = _token_ids(tokens.encoder_ids, where, "encoder_ids")
+        if scored.any() and not encoder_ids.size:
+            raise ProbeSetError(f"{where}: expected `encoder_ids` to hold 1 or more tokens, got none")
+        object.__setattr__(tokens, "encoder_ids", encoder_ids)
+    elif scored.size and scored[0]:
         raise ProbeSetError(f"{where}: expected scored[0] to be False: nothing predicts the first token")
     scored = scored.astype(np.bool_)
     scored.setflags(write=False)

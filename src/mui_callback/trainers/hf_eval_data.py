@@ -16,7 +16,7 @@ from mui_callback.probe.freeze import random_state_kept
 from mui_callback.probe.hub import iterate_rows
 from mui_callback.probe.probe_set import ProbeSet
 
-_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
+_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "decoder_input_ids")
 _MASK_COLUMNS = ("labels", "label_ids", "completion_mask", "assistant_masks")
 """Columns beside the model's own that collators make labels from."""
 
@@ -69,9 +69,11 @@ def _read_task(trainer: Any, name: str, rows: list[Any]) -> ProbeSet:
         raise ProbeSetError(f"eval_dataset {name!r}: expected rows that are mappings, got {type(rows[0]).__name__}")
     if "input_ids" not in rows[0]:
         return ProbeSet.from_dataset(rows, task=name)
-    collate = copy.deepcopy(trainer.data_collator)  # it may have a random state of its own, shared with training
-    batches = [_collate(trainer, collate, row) for row in rows]
-    return ProbeSet.from_token_rows([part for batch in batches for part in _documents(batch)], task=name)
+    # A collator may have a random state of its own, shared with training. If it has the model too, that is not copied.
+    collate = copy.deepcopy(trainer.data_collator, {id(trainer.model): trainer.model})
+    documents = [part for row in rows for part in _documents(_collate(trainer, collate, row))]
+    encoder_decoder = bool(getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False))
+    return ProbeSet.from_token_rows(documents, task=name, encoder_decoder=encoder_decoder)
 
 
 def _collate(trainer: Any, collate: Callable[[list[Any]], Any] | None, row: Mapping[str, Any]) -> Mapping[str, Any]:
