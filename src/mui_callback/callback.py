@@ -55,16 +55,17 @@ class MUICallback(TrainerCallback):
         eval_samples: samples taken of each eval data set where no probe set is given.
         on_error: ``"warn"``: a probe that fails is recorded as failed, with a warning, and training goes on.
             ``"raise"``: its exception ends training.
-        top_fraction: see `ProbeSettings`, as the three that follow.
+        top_fraction: see `ProbeSettings`, as the four that follow.
         key_expert_frequency: η_expert.
         batch_tokens: positions in a forward pass.
         max_length: tokens that longer samples are cut to.
+        dense: also probe the MLP of each layer without experts, as a layer of one expert.
 
     Raises:
         ValueError: an argument is out of its range.
 
     At the begin of training, before the first step:
-        NoExpertsError: the model has no MoE layer.
+        NoExpertsError: the model has no MoE layer, and `dense` is off.
         UnsupportedModelError: its experts or its head cannot be read.
         ProbeSetError: there is nothing to probe with, or it does not fit the model.
     """
@@ -84,6 +85,7 @@ class MUICallback(TrainerCallback):
         key_expert_frequency: float = ProbeSettings.key_expert_frequency,
         batch_tokens: int = ProbeSettings.batch_tokens,
         max_length: int | None = ProbeSettings.max_length,
+        dense: bool = ProbeSettings.dense,
     ) -> None:
         self.probe_set = probe_set
         self.schedule = Schedule(every, at_start=at_start, at_end=at_end)
@@ -95,7 +97,7 @@ class MUICallback(TrainerCallback):
             raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
         if eval_samples < 1:
             raise ValueError(f"eval_samples: expected a positive number of samples, got {eval_samples!r}")
-        self.settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens)
+        self.settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
         self._monitor: Monitor | None = None
 
     def on_train_begin(

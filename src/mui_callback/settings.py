@@ -23,6 +23,9 @@ class ProbeSettings:
     batch_tokens: int = 8192
     """Positions in a forward pass, padding included. Memory depends on it; what is measured does not, but for the
     rounding of the model's own forward."""
+    dense: bool = False
+    """Whether the MLP of each layer without experts is probed too, as a layer of one routed expert: all layers of a
+    dense model, the dense layers of one with MoE layers."""
 
     def __post_init__(self) -> None:
         for name in ("top_fraction", "key_expert_frequency"):

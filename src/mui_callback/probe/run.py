@@ -11,20 +11,19 @@ import torch
 from torch import nn
 
 from mui_callback.counts import ProbeCounts
-from mui_callback.errors import ProbeError, UnsupportedModelError
-from mui_callback.experts.discover import find_expert_layers, layout_of
+from mui_callback.errors import UnsupportedModelError
+from mui_callback.experts.discover import find_expert_layers
+from mui_callback.experts.layer import layout_of
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
-from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode, make_batches
+from mui_callback.probe.encode import Batch, EncodedProbeSet, Tokenizer, encode, make_batches
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.verification import ROUNDING, Verification
 from mui_callback.report import MUIReport, SampleTable
 from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.settings import ProbeSettings
-
-ROUNDING = 0.05
-"""Relative error of the identity that rounding can explain, in 16 bits too; a wrong tensor is far above it."""
 
 
 class MUIProbe:
@@ -38,10 +37,11 @@ class MUIProbe:
         probe_set: the samples.
         tokenizer: a transformers tokenizer, or a function from text to token ids. Not needed for samples that are
             tokens already.
-        top_fraction: see `ProbeSettings`, as the three that follow.
+        top_fraction: see `ProbeSettings`, as the four that follow.
         key_expert_frequency: η_expert.
         batch_tokens: positions in a forward pass.
         max_length: tokens that longer samples are cut to.
+        dense: also probe the MLP of each layer without experts, as a layer of one expert.
 
     Raises:
         NoExpertsError: the model has no MoE layer.
@@ -60,16 +60,23 @@ class MUIProbe:
         key_expert_frequency: float = ProbeSettings.key_expert_frequency,
         batch_tokens: int = ProbeSettings.batch_tokens,
         max_length: int | None = ProbeSettings.max_length,
+        dense: bool = ProbeSettings.dense,
     ) -> None:
-        settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens)
+        settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.probe_set = probe_set
-        self.layers = find_expert_layers(self.model)
+        self.layers = find_expert_layers(self.model, dense=dense)
         self.layout = layout_of(self.layers)
         vocab_size = LanguageModelHead(self.model).weight_VD.shape[0]
         self._device = _common_device(self.model)
         self.settings = replace(settings, max_length=max_length or _context_length(self.model))
-        self._encoded = encode(probe_set, tokenizer, self.settings.max_length, vocab_size=vocab_size)
+        self._encoded = encode(
+            probe_set,
+            tokenizer,
+            self.settings.max_length,
+            vocab_size=vocab_size,
+            decoder_start=decoder_start(self.model),
+        )
         self._sample_table = _sample_table(self._encoded)
         self._choices = [choice for sample in self._encoded.samples for choice in sample.choices]
         self._batches = make_batches(self._encoded.samples, batch_tokens)
@@ -83,6 +90,31 @@ class MUIProbe:
                 output of their layer, or some did not run at all.
         """
         start = time.perf_counter()
+        counts = self._count(self._batches, self._choice_batches)
+        Verification.of(self.layout, counts, int(self._sample_table.n_tokens.sum())).raise_if_wrong()
+        return MUIReport(
+            layout=self.layout,
+            task_names=self._encoded.task_names,
+            settings=self.settings,
+            probe_set=self.probe_set.fingerprint,
+            sample_table=self._sample_table,
+            counts=counts,
+            seconds=time.perf_counter() - start,
+        )
+
+    def verify(self, *, rounding: float = ROUNDING) -> Verification:
+        """Run the first batch only, and say how well every layer conserves its output.
+
+        Args:
+            rounding: relative error that is accepted.
+
+        Raises:
+            ProbeError: the experts did not run in a way that can be read at all.
+        """
+        first = self._batches[:1]
+        return Verification.of(self.layout, self._count(first, []), sum(len(batch.target) for batch in first), rounding)
+
+    def _count(self, batches: list[Batch], choice_batches: list[Batch]) -> ProbeCounts:
         with frozen(self.model):
             head = LanguageModelHead(self.model)  # found anew: a resized vocabulary has another one
             counts = DeviceCounts(
@@ -93,53 +125,28 @@ class MUIProbe:
                 top_fraction=self.settings.top_fraction,
                 device=self._device,
             )
-            self._run_samples(head, counts)
-            self._run_choices(head, counts)
+            self._run_samples(batches, head, counts)
+            self._run_choices(choice_batches, head, counts)
             counts.head_error.copy_(head.error)
-            on_host = counts.to_host()
-        self._check(on_host)
-        return MUIReport(
-            layout=self.layout,
-            task_names=self._encoded.task_names,
-            settings=self.settings,
-            probe_set=self.probe_set.fingerprint,
-            sample_table=self._sample_table,
-            counts=on_host,
-            seconds=time.perf_counter() - start,
-        )
+            return counts.to_host()
 
-    def _run_samples(self, head: LanguageModelHead, counts: DeviceCounts) -> None:
+    def _run_samples(self, batches: list[Batch], head: LanguageModelHead, counts: DeviceCounts) -> None:
         reading = Reading(self.layers)
         with instrument(reading):
-            for number, batch in enumerate(self._batches):
+            for number, batch in enumerate(batches):
                 inputs = to_device(batch, self._device)
                 batch_counts = counts.batch(inputs.tokens, inputs.sample_B)
                 readout_RD = head.rows(inputs.tokens.target_R)
                 is_first = number == 0
-                with reading.batch(inputs.tokens, readout_RD, batch_counts.add_layer, with_output=is_first):
+                with reading.batch(inputs.tokens, readout_RD, batch_counts.add_layer, check=is_first):
                     logits_RV = head.logits(inputs, check=is_first)
                 batch_counts.add_predictions(*token_losses(logits_RV, inputs.tokens.target_R))
 
-    def _run_choices(self, head: LanguageModelHead, counts: DeviceCounts) -> None:
-        for batch in self._choice_batches:
+    def _run_choices(self, batches: list[Batch], head: LanguageModelHead, counts: DeviceCounts) -> None:
+        for batch in batches:
             inputs = to_device(batch, self._device)
             loss_R, _ = token_losses(head.logits(inputs), inputs.tokens.target_R)
             counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
-
-    def _check(self, counts: ProbeCounts) -> None:
-        """Refuse numbers that were made from the wrong tensors."""
-        for layer, error in zip(self.layout.layers, counts.identity_error.tolist(), strict=True):
-            if error > ROUNDING:
-                raise ProbeError(
-                    f"layer {layer.layer} ({layer.path}): the contributions of its neurons do not add up to its output "
-                    f"(relative error {error:.2g}, at most {ROUNDING} can be rounding). Its experts work in a way that "
-                    "is not read right, so no number is reported."
-                )
-        if counts.head_error[0] > ROUNDING:
-            raise ProbeError(
-                f"the logits of the language-model head are not its weight times the hidden states (relative error "
-                f"{counts.head_error[0]:.2g}, at most {ROUNDING} can be rounding). Is there an adapter on it?"
-            )
 
 
 def _common_device(model: nn.Module) -> torch.device:
@@ -156,6 +163,24 @@ def _context_length(model: nn.Module) -> int | None:
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(text_config, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 1 else None
+
+
+def decoder_start(model: nn.Module) -> int | None:
+    """Token that the decoder of an encoder-decoder begins with; None for other models.
+
+    Raises:
+        UnsupportedModelError: it is an encoder-decoder whose config does not say.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    token = getattr(config, "decoder_start_token_id", None)
+    if not isinstance(token, int):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected the config of an encoder-decoder to have a decoder_start_token_id, "
+            f"got {token!r}"
+        )
+    return token
 
 
 def _sample_table(encoded: EncodedProbeSet) -> SampleTable:
