@@ -2,7 +2,7 @@
 PYTHON ?= python3
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint families clean
 
 demo: .venv/demo.stamp
 	.venv/demo/bin/mui-callback demo $(ARGS)
@@ -16,6 +16,9 @@ lint: .venv/dev.stamp
 	.venv/dev/bin/mypy
 	.venv/dev/bin/lint-imports
 	.venv/dev/bin/pre-commit validate-config
+
+families: .venv/dev.stamp
+	cd tests && ../.venv/dev/bin/python families_table.py
 
 .venv/demo.stamp: EXTRAS := hf,wandb,study
 .venv/dev.stamp: EXTRAS := dev
