@@ -19,7 +19,7 @@ except ImportError as error:
 from mui_callback.monitor import Monitor, OnError
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
-from mui_callback.probe.run import MUIProbe
+from mui_callback.probe.run import MUIProbe, decoder_start
 from mui_callback.schedule import Schedule
 from mui_callback.settings import ProbeSettings
 from mui_callback.sinks.base import RunDescription, Sink
@@ -111,7 +111,7 @@ class MUICallback(TrainerCallback):
     ) -> None:
         """Find the expert layers and the samples; probe at step 0."""
         tokenizer = self.tokenizer or processing_class
-        probe_set = self._find_probe_set(tokenizer)
+        probe_set = self._find_probe_set(model, tokenizer)
         probe = MUIProbe(model, probe_set, tokenizer=tokenizer, **asdict(self.settings))
         sinks: tuple[Sink, ...] = ()
         if state.is_world_process_zero:
@@ -148,7 +148,7 @@ class MUICallback(TrainerCallback):
         if self._monitor is not None:
             self._monitor.step(state.global_step, is_last=is_last)
 
-    def _find_probe_set(self, tokenizer: Any) -> ProbeSet:
+    def _find_probe_set(self, model: Any, tokenizer: Any) -> ProbeSet:
         if self.probe_set is not None:
             return self.probe_set
         trainer = calling_trainer()
@@ -167,4 +167,4 @@ class MUICallback(TrainerCallback):
                 "Pass a probe set, MUICallback(ProbeSet.from_jsonl({'gsm8k': 'gsm8k.jsonl'}), tokenizer=tokenizer), "
                 "or give the Trainer an eval_dataset or a processing_class."
             )
-        return ProbeSet.builtin()
+        return ProbeSet.builtin(only_with_prompt=decoder_start(model) is not None)

@@ -183,18 +183,22 @@ class ProbeSet:
         return cls({task: samples})
 
     @classmethod
-    def builtin(cls) -> "ProbeSet":
+    def builtin(cls, *, only_with_prompt: bool = False) -> "ProbeSet":
         """The package's own small probe set; needs no download.
 
         Its tasks are "english" (plain prose), "code" (Python functions) and "arithmetic" (questions with
         four choices).
+
+        Args:
+            only_with_prompt: Leave out plain text, as an encoder-decoder needs a prompt.
         """
         folder = files("mui_callback.probe") / "builtin"
         tasks = {}
         for task in BUILTIN_TASKS:
             with (folder / f"{task}.jsonl").open("rb") as lines:
-                tasks[task] = read_jsonl(lines, f"{task}.jsonl", task)
-        return cls(tasks)
+                samples = read_jsonl(lines, f"{task}.jsonl", task)
+            tasks[task] = [sample for sample in samples if sample.prompt or not only_with_prompt]
+        return cls({task: samples for task, samples in tasks.items() if samples})
 
     @property
     def tasks(self) -> Mapping[str, tuple[ProbeSample | TokenSample, ...]]:

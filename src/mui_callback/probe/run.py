@@ -69,7 +69,7 @@ class MUIProbe:
         self.layout = layout_of(self.layers)
         vocab_size = LanguageModelHead(self.model).weight_VD.shape[0]
         self._device = _common_device(self.model)
-        self.settings = replace(settings, max_length=max_length or _context_length(self.model))
+        self.settings = replace(settings, max_length=max_length or context_length(self.model))
         self._encoded = encode(
             probe_set,
             tokenizer,
@@ -158,7 +158,8 @@ def _common_device(model: nn.Module) -> torch.device:
     return torch.device(devices[0])
 
 
-def _context_length(model: nn.Module) -> int | None:
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that the model was made for, as its config says; None if it does not."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(text_config, "max_position_embeddings", None)

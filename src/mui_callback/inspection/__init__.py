@@ -1,0 +1,1 @@
+"""What `mui-callback inspect` says about a model before anything is trained."""

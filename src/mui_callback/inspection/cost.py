@@ -1,0 +1,86 @@
+"""What a probe would cost, counted in operations and bytes before it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mui_callback.counts import n_bytes
+from mui_callback.experts.layer import ExpertLayer
+from mui_callback.inspection.describe import LayerDescription
+from mui_callback.probe.encode import Batch, EncodedProbeSet
+from mui_callback.probe.head import LanguageModelHead
+
+
+@dataclass(frozen=True)
+class ProbeCost:
+    """The cost of one probe."""
+
+    samples: int
+    response_tokens: int
+    """Tokens that are scored."""
+    positions: int
+    """Positions in all forward passes, padding and the choices of samples included."""
+    passes: int
+    """Forward passes."""
+    forward_flops: float
+    """Operations of the matrix products of the forward passes, 2 for each weight that a position uses; attention
+    between positions is left out."""
+    score_flops: float
+    """Operations of the one product more that the scores take in each layer."""
+    score_bytes: int
+    """float32 scores of the largest batch in the widest layer; memory is needed for a few times as much."""
+    host_bytes: int
+    """What goes from the device to the host, once."""
+
+
+def probe_cost(
+    model: nn.Module,
+    layers: tuple[ExpertLayer, ...],
+    described: list[LayerDescription],
+    encoded: EncodedProbeSet,
+    batches: list[Batch],
+    choice_batches: list[Batch],
+) -> ProbeCost:
+    """Count what a probe of these batches takes.
+
+    Args:
+        model: the model, with its embedding; may be on the meta device.
+        layers: what `find_expert_layers` found.
+        described: their description.
+        encoded: the probe set.
+        batches: its samples in batches.
+        choice_batches: the choices of its samples in batches; they run forward only.
+    """
+    everything = [*batches, *choice_batches]
+    positions = sum(
+        batch.input_ids.size + (0 if batch.encoder_ids is None else batch.encoder_ids.size) for batch in everything
+    )
+    scored = sum(len(batch.target) for batch in batches)
+    widths = [(row.top_k or 1) * row.shape.routed_width + sum(row.shape.shared_widths) for row in described]
+    neurons = sum(n_bytes(row.shape.n_neurons) for row in described)
+    experts = sum(row.shape.n_experts for row in described)
+    return ProbeCost(
+        samples=len(encoded.samples),
+        response_tokens=sum(int(sample.scored.sum()) for sample in encoded.samples),
+        positions=positions,
+        passes=len(everything),
+        forward_flops=2.0 * _active_weights(model, layers, described) * positions,
+        score_flops=2.0 * LanguageModelHead(model).weight_VD.shape[1] * sum(widths) * scored,
+        score_bytes=4 * max(widths) * max((len(batch.target) for batch in batches), default=0),
+        host_bytes=len(encoded.task_names) * (neurons + 24 * experts) + 16 * len(encoded.samples),
+    )
+
+
+def _active_weights(model: nn.Module, layers: tuple[ExpertLayer, ...], described: list[LayerDescription]) -> float:
+    """Weights that one position is multiplied with: all but the embeddings, and of routed experts its own."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings.discard(id(getattr(head, "weight", None)))
+    active = float(sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings))
+    for layer, row in zip(layers, described, strict=True):
+        if row.shape.n_routed > 1:
+            routed = {id(p): p.numel() for module in layer.experts[0].modules for p in module.parameters()}
+            active -= sum(routed.values()) * (1 - (row.top_k or 1) / row.shape.n_routed)
+    return active

@@ -1,0 +1,70 @@
+"""What can be said about the expert layers of a model from its modules alone, without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mui_callback.experts.layer import ExpertLayer
+from mui_callback.layout import LayerShape
+from mui_callback.scoring.select import key_entries_per_sample
+
+_TOP_K = (
+    "top_k",
+    "num_experts_per_tok",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "moe_k",
+    "num_selected_experts",
+    "k",
+)
+"""Names under which routers, blocks and configs keep the number of experts of a token."""
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One expert layer."""
+
+    shape: LayerShape
+    layout: str
+    """How the weights of its experts are kept."""
+    top_k: int | None
+    """Routed experts of a token; None where no attribute says it."""
+    key_entries: int
+    """k: the highest contributions of a sample, whose neurons are its key neurons."""
+
+
+def describe(model: nn.Module, layers: tuple[ExpertLayer, ...], top_fraction: float) -> list[LayerDescription]:
+    """A description of each layer.
+
+    Args:
+        model: the model that the layers are of; may be on the meta device.
+        layers: what `find_expert_layers` found.
+        top_fraction: share of a layer's neurons that are key entries.
+    """
+    return [
+        LayerDescription(
+            shape=layer.shape,
+            layout=", ".join(dict.fromkeys(experts.layout for experts in layer.experts)),
+            top_k=_top_k(model, layer),
+            key_entries=key_entries_per_sample(layer.shape.n_neurons, top_fraction),
+        )
+        for layer in layers
+    ]
+
+
+def _top_k(model: nn.Module, layer: ExpertLayer) -> int | None:
+    if layer.shape.n_routed == 1:
+        return 1
+    experts = {module for part in layer.experts for owner in part.modules for module in owner.modules()}
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    for holder in (*(module for module in layer.scope.modules() if module not in experts), text_config):
+        for name in _TOP_K:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= layer.shape.n_routed:
+                return value
+    return None

@@ -1,0 +1,141 @@
+"""`mui-callback inspect`: the expert layers of a model, what a probe of it costs, and whether it is read right."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from mui_callback.errors import ProbeError
+from mui_callback.experts.discover import find_expert_layers
+from mui_callback.inspection.cost import ProbeCost, probe_cost
+from mui_callback.inspection.describe import LayerDescription, describe
+from mui_callback.inspection.screen import parameters, show_checks, show_cost, show_layers
+from mui_callback.loading import DType, ModelSource, load_pretrained, load_random, load_skeleton, load_tokenizer
+from mui_callback.probe.encode import Tokenizer, encode, make_batches
+from mui_callback.probe.head import LanguageModelHead
+from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.run import MUIProbe, context_length, decoder_start
+from mui_callback.probe.samples import TokenSample
+from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
+from mui_callback.settings import ProbeSettings
+
+_VERIFIED_TOKENS = 48
+
+
+def inspect_model(
+    source: ModelSource,
+    *,
+    settings: ProbeSettings,
+    probe: Path | None = None,
+    random_weights: bool = False,
+    verify: bool = False,
+    dtype: DType = "auto",
+    device: str = "cpu",
+    console: Console,
+) -> bool:
+    """Print what there is to say about a model.
+
+    Args:
+        source: where the model is.
+        settings: of the probe whose cost is counted.
+        probe: a JSONL file of samples; without it the built-in probe set.
+        random_weights: verify with weights drawn from the config, and read no checkpoint.
+        verify: run a few tokens, and say per layer how well the conservation identity holds.
+        dtype: of the weights for that.
+        device: for that.
+        console: where to print.
+
+    Returns:
+        Whether every layer is read right, as far as that was to be verified.
+
+    Raises:
+        MUIError: the model cannot be loaded, or has no layer that can be probed.
+    """
+    transformers_logging.set_verbosity_error()
+    if not console.is_terminal:
+        transformers_logging.disable_progress_bar()
+    skeleton, tokenizer = load_skeleton(source), load_tokenizer(source)
+    layers = find_expert_layers(skeleton, dense=settings.dense)
+    described = describe(skeleton, layers, settings.top_fraction)
+    size = parameters(sum(parameter.numel() for parameter in skeleton.parameters()))
+    console.print(f"[bold]{source}[/]: {type(skeleton).__name__}, {size}", highlight=False)
+    checks = None
+    complaints: list[str] = []
+    if verify:
+        load = load_random if random_weights else load_pretrained
+        model = load(source, dtype=dtype, device=device)
+        try:
+            checks = _verify(model, tokenizer, settings)
+            complaints = checks.complaints
+        except ProbeError as error:
+            complaints = [str(error)]
+    if checks is None:
+        show_layers(console, described)
+    else:
+        show_checks(console, described, checks)
+    show_cost(
+        console, _cost(skeleton, tokenizer, described, settings, probe), probe, has_tokenizer=tokenizer is not None
+    )
+    for complaint in complaints:
+        console.print(f"[red]wrong:[/] {complaint}", highlight=False)
+    return not complaints
+
+
+def _verify(model: nn.Module, tokenizer: Tokenizer | None, settings: ProbeSettings) -> Verification:
+    is_precise = all(p.dtype.itemsize >= 4 for p in model.parameters() if p.dtype.is_floating_point)
+    probe = MUIProbe(
+        model,
+        ProbeSet({"verify": _few_tokens(model, tokenizer)}),
+        top_fraction=settings.top_fraction,
+        dense=settings.dense,
+    )
+    return probe.verify(rounding=ROUNDING_OF_FLOAT32 if is_precise else ROUNDING)
+
+
+def _few_tokens(model: nn.Module, tokenizer: Tokenizer | None) -> list[TokenSample]:
+    """Two samples: the begin of a text, or random tokens where there is no tokenizer."""
+    vocabulary = LanguageModelHead(model).weight_VD.shape[0]
+    if tokenizer is None:
+        ids = np.random.default_rng(0).integers(0, vocabulary, 2 * _VERIFIED_TOKENS)
+    else:
+        text = next(iter(ProbeSet.builtin().tasks.values()))
+        encoded = encode(ProbeSet({"verify": text}), tokenizer, vocab_size=vocabulary)
+        ids = np.concatenate([sample.input_ids for sample in encoded.samples])
+    half = min(_VERIFIED_TOKENS, len(ids) // 2, context_length(model) or _VERIFIED_TOKENS)
+    scored = np.arange(half) >= min(4, half - 1)  # the first tokens are a prompt
+    return [TokenSample(str(n), ids[n * half : (n + 1) * half], scored) for n in range(2)]
+
+
+def _cost(
+    skeleton: nn.Module,
+    tokenizer: Tokenizer | None,
+    described: list[LayerDescription],
+    settings: ProbeSettings,
+    probe: Path | None,
+) -> ProbeCost:
+    start = decoder_start(skeleton)
+    builtin = ProbeSet.builtin(only_with_prompt=start is not None)
+    probe_set = builtin if probe is None else ProbeSet.from_jsonl({probe.stem: probe})
+    settings = replace(settings, max_length=settings.max_length or context_length(skeleton))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which samples are cut is said when they are probed
+        encoded = encode(probe_set, tokenizer or _bytes, settings.max_length, decoder_start=start)
+    choices = [choice for sample in encoded.samples for choice in sample.choices]
+    return probe_cost(
+        skeleton,
+        find_expert_layers(skeleton, dense=settings.dense),
+        described,
+        encoded,
+        make_batches(encoded.samples, settings.batch_tokens),
+        make_batches(choices, settings.batch_tokens),
+    )
+
+
+def _bytes(text: str) -> list[int]:
+    return list(text.encode())
