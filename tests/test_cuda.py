@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import families
 from mui_callback import MUICallback, MUIProbe, ProbeSet
 from mui_callback.experts import grouped
 from mui_callback.sinks.memory import MemorySink
 from naive import naive_key_neurons, naive_scores
+from plain_moe import ZOO, build_plain
+from plain_naive import plain_scores
 from reading import layer_scores
 from tiny import build, deepseek_v3, gpt_oss, olmoe, qwen2_moe
 from tiny_samples import make_samples
@@ -28,6 +31,12 @@ ALIGNED: dict[str, Any] = {
     "deepseek_v3": lambda: deepseek_v3(hidden_size=64, moe_intermediate_size=16),
     "gpt_oss": lambda: gpt_oss(hidden_size=64, intermediate_size=32, head_dim=32),
 }
+
+
+@pytest.fixture(autouse=True)
+def whole_float32() -> None:
+    """A Trainer turns on products that round float32 to ten bits, for all that follows."""
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="module", params=list(ALIGNED))
@@ -94,3 +103,28 @@ def test_training_is_the_same_to_the_bit(options: dict[str, Any], tmp_path: Path
     callback = MUICallback(ProbeSet({"a": samples()}), every=2, sinks=[memory], on_error="raise")
     assert_same_to_the_bit(without, train(tmp_path / "with", [callback], **options))
     assert [point.step for point in memory.points] == list(range(0, STEPS + 1, 2))
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_lists_of_modules_equal_the_loops(name: str) -> None:
+    tokens = [(sample.input_ids.tolist(), sample.scored.tolist()) for sample in samples()]
+    exact = set().union(*naive_key_neurons(plain_scores(build_plain(name), name, tokens)[0], FRACTION))
+    model = build_plain(name).to("cuda")
+    assert MUIProbe(model, ProbeSet({"a": samples()}), top_fraction=FRACTION).measure().key_neurons() == exact
+    rounded = MUIProbe(model.to(torch.bfloat16), ProbeSet({"a": samples()}), top_fraction=FRACTION)
+    assert not rounded.verify(rounding=0.03).complaints
+    rounded.measure()
+
+
+@pytest.mark.parametrize("name", [name for name in families.family_names() if name in families.EXPECTED])
+def test_every_family_conserves_its_output(name: str) -> None:
+    model = families.build(name).to("cuda")
+    exact = MUIProbe(model, ProbeSet({"a": samples()})).verify(rounding=1e-5)
+    assert not exact.complaints
+    assert [check.layer.layer for check in exact.layers] == list(families.EXPECTED[name].layers)
+    if name == "inkling2":  # keeps its routers in float32, which a cast of everything does not
+        return
+    model = model.to(torch.bfloat16)
+    rounded = MUIProbe(model, ProbeSet({"a": samples()})).verify(rounding=0.03)
+    print(f"{name}: identity within {max(check.error for check in rounded.layers):.1e} in bfloat16")
+    assert not rounded.complaints

@@ -11,17 +11,10 @@ from mui_callback.experts.layer import ExpertLayer
 from mui_callback.layout import LayerShape
 from mui_callback.scoring.select import key_entries_per_sample
 
-_TOP_K = (
-    "top_k",
-    "num_experts_per_tok",
-    "moe_topk",
-    "moe_top_k",
-    "top_k_experts",
-    "moe_k",
-    "num_selected_experts",
-    "k",
-)
+_IN_CONFIGS = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k", "num_selected_experts")
 """Names under which routers, blocks and configs keep the number of experts of a token."""
+_IN_MODULES = (*_IN_CONFIGS, "top_k", "k")
+"""In a config, ``top_k`` is about the sampling of tokens."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +55,9 @@ def _top_k(model: nn.Module, layer: ExpertLayer) -> int | None:
     experts = {module for part in layer.experts for owner in part.modules for module in owner.modules()}
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    for holder in (*(module for module in layer.scope.modules() if module not in experts), text_config):
-        for name in _TOP_K:
+    modules = [module for module in layer.scope.modules() if module not in experts]
+    for holder, names in (*((module, _IN_MODULES) for module in modules), (text_config, _IN_CONFIGS)):
+        for name in names:
             value = getattr(holder, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= layer.shape.n_routed:
                 return value

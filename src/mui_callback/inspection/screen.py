@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from math import isnan
 from pathlib import Path
 
 from rich import box
@@ -32,7 +33,7 @@ def show_checks(console: Console, described: list[LayerDescription], checked: Ve
     table.add_column("error", justify="right", no_wrap=True)
     previous = None
     for row, check in zip(described, checked.layers, strict=True):
-        style = "red" if checked.is_wrong(check) else "green"
+        style = "red" if checked.is_wrong(check) else "yellow" if isnan(check.error) else "green"
         seen = (f"{check.experts_per_token:.3g}", f"[{style}]{check.error:.1e}[/]")
         _add_row(table, row, str(row.shape.layer), *seen, is_new=_kind(row) != previous)
         previous = _kind(row)
@@ -99,7 +100,7 @@ def _show_totals(console: Console, described: list[LayerDescription]) -> None:
     neurons = sum(row.shape.n_neurons for row in described)
     console.print(
         f"{len(described)} layers, {experts:,} experts, {neurons:,} neurons.\n"
-        "k: a sample's highest contributions in a layer; their neurons are its key neurons.",
+        "k: a sample's highest contributions in a layer, whose neurons are key.",
         highlight=False,
     )
 
