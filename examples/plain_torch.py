@@ -37,12 +37,13 @@ class Mixture(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.router(x).softmax(-1).topk(TOP_K)
-        out = self.common(x)
+        rows = x.flatten(0, -2)
+        weights, chosen = self.router(rows).softmax(-1).topk(TOP_K)
+        out = self.common(rows)
         for number, expert in enumerate(self.experts):
-            *where, slot = (chosen == number).nonzero(as_tuple=True)
-            out[*where] += weights[*where, slot, None] * expert(x[*where])
-        return out
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            out = out.index_add(0, token, weights[token, slot, None] * expert(rows.index_select(0, token)))
+        return out.view_as(x)
 
 
 class Layer(nn.Module):
@@ -83,7 +84,7 @@ def mixture(module: nn.Module) -> MoEBlock | None:
     return MoEBlock(routed=[expert.out for expert in module.experts], shared=[module.common[-1]])
 
 
-def main(steps: int = 120, every: int = 30) -> None:
+def main(steps: int = 400, every: int = 80) -> None:
     torch.manual_seed(0)
     model = Model()
     probe_set = ProbeSet.builtin()
@@ -100,7 +101,7 @@ def main(steps: int = 120, every: int = 30) -> None:
             seen = probe.measure().scalars()
             shared, experts = 100 * seen["mui/shared_share"], seen["mui/effective_experts"]
             print(f"{step:4} {seen['mui/loss']:5.2f} {100 * seen['mui/mui']:7.1f} {shared:9.1f} {experts:18.1f}")
-        start = torch.randint(0, len(data) - CONTEXT, (8, 1))
+        start = torch.randint(0, len(data) - CONTEXT, (16, 1))
         rows = data[start + torch.arange(CONTEXT)]
         loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()

@@ -12,6 +12,8 @@ import pytest
 
 import mui_callback
 from mui_callback.cli import main
+from mui_callback.errors import ProbeError
+from mui_callback.experts.adapters import unregister_adapter
 from mui_callback.metrics.catalogue import CATALOGUE, key, markdown_table
 from mui_callback.report import MUIReport
 from mui_callback.task_report import TaskReport
@@ -36,7 +38,6 @@ def test_the_core_needs_no_trainer_and_no_tracker() -> None:
 
 
 def test_public_names() -> None:
-    assert mui_callback.__all__ == sorted(mui_callback.__all__, key=str.swapcase)
     for name in mui_callback.__all__:
         assert getattr(mui_callback, name).__name__ == name
         assert name in dir(mui_callback)
@@ -71,6 +72,18 @@ def test_the_command_line_explains_itself(capsys: pytest.CaptureFixture[str]) ->
     assert exit_.value.code == 2
     with pytest.raises(SystemExit, match="steps: expected a positive number, got 0"):
         main(["demo", "--steps", "0"])
+
+
+def test_the_example_in_plain_torch_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "plain_torch.py"))
+    try:
+        example["main"](steps=4, every=2)
+    finally:
+        unregister_adapter(example["mixture"])
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["0", "2", "4"]
+    with pytest.raises(ProbeError, match="do not add up"):  # without the adapter the shared branch is not seen
+        example["main"](steps=0)
 
 
 def test_the_example_runs(tmp_path: Path) -> None:

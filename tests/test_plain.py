@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,13 +213,33 @@ def test_what_an_adapter_may_not_say(
         measure(build_plain("mixtral"))
 
 
-def test_which_of_two_square_maps_is_the_last_must_be_told() -> None:
-    model = build_plain("square")
+def renamed(name: str, block: str, **names: str) -> nn.Module:
+    model = build_plain(name)
     for layer in model.layers:
-        for expert in layer.mlp.experts:
-            expert.one, expert.two = expert.fc_in, expert.fc_out
-            del expert.fc_in, expert.fc_out
-    with pytest.raises(
-        UnsupportedModelError, match=r"layers\.0\.mlp\.experts\.0: its linear maps one, two have the same"
-    ):
+        for expert in getattr(layer, block).experts:
+            for old, new in names.items():
+                setattr(expert, new, getattr(expert, old))
+                delattr(expert, old)
+            forward = type(expert).forward
+            kept = {"names": expert.names, **{old: getattr(expert, new) for old, new in names.items()}}
+            expert.forward = lambda x, kept=kept, forward=forward: forward(SimpleNamespace(**kept), x)
+    return model
+
+
+def test_of_two_maps_the_last_is_the_down_projection() -> None:
+    found = measure(build_plain("square"))
+    report = measure(renamed("square", "mlp", fc_in="one", fc_out="two"))
+    assert report.key_neurons() == found.key_neurons()
+    with pytest.raises(ProbeError, match="what follows its experts is not linear"):  # told apart from the activation
+        measure(renamed("square", "mlp", fc_out="one", fc_in="two"))
+
+
+def test_which_of_three_square_maps_is_the_last_must_be_told() -> None:
+    """Each of gate, up and down may pass the checks: the output is linear in all but the gate."""
+    model = build_plain("mixtral")
+    for layer in model.layers:
+        for expert in layer.block_sparse_moe.experts:
+            expert.one, expert.two, expert.three = (nn.Linear(24, 24) for _ in range(3))
+            del expert.w1, expert.w2, expert.w3
+    with pytest.raises(UnsupportedModelError, match=r"experts\.0: its linear maps one, two, three have the same shape"):
         measure(model)

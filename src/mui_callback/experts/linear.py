@@ -55,10 +55,10 @@ def down_projection(path: str, mlp: nn.Module) -> nn.Module | None:
     if len(maps) not in (2, 3) or not _owns_nothing_else(mlp, maps):
         return None
     found = [name for name in maps if _is_down(name, maps)]
-    if len(found) > 1:  # as many neurons as inputs
+    if len(found) > 1:
         named = [name for name in found if name.rpartition(".")[2] in _DOWN_NAMES]
         if not named and len(maps) == 2:
-            named = found[-1:] if _is_sequence(mlp) else []
+            named = found[-1:]  # the other one would have the activation behind it, which a probe notices
         if len(named) != 1:
             raise UnsupportedModelError(
                 f"{path}: its linear maps {', '.join(maps)} have the same shape, so which of them is the down "
@@ -66,10 +66,6 @@ def down_projection(path: str, mlp: nn.Module) -> nn.Module | None:
             )
         found = named
     return maps[found[0]] if found else None
-
-
-def _is_sequence(mlp: nn.Module) -> bool:
-    return isinstance(mlp, nn.Sequential)
 
 
 def _is_down(name: str, maps: dict[str, nn.Module]) -> bool:
