@@ -64,7 +64,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("dead_experts", "Routed experts that no response token was sent to", "share", 0, 1, Scope.POOLED),
     Metric("samples", "Samples in the probe", "samples", 0, None, Scope.PROBE),
     Metric("tokens", "Response tokens in the probe", "tokens", 0, None, Scope.PROBE),
-    Metric("truncated", "Samples cut from the left because they are longer than the context", "samples", 0, None, Scope.PROBE),
+    Metric("truncated", "Samples cut because they are longer than the context", "samples", 0, None, Scope.PROBE),
     Metric("unscored", "Samples with no response token; they mark nothing", "samples", 0, None, Scope.PROBE),
     Metric("not_finite", "Contributions and token losses that were NaN or infinite; such a contribution never counts", "entries", 0, None, Scope.PROBE),
     Metric("identity_error", "How far the contributions of a layer are from adding up to its output, relative, at most over layers", "1", 0, None, Scope.PROBE),
