@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from families import build as build_family
 from mui_callback import MUIProbe, ProbeSet
 from mui_callback.errors import ProbeError
 from mui_callback.probe.freeze import frozen
@@ -190,3 +193,90 @@ def test_an_autocast_around_the_probe_still_trains() -> None:
         probe.measure()
         model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "self_attn" in name)
+
+
+def test_an_interrupt_leaves_no_trace() -> None:
+    """Ctrl-C in a notebook: not an `Exception`, so torch's own hooks do not run."""
+    model = build_family("llama4")
+    probe = MUIProbe(model, ProbeSet({"a": make_samples()}))
+    act = model.model.layers[1].feed_forward.experts.act_fn
+
+    def interrupt(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = act.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        probe.measure()
+    handle.remove()
+    assert torch.is_grad_enabled()
+    model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.layers[1].feed_forward.experts.parameters())
+
+
+def test_containers_in_containers_are_restored() -> None:
+    model = build("olmoe")
+    block = model.model.layers[0].mlp
+    block.stats = defaultdict(list, {"aux": [torch.zeros(2)], "count": [0]})
+    block.array = np.zeros(3)
+    block.loop = [block.array]
+    block.loop.append(block.loop)
+
+    def write(module: Any, args: Any) -> None:
+        module.stats["aux"].append(args[0].sum())
+        module.stats["aux"][0].add_(1)
+        module.stats["new"].append(1)
+        module.array += 1
+
+    block.register_forward_pre_hook(write)
+    MUIProbe(model, ProbeSet({"a": make_samples()})).measure()
+    assert list(block.stats) == ["aux", "count"]
+    assert len(block.stats["aux"]) == 1
+    assert block.stats["aux"][0].tolist() == [0, 0]
+    assert block.array.tolist() == [0, 0, 0]
+    assert len(block.loop) == 2
+
+
+def test_global_backward_hooks_do_not_see_the_probe() -> None:
+    calls: list[str] = []
+    handle = torch.nn.modules.module.register_module_full_backward_hook(lambda *args: calls.append("called"))
+    try:
+        model = build("qwen2_moe")
+        MUIProbe(model, ProbeSet({"a": make_samples()})).measure()
+        assert calls == []
+        model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
+        assert calls
+    finally:
+        handle.remove()
+
+
+def test_making_a_probe_leaves_no_trace() -> None:
+    """A weight that is computed when it is looked at may draw random numbers or count its uses."""
+    model = build("qwen2_moe").train()
+    torch.nn.utils.parametrizations.spectral_norm(model.model.layers[0].mlp.shared_expert.down_proj)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    MUIProbe(model, ProbeSet({"a": make_samples()})).measure()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+class ParamWrapper(torch.nn.Module):
+    """As an adapter on a stacked weight: it writes the weight back as it was, in every forward."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer, self.change = base_layer, 0.0
+
+    def forward(self, *args: Any) -> Any:
+        with torch.no_grad():
+            self.base_layer.down_proj.add_(self.change)
+        return self.base_layer(*args)
+
+
+def test_a_parameter_that_is_written_back_as_it_was() -> None:
+    model = build("olmoe")
+    block = model.model.layers[0].mlp
+    block.experts = ParamWrapper(block.experts)
+    probe = MUIProbe(model, ProbeSet({"a": make_samples()}))
+    assert probe.measure().mui > 0
+    block.experts.change = 0.01
+    with pytest.raises(ProbeError, match=r"wrote to parameters.*base_layer\.down_proj"):
+        probe.measure()

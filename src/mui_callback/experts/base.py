@@ -57,8 +57,11 @@ class Recorder(Protocol):
     def check_complete(self, tokens: ScoredTokens) -> None:
         """Raises `ProbeError` if the experts did not run, or not on the positions of the batch."""
 
-    def locate(self, out: Tensor, tokens: ScoredTokens) -> None:
-        """Find out which token each row belongs to, before the tail that ends at `out` is transposed."""
+    def locate(self, out: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
+        """Find out which token each row belongs to, before the tail that ends at `out` is transposed.
+
+        With `check`, what is taken for granted about their order is made sure of.
+        """
 
     def scores(self, tokens: ScoredTokens) -> ExpertScores:
         """The contributions of the neurons to the scored tokens, after the tail was transposed."""

@@ -106,6 +106,7 @@ class CalledRecorder:
         self.experts = experts
         self.tail = tail
         self.first_neuron = first_neuron
+        self.is_in_order = False
         self.clear()
 
     def clear(self) -> None:
@@ -151,13 +152,15 @@ class CalledRecorder:
                 f"projection {self.experts.downs[0].where} was not used."
             )
 
-    def locate(self, out: Tensor, tokens: ScoredTokens) -> None:
+    def locate(self, out: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
         """See `Recorder`."""
         calls = [*self.calls, *self.passed]
         n_positions = tokens.n_rows * tokens.length
-        if not self.experts.is_routed and all(
-            len(call.act_SW) == n_positions * call.product.n_experts for call in calls
-        ):
+        is_whole = all(len(call.act_SW) == n_positions * call.product.n_experts for call in calls)
+        if check:
+            self.is_in_order = not self.experts.is_routed and is_whole
+            self.is_in_order &= self.tail.is_in_order(out, [call.cut for call in calls], tokens)
+        if self.is_in_order and is_whole:
             for call in calls:
                 call.token_S = tokens.numbers().repeat(call.product.n_experts)
             return

@@ -30,7 +30,8 @@ def find_expert_layers(model: nn.Module, *, dense: bool = False) -> tuple[Expert
         NoExpertsError: the model has none; the message says what was looked for.
         UnsupportedModelError: experts were found that cannot be read.
     """
-    modules = {path: module for path, module in model.named_modules() if not is_elsewhere(path, model)}
+    every = model.named_modules(remove_duplicate=False)
+    modules = {path: module for path, module in every if not is_elsewhere(path, model)}
     found = list(_moe_layers(modules))
     if dense:
         layer_paths = [_decoder_layer(path) for path, _ in found]
@@ -58,6 +59,21 @@ def find_expert_layers(model: nn.Module, *, dense: bool = False) -> tuple[Expert
 
 def _moe_layers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLayer]]:
     claimed: list[str] = []
+    layers: dict[nn.Module, ExpertLayer] = {}
+    for path, layer in _candidates(modules, claimed):
+        experts = layer.experts[0].modules[0]
+        known = layers.get(experts)
+        if known is None:
+            layers[experts] = layer
+            yield path, layer
+        elif known.scope is not layer.scope:  # else the same layer under another path
+            raise UnsupportedModelError(
+                f"{known.shape.path} and {layer.shape.path} share their experts, so it cannot be told which layer "
+                "a neuron works for."
+            )
+
+
+def _candidates(modules: dict[str, nn.Module], claimed: list[str]) -> Iterator[tuple[str, ExpertLayer]]:
     for path, module in modules.items():
         if any(is_inside(path, other) for other in claimed):
             continue

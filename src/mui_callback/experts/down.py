@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mui_callback.errors import UnsupportedModelError
+from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.linear import widths
 
 
@@ -74,15 +74,24 @@ class LinearDown:
         """See `DownProjection.read`."""
         pending: list[Tensor] = []
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def before(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
             torch.set_grad_enabled(True)
-            pending.append(args[0].detach().requires_grad_())
-            return (pending[-1], *args[1:])
+            first = None if args else next(iter(options))
+            x = options[first] if first else args[0]
+            # a copy, for a buffer of activations may be written to again
+            pending.append(x.detach().clone().requires_grad_())
+            return ((), {**options, first: pending[-1]}) if first else ((pending[-1], *args[1:]), options)
 
         def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            if not isinstance(out, Tensor) or not out.requires_grad:
+                raise ProbeError(
+                    f"{self.where}: expected a down projection that autograd can follow, got {type(out).__name__}. "
+                    "Does it run under torch.no_grad or torch.inference_mode?"
+                )
             return take(Product(pending.pop(), out, getattr(module, "bias", None), 0))
 
-        with self.module.register_forward_pre_hook(before), self.module.register_forward_hook(after):
+        on_call = self.module.register_forward_pre_hook(before, with_kwargs=True)
+        with on_call, self.module.register_forward_hook(after):
             yield
 
 
@@ -110,18 +119,18 @@ class StackedDown:
     @contextmanager
     def read(self, take: Take) -> Iterator[None]:
         """See `DownProjection.read`."""
-        readers: list[_ProductReader] = []
+        with ExitStack() as readers:  # of a forward that was interrupted, too
 
-        def before(module: nn.Module, args: Any) -> None:
-            readers.append(_ProductReader(self, take))
-            readers[-1].__enter__()  # type: ignore[no-untyped-call]
+            def before(module: nn.Module, args: Any) -> None:
+                readers.enter_context(_ProductReader(self, take))
 
-        def after(module: nn.Module, args: Any, out: Any) -> None:
-            readers.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            def after(module: nn.Module, args: Any, out: Any) -> None:
+                readers.pop_all().close()
 
-        always = {"always_call": True}  # after an exception, too
-        with self.owner.register_forward_pre_hook(before), self.owner.register_forward_hook(after, **always):
-            yield
+            # hooks that are called after an exception as well: the model may catch it and go on
+            on_exit = self.owner.register_forward_hook(after, always_call=True)
+            with self.owner.register_forward_pre_hook(before), on_exit:
+                yield
 
     def experts_of(self, weight: object) -> tuple[int, int] | None:
         """First expert and number of experts of a part of the weight; None for another tensor."""
@@ -156,6 +165,12 @@ class _ProductReader(TorchFunctionMode):
         experts = self.down.experts_of(args[1]) if func in _PRODUCTS and len(args) > 1 else None
         if experts is None:
             return func(*args, **(kwargs or {}))
+        if args[0].shape[-1] != self.down.width or (experts[1] > 1 and args[0].shape[0] != experts[1]):
+            raise ProbeError(
+                f"{self.down.where}: expected products of one expert at a time, [..., {self.down.width}], or of all "
+                f"of them side by side, [{self.down.n_experts}, ..., {self.down.width}], got activations of shape "
+                f"{tuple(args[0].shape)}."
+            )
         act = args[0].detach().requires_grad_()
         with torch.enable_grad():
             out = func(act, *args[1:], **(kwargs or {}))

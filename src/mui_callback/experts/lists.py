@@ -13,17 +13,17 @@ from mui_callback.experts.linear import down_projection
 
 
 def find_list(path: str, module: nn.Module) -> CalledExperts | None:
-    """The experts of a module that is a list (or dict) of two or more equal MLPs; None if it is not.
+    """The experts of a module that is a list (or dict) of two or more MLPs; None if it is not.
+
+    Members without parameters are experts that pass tokens on, or no experts at all.
 
     Raises:
-        UnsupportedModelError: the down projection of the MLPs cannot be told, or is not there.
+        UnsupportedModelError: the down projection of the MLPs cannot be told, or is not there, or their widths differ.
     """
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return None
     members = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
-    if (
-        not isinstance(module, nn.ModuleList | nn.ModuleDict)
-        or len(members) < 2
-        or len(set(map(_kind, members.values()))) > 1
-    ):
+    if len(members) < 2:
         return None
     downs = []
     for name, member in members.items():
@@ -31,7 +31,8 @@ def find_list(path: str, module: nn.Module) -> CalledExperts | None:
         if down is None:
             return None
         downs.append(LinearDown(f"{path}.{name}", down))
-    return CalledExperts(path, downs, list(members.values()), is_routed=True)
+    identities = [child for child in module.children() if isinstance(child, nn.Identity)]
+    return CalledExperts(path, downs, list(members.values()), is_routed=True, identities=identities)
 
 
 def find_stacked_parameter(path: str, module: nn.Module) -> CalledExperts | None:
@@ -71,14 +72,15 @@ def _stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, object, object]
 
 
 def has_router(block: nn.Module, n_experts: int, *, beside: nn.Module | None = None) -> bool:
-    """Whether a block holds, beside its experts, a weight with one row or column for each expert."""
-    inside = set() if beside is None else {id(parameter) for parameter in beside.parameters()}
-    return any(
-        parameter.dim() == 2 and n_experts in parameter.shape
-        for parameter in block.parameters()
-        if id(parameter) not in inside
-    )
+    """Whether a block holds, beside its experts and other lists, a weight with one row or column for each expert.
 
-
-def _kind(member: nn.Module) -> tuple[object, ...]:
-    return (type(member), *((name, tuple(parameter.shape)) for name, parameter in member.named_parameters()))
+    Routers that are named so may have a few more, for experts without neurons.
+    """
+    lists = [child for child in block.modules() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
+    elsewhere = {id(parameter) for part in (*lists, beside) if part is not None for parameter in part.parameters()}
+    for name, parameter in block.named_parameters():
+        if parameter.dim() == 2 and id(parameter) not in elsewhere:
+            is_named = any(word in name.lower() for word in ("router", "gate.", "gating", "switch"))
+            if n_experts in parameter.shape or (is_named and n_experts < min(parameter.shape) <= 2 * n_experts):
+                return True
+    return False

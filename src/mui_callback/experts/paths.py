@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -11,6 +12,8 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "
 
 _ELSEWHERE = ("vision", "visual", "image", "audio", "talker", "mtp", "nextn")
 """Words in paths of experts that a language model does not run on text."""
+_DECODER = re.compile(r"decoder\..*\d")
+"""A decoder with layers. Without one, some call their only stack an encoder."""
 
 
 def unwrapped(path: str) -> str:
@@ -43,8 +46,8 @@ def is_attention(path: str) -> bool:
 def is_elsewhere(path: str, model: nn.Module) -> bool:
     """Whether the module belongs to another part than the MLPs of the decoder."""
     words = _words(path)
-    if "encoder" in words:  # some call their only stack so
-        return any("decoder" in name.lower() for name, _ in model.named_modules())
+    if "encoder" in words and any(_DECODER.search(name.lower()) for name, _ in model.named_modules()):
+        return True
     return is_attention(path) or bool(words & set(_ELSEWHERE))
 
 

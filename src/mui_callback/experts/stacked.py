@@ -225,8 +225,14 @@ class StackedRecorder:
                 f"got {seen}."
             )
 
-    def locate(self, out: Tensor, tokens: ScoredTokens) -> None:
-        """See `Recorder`: the rows are known from the start."""
+    def locate(self, out: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
+        """See `Recorder`: the rows of the output are the positions, in order."""
+        assert self.cut is not None
+        if check and not self.tail.is_in_order(out, [self.cut], tokens):
+            raise ProbeError(
+                f"{self.tail.where}: expected its experts to see the positions of the batch in their order, as "
+                "[batch, positions, width], got them in another."
+            )
 
     def scores(self, tokens: ScoredTokens) -> ExpertScores:
         """See `Recorder`."""

@@ -24,6 +24,9 @@ from mui_callback.experts.linear import is_linear
 from mui_callback.experts.norms import channel_scale
 from mui_callback.scoring.contributions import ScoredTokens
 
+_BASE = 16
+"""Of the digits that are sent through a tail."""
+
 
 @dataclass(eq=False)
 class Cut:
@@ -74,10 +77,12 @@ class Tail:
         """Hooks on those modules that need care in a tail: norms, and linear maps with a bias outside of experts."""
         handles, inside = [], {module for expert in experts for module in expert.modules()}
         for module in scope:
-            if "norm" in type(module).__name__.lower():
+            if is_norm(module):
                 handles.append(module.register_forward_hook(self._hold_scale))
-            elif module not in inside and is_linear(module) and getattr(module, "bias", None) is not None:
-                handles.append(module.register_forward_hook(self._note_bias))
+            elif module not in inside and is_linear(module):
+                inside |= set(module.modules())  # what an adapter wraps is part of it
+                if getattr(module, "bias", None) is not None:
+                    handles.append(module.register_forward_hook(self._note_bias))
         return handles
 
     def _is_inside(self, x: object) -> bool:
@@ -117,11 +122,6 @@ class Tail:
                 or the tail is not linear.
         """
         cuts = [*self.cuts, *(cut for cut, _ in self.constants)]
-        if out.numel() != readout_TD.numel():
-            raise ProbeError(
-                f"{self.where}: expected an output of {readout_TD.shape[0]} positions of width {readout_TD.shape[1]}, "
-                f"that of the language-model head, got {tuple(out.shape)}."
-            )
         readouts = self._seen_from(out, cuts, readout_TD, create_graph=check)
         if check:
             leaves = {id(cut.value) for cut in self.cuts}
@@ -137,19 +137,19 @@ class Tail:
         """Which scored token each row of each cut goes to: int64 ``[S]``, -1 where none.
 
         The transposed tail carries the number of the token to the rows, one digit at a time: every digit is sent
-        along a fixed direction, and read off as a multiple of what 1 becomes. To be called before `transpose`.
+        along a fixed direction, and read off as a multiple of what 1 becomes. Digits are small enough to be exact in
+        half precision, whichever the tail computes in. To be called before `transpose`.
 
         Raises:
             ProbeError: a row goes to several tokens.
         """
-        base = 1024 if out.dtype in (torch.float32, torch.float64) else 16  # exact in the digits of the dtype
         number_T = tokens.numbers() + 1
         direction_D = torch.arange(out.shape[-1], device=out.device).mul(2654435761).bitwise_right_shift(16) % 2 * 2 - 1
 
         def sent(value_T: Tensor) -> list[Tensor]:
             sent_TD = value_T.to(out.dtype)[:, None] * direction_D.to(out.dtype)
             seen = self._seen_from(out, cuts, sent_TD, retain_graph=True)
-            return [grad.reshape(-1, grad.shape[-1]).float() for grad in seen]
+            return [grad.reshape(-1, grad.shape[-1]).double() for grad in seen]
 
         ones = sent((number_T > 0).long())
         squares = [one_SD.square().sum(-1) for one_SD in ones]
@@ -157,17 +157,30 @@ class Tail:
         weight, largest = 1, len(tokens.position_R)
         while weight <= largest:
             for number_S, one_SD, square_S, digit_SD in zip(
-                numbers, ones, squares, sent(number_T // weight % base), strict=True
+                numbers, ones, squares, sent(number_T // weight % _BASE), strict=True
             ):
                 digit_S = ((digit_SD * one_SD).sum(-1) / square_S).nan_to_num_()
-                if ((digit_S - digit_S.round()).abs() > 0.2).any():
+                rest_S = (digit_SD - digit_S[:, None] * one_SD).square().sum(-1)
+                is_mixed_S = (digit_S - digit_S.round()).abs() > 0.2
+                is_mixed_S |= rest_S > 0.01 * digit_S.clamp(min=1).square() * square_S
+                if is_mixed_S.any():
                     raise ProbeError(
                         f"{self.where}: an expert's output goes to several tokens at once (as in a soft mixture of "
                         "experts), so no token can be said to have used it."
                     )
                 number_S += digit_S.round().long() * weight
-            weight *= base
+            weight *= _BASE
         return [number_S - 1 for number_S in numbers]
+
+    def is_in_order(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> bool:
+        """Whether the rows of each cut are the positions of the batch in order, once or several times over."""
+        number_T = tokens.numbers()
+        for token_S in self.tokens_of(out, cuts, tokens):
+            expected_S = number_T.repeat(len(token_S) // len(number_T))
+            # a row that is weighted with zero says nothing
+            if len(expected_S) != len(token_S) or (token_S != expected_S)[token_S >= 0].any():
+                return False
+        return True
 
     def tokens_of_constants(self, out: Tensor, tokens: ScoredTokens) -> list[Tensor]:
         """The same for what no neuron made; one row for each position of the batch is in order."""
@@ -195,11 +208,20 @@ class Tail:
                 "Does its forward run in torch.inference_mode, or detach them?"
             )
         sent = sent_TD.to(out.dtype).view_as(out)
-        with torch.enable_grad():
-            seen = torch.autograd.grad(
-                out, values, sent, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
-            )
+        try:
+            with torch.enable_grad():
+                seen = torch.autograd.grad(
+                    out, values, sent, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+                )
+        except RuntimeError as error:
+            raise ProbeError(f"{self.where}: what follows its experts cannot be transposed: {error}") from error
         return [torch.zeros_like(value) if grad is None else grad for grad, value in zip(seen, values, strict=True)]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm: named so, and without a matrix."""
+    has_matrix = any(parameter.dim() > 1 for parameter in module.parameters())
+    return "norm" in type(module).__name__.lower() and not has_matrix
 
 
 def add_inner(sum_R: Tensor, token_S: Tensor, value_SD: Tensor, readout_SD: Tensor) -> None:

@@ -22,7 +22,7 @@ from mui_callback.probe.head import LanguageModelHead
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe, context_length, decoder_start
 from mui_callback.probe.samples import TokenSample
-from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
+from mui_callback.probe.verification import Verification
 from mui_callback.settings import ProbeSettings
 
 _VERIFIED_TOKENS = 48
@@ -88,14 +88,13 @@ def inspect_model(
 
 
 def _verify(model: nn.Module, tokenizer: Tokenizer | None, settings: ProbeSettings) -> Verification:
-    is_precise = all(p.dtype.itemsize >= 4 for p in model.parameters() if p.dtype.is_floating_point)
     probe = MUIProbe(
         model,
         ProbeSet({"verify": _few_tokens(model, tokenizer)}),
         top_fraction=settings.top_fraction,
         dense=settings.dense,
     )
-    return probe.verify(rounding=ROUNDING_OF_FLOAT32 if is_precise else ROUNDING)
+    return probe.verify()
 
 
 def _few_tokens(model: nn.Module, tokenizer: Tokenizer | None) -> list[TokenSample]:

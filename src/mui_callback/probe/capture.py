@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mui_callback.errors import ProbeError
 from mui_callback.experts.layer import ExpertLayer
@@ -142,10 +143,16 @@ class _LayerCapture:
     def _leave(self, scope: nn.Module, args: Any, out: Any) -> Any:
         if not self.is_open:
             return None
-        self._close(out[0] if isinstance(out, tuple) else out, is_output=self.layer.scope_is_moe)
-        if isinstance(out, tuple):
-            return tuple(part.detach() if isinstance(part, Tensor) else part for part in out)
-        return out.detach()
+        self._close(self._hidden_states(out), is_output=self.layer.scope_is_moe)
+        return tree_map_only(Tensor, Tensor.detach, out)
+
+    def _hidden_states(self, out: Any) -> Tensor:
+        """Of all that a module returns, the first tensor that was made of its experts' outputs."""
+        tensors = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
+        made = [part for part in tensors if part.requires_grad and self.reader.has_joined(part)]
+        if not tensors:
+            raise ProbeError(f"{self.layer.shape.path}: expected a tensor among its outputs, got {type(out).__name__}")
+        return (made or tensors)[0]
 
     def _close(self, out: Tensor, *, is_output: bool) -> None:
         torch.set_grad_enabled(False)

@@ -6,15 +6,15 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from mui_callback.errors import ProbeError
-
-_CONTAINERS = (list, dict, set, deque)
 
 
 @contextmanager
@@ -31,6 +31,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         ProbeError: a forward pass in eval mode wrote to a parameter, which cannot be undone.
     """
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
+    sums = {name: _sum(parameter) for name, parameter in _rewritten_parameters(model)}
     states = [_ObjectState(config) for config in _configs(model)]
     modules = [_ModuleState(module) for module in model.modules()]
     try:
@@ -38,6 +39,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             stack.enter_context(random_state_kept())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(_without_global_backward_hooks())
             if hasattr(torch.compiler, "set_stance"):  # code compiled for training would be compiled again, with hooks
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for state in modules:
@@ -49,7 +51,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
         # Casts of weights made under no_grad have no history. Older versions of torch reuse them, to train with, in
         # an autocast that surrounds all of this.
         torch.clear_autocast_cache()
-    written = [name for name, parameter in model.named_parameters() if parameter._version != versions.get(name)]
+    written = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter._version != versions.get(name) and (name not in sums or sums[name] != _sum(parameter))
+    ]
     if written:
         raise ProbeError(
             f"a forward pass in eval mode wrote to parameters, which cannot be undone: {', '.join(written)}"
@@ -66,16 +72,41 @@ def random_state_kept() -> Iterator[None]:
         restore()
 
 
+@contextmanager
+def _without_global_backward_hooks() -> Iterator[None]:
+    """Hooks on the backward passes of all modules do not see that a probe transposes parts of them."""
+    registries = (module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks)
+    kept = [dict(registry) for registry in registries]
+    for registry in registries:
+        registry.clear()
+    try:
+        yield
+    finally:
+        for registry, hooks in zip(registries, kept, strict=True):
+            registry.update(hooks)
+
+
+def _rewritten_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that a forward may write to without changing them: adapters put themselves into stacked weights so."""
+    for path, module in model.named_modules():
+        if "ParamWrapper" in type(module).__name__ or hasattr(module, "parametrizations"):
+            for name, parameter in module.named_parameters():
+                yield f"{path}.{name}" if path else name, parameter
+
+
+def _sum(parameter: Tensor) -> int:
+    """Equal for equal bits."""
+    bits = parameter.detach().contiguous().view(torch.uint8)
+    return int(bits.sum(dtype=torch.int64)) + int(bits[..., ::3].sum(dtype=torch.int64)) * 2**40
+
+
 class _ObjectState:
     """The attributes of an object, and copies of those that can be written to in place."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
         self.attributes = dict(vars(owner))
-        values = self.attributes.values()
-        self.containers = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
-        self.generators = [(value, value.get_state()) for value in values if isinstance(value, torch.Generator)]
-        self.tensors = _copies(values)
+        self.contents = [restore for value in self.attributes.values() if (restore := _content(value))]
 
     def restore(self) -> None:
         # What did not change is not touched: compiled code may be guarded by the version of a dict.
@@ -85,23 +116,12 @@ class _ObjectState:
         for name, value in self.attributes.items():
             if attributes.get(name, self) is not value:
                 attributes[name] = value
-        for container, content in self.containers:
-            if _identities(container) != _identities(content):
-                container.clear()
-                (container.extend if isinstance(container, list | deque) else container.update)(content)
-        for generator, generator_state in self.generators:
-            generator.set_state(generator_state)
-        with torch.no_grad():
-            for tensor, copy in self.tensors:
-                tensor.copy_(copy)
+        for restore in self.contents:
+            restore()
 
 
 class _ModuleState(_ObjectState):
-    """The same of a module, whose buffers and hooks are in containers."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.tensors += _copies(module._buffers.values())
+    """The same of a module."""
 
     def hold(self) -> None:
         module: nn.Module = self.owner
@@ -110,16 +130,52 @@ class _ModuleState(_ObjectState):
         module._backward_pre_hooks = OrderedDict()
 
 
+def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | None:
+    """What puts the content of a container, a tensor or a generator back; None for what has no content to restore.
+
+    Parameters, modules and other objects that a container holds are put back as they are, not copied.
+    """
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, Tensor):
+        is_copied = not (isinstance(value, nn.Parameter) or value.is_inference() or value.is_meta)
+        return partial(_copy_back, value, value.detach().clone()) if is_copied else None
+    if isinstance(value, np.ndarray):
+        return partial(np.copyto, value, value.copy())
+    if isinstance(value, list | dict | set | deque) and not any(value is holder for holder in holders):
+        return _Container(value, holders).restore
+    return None
+
+
+class _Container:
+    """What is in a container, and in what it holds."""
+
+    def __init__(self, container: Any, holders: tuple[Any, ...]) -> None:
+        self.container = container
+        is_dict = isinstance(container, dict)
+        self.content: Any = dict(container) if is_dict else list(container)
+        inner = self.content.values() if is_dict else self.content
+        self.inner = [restore for part in inner if (restore := _content(part, (*holders, container)))]
+
+    def restore(self) -> None:
+        container = self.container
+        if _identities(container) != _identities(self.content):
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(self.content)
+        for restore in self.inner:
+            restore()
+
+
+def _copy_back(tensor: Tensor, copy: Tensor) -> None:
+    with torch.no_grad():
+        tensor.detach().copy_(copy)
+
+
 def _identities(container: Any) -> list[Any]:
     """What is in a container, told apart by identity: values may be tensors, which do not compare."""
     if isinstance(container, dict):
         return [(key, id(value)) for key, value in container.items()]
-    return sorted(map(id, container)) if isinstance(container, set) else list(map(id, container))
-
-
-def _copies(values: Any) -> list[tuple[Tensor, Tensor]]:
-    tensors = [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
-    return [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
+    return list(map(id, container))
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -5,7 +5,6 @@ Shapes: B samples, T positions, R scored tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mui_callback.errors import ProbeError, UnsupportedModelError
+from mui_callback.probe.call import ModelCall
 from mui_callback.probe.device_batch import DeviceBatch
 from mui_callback.scoring.contributions import ScoredTokens
 
@@ -41,10 +41,12 @@ class LanguageModelHead:
                 f"got {type(head).__name__}."
             )
         self.module = head
-        self.error = torch.full((), float("nan"), device=weight.device)
+        self.error = torch.full((), -1.0, device=weight.device)
         """Relative difference, in the last forward that was checked, between the targets' logits as the head computed
-        them and ⟨hidden state, W_head[y]⟩ plus its bias; NaN if the head did not run as a module."""
-        self._options = _accepted(model, use_cache=False, output_router_logits=False, return_dict=True)
+        them and ⟨hidden state, W_head[y]⟩ plus its bias; -1 if the head did not run as a module."""
+        self.under_autocast = False
+        """Whether the forward that was checked ran in 16 bits whatever the weights are."""
+        self._call = ModelCall(model)
 
     @property
     def weight_VD(self) -> Tensor:
@@ -65,7 +67,7 @@ class LanguageModelHead:
         """
         tokens, input_ids = inputs.tokens, inputs.input_ids
         with self._keep_only(tokens, check=check):
-            output = self.model(**inputs.model_inputs, **self._options)
+            output = self._call(inputs.model_inputs)
         logits = _logits_of(output)
         if logits.shape[:2] == (1, tokens.position_R.shape[0]):
             return logits[0]
@@ -78,13 +80,14 @@ class LanguageModelHead:
 
     @contextmanager
     def _keep_only(self, tokens: ScoredTokens, *, check: bool) -> Iterator[None]:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            hidden = args[0]
-            if hidden.shape[:-1] != (tokens.n_rows, tokens.length):
-                return None
-            return (hidden.flatten(0, 1)[tokens.position_R].unsqueeze(0), *args[1:])
+        def keep(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            hidden = args[0] if args else next(iter(options.values()))
+            if hidden.shape[:-1] == (tokens.n_rows, tokens.length):
+                hidden = hidden.flatten(0, 1)[tokens.position_R].unsqueeze(0)
+            return (hidden, *args[1:]), options if args else {}
 
         def compare(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            self.under_autocast = torch.is_autocast_enabled(out.device.type)
             hidden_RD, out_RV = args[0].flatten(0, -2), out.flatten(0, -2)
             if len(hidden_RD) == tokens.n_rows * tokens.length:
                 hidden_RD, out_RV = hidden_RD[tokens.position_R], out_RV[tokens.position_R]
@@ -95,9 +98,12 @@ class LanguageModelHead:
             if bias is not None:
                 expected_R += bias[tokens.target_R].float()
             difference_R = out_RV.gather(1, tokens.target_R[:, None])[:, 0].float() - expected_R
-            self.error = torch.linalg.vector_norm(difference_R) / torch.linalg.vector_norm(expected_R)
+            is_finite_R = difference_R.isfinite()
+            self.error = torch.linalg.vector_norm(difference_R.where(is_finite_R, 0)) / torch.linalg.vector_norm(
+                expected_R.where(is_finite_R, 0)
+            )
 
-        handles = [self.module.register_forward_pre_hook(keep)]
+        handles = [self.module.register_forward_pre_hook(keep, with_kwargs=True)]
         if check:
             handles.append(self.module.register_forward_hook(compare))
         try:
@@ -140,10 +146,3 @@ def _logits_of(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ProbeError(f"expected logits from the model, as a tensor or under the name logits, got {type(output)}")
     return output
-
-
-def _accepted(model: nn.Module, **options: Any) -> dict[str, Any]:
-    """Those of the options that the model's forward takes by name."""
-    parameters = inspect.signature(type(model).forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return {name: value for name, value in options.items() if takes_any or name in parameters}

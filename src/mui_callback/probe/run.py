@@ -20,7 +20,7 @@ from mui_callback.probe.encode import Batch, EncodedProbeSet, Tokenizer, encode,
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.probe_set import ProbeSet
-from mui_callback.probe.verification import ROUNDING, Verification
+from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
 from mui_callback.report import MUIReport, SampleTable
 from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.settings import ProbeSettings
@@ -65,9 +65,10 @@ class MUIProbe:
         settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.probe_set = probe_set
-        self.layers = find_expert_layers(self.model, dense=dense)
+        with frozen(self.model):  # some weights are computed when they are looked at
+            self.layers = find_expert_layers(self.model, dense=dense)
+            vocab_size = LanguageModelHead(self.model).weight_VD.shape[0]
         self.layout = layout_of(self.layers)
-        vocab_size = LanguageModelHead(self.model).weight_VD.shape[0]
         self._device = _common_device(self.model)
         self.settings = replace(settings, max_length=max_length or context_length(self.model))
         self._encoded = encode(
@@ -90,8 +91,9 @@ class MUIProbe:
                 output of their layer, or some did not run at all.
         """
         start = time.perf_counter()
-        counts = self._count(self._batches, self._choice_batches)
-        Verification.of(self.layout, counts, int(self._sample_table.n_tokens.sum())).raise_if_wrong()
+        counts, rounding = self._count(self._batches, self._choice_batches)
+        n_tokens = int(self._sample_table.n_tokens.sum())
+        Verification.of(self.layout, counts, n_tokens, rounding).raise_if_wrong()
         return MUIReport(
             layout=self.layout,
             task_names=self._encoded.task_names,
@@ -102,19 +104,22 @@ class MUIProbe:
             seconds=time.perf_counter() - start,
         )
 
-    def verify(self, *, rounding: float = ROUNDING) -> Verification:
+    def verify(self, *, rounding: float | None = None) -> Verification:
         """Run the first batch only, and say how well every layer conserves its output.
 
         Args:
-            rounding: relative error that is accepted.
+            rounding: relative error that is accepted; by default what the precision of the forward explains.
 
         Raises:
             ProbeError: the experts did not run in a way that can be read at all.
         """
         first = self._batches[:1]
-        return Verification.of(self.layout, self._count(first, []), sum(len(batch.target) for batch in first), rounding)
+        counts, explained = self._count(first, [])
+        n_tokens = sum(len(batch.target) for batch in first)
+        return Verification.of(self.layout, counts, n_tokens, rounding or explained)
 
-    def _count(self, batches: list[Batch], choice_batches: list[Batch]) -> ProbeCounts:
+    def _count(self, batches: list[Batch], choice_batches: list[Batch]) -> tuple[ProbeCounts, float]:
+        """The counts of a pass, and the relative error of the identity that its precision explains."""
         with frozen(self.model):
             head = LanguageModelHead(self.model)  # found anew: a resized vocabulary has another one
             counts = DeviceCounts(
@@ -128,7 +133,8 @@ class MUIProbe:
             self._run_samples(batches, head, counts)
             self._run_choices(choice_batches, head, counts)
             counts.head_error.copy_(head.error)
-            return counts.to_host()
+            is_coarse = head.under_autocast or _has_16_bits(self.model)
+            return counts.to_host(), ROUNDING if is_coarse else ROUNDING_OF_FLOAT32
 
     def _run_samples(self, batches: list[Batch], head: LanguageModelHead, counts: DeviceCounts) -> None:
         reading = Reading(self.layers)
@@ -156,6 +162,10 @@ def _common_device(model: nn.Module) -> torch.device:
             f"{type(model).__name__}: expected all weights on one CPU or CUDA device, got them on {', '.join(devices)}"
         )
     return torch.device(devices[0])
+
+
+def _has_16_bits(model: nn.Module) -> bool:
+    return any(p.dtype.itemsize < 4 for p in model.parameters() if p.dtype.is_floating_point)
 
 
 def context_length(model: nn.Module) -> int | None:

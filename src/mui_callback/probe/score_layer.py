@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from mui_callback.errors import ProbeError
 from mui_callback.experts.base import Recorder
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.experts.tail import Cut, Tail, add_inner
@@ -61,12 +62,19 @@ class LayerReader:
         Raises:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
         """
+        shapes = ((tokens.n_rows, tokens.length), (1, tokens.n_rows * tokens.length), (tokens.n_rows * tokens.length,))
+        if out.shape[:-1] not in shapes or out.shape[-1] != readout_TD.shape[1]:
+            raise ProbeError(
+                f"{self.tail.where}: expected an output [{tokens.n_rows}, {tokens.length}, {readout_TD.shape[1]}] for "
+                f"{tokens.n_rows} samples of {tokens.length} positions and the width of the language-model head, got "
+                f"{list(out.shape)}. Models that have the positions first cannot be probed."
+            )
         for recorder in self.recorders:
             recorder.check_complete(tokens)
         if is_output and check:
             self._note_own_bias(out)
         for recorder in self.recorders:
-            recorder.locate(out, tokens)
+            recorder.locate(out, tokens, check=check)
         token_of_constant = self.tail.tokens_of_constants(out, tokens)
         self.tail.transpose(out, readout_TD, check=check)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):

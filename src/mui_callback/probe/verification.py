@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from mui_callback.counts import ProbeCounts
@@ -11,8 +10,8 @@ from mui_callback.layout import ExpertLayout, LayerShape
 
 ROUNDING = 0.05
 """Relative error of the identity that rounding can explain, in 16 bits too; a wrong tensor is far above it."""
-ROUNDING_OF_FLOAT32 = 1e-3
-"""The same for a forward pass in 32 bits or more, with tensor cores that round its factors to 10 bits."""
+ROUNDING_OF_FLOAT32 = 2e-3
+"""The same for a forward pass in 32 bits or more, by tensor cores that round factors to 10 bits."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Verification:
 
     layers: tuple[LayerCheck, ...]
     head_error: float
-    """How far the targets' logits are from what W_head makes of the hidden states; NaN if the head is no module."""
+    """How far the targets' logits are from what W_head makes of the hidden states; -1 if the head ran as no module."""
     n_tokens: int
     """Response tokens that were scored."""
     rounding: float = ROUNDING
@@ -62,7 +61,7 @@ class Verification:
             for check in self.layers
             if self.is_wrong(check)
         ]
-        if math.isnan(self.head_error):
+        if self.head_error < 0:
             found.append(
                 "the language-model head was not called as a module on the hidden states, so that its weight is what "
                 "the logits are made with could not be checked."

@@ -106,10 +106,16 @@ def conserved(scores: LayerScores, n_tokens: int) -> Tensor:
 
 
 def identity_error(scores: LayerScores) -> Tensor:
-    """‖Σ f - (output - unmade)‖ / ‖output - unmade‖ over the tokens, float64 scalar; NaN where the output is zero."""
+    """‖Σ f - (output - unmade)‖ / ‖output - unmade‖ over the tokens, float64 scalar.
+
+    Tokens whose output is not finite are left out. NaN where the output is zero.
+    """
     assert scores.output_R is not None
     assert scores.unmade_R is not None
     expected_R = (scores.output_R - scores.unmade_R).double()
     difference_R = conserved(scores, len(expected_R)) - expected_R
-    error: Tensor = torch.linalg.vector_norm(difference_R) / torch.linalg.vector_norm(expected_R)
+    is_finite_R = difference_R.isfinite()
+    error: Tensor = torch.linalg.vector_norm(difference_R.where(is_finite_R, 0)) / torch.linalg.vector_norm(
+        expected_R.where(is_finite_R, 0)
+    )
     return error

@@ -130,7 +130,7 @@ class BatchCounts:
         counts, n_experts = self.counts, self.counts.layout.layers[layer].n_experts
         # A row holds one routed expert, or the shared experts of a fused MLP side by side.
         mass_SW = part.score_SW.masked_fill(part.score_SW == NOTHING, 0).abs_()
-        mass_Se = mass_SW.view(mass_SW.shape[0], -1, part.expert_width).sum(-1)
+        mass_Se = mass_SW.view(*mass_SW.shape[:1], mass_SW.shape[1] // part.expert_width, part.expert_width).sum(-1)
         first_S = counts.expert_of_neuron[layer][part.first_neuron_S]
         expert_Se = first_S[:, None] + torch.arange(mass_Se.shape[1], device=first_S.device)
         task_S = self.task_B[self.tokens.row_R[part.token_S]]
