@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -152,9 +152,8 @@ class _Container:
 
     def __init__(self, container: Any, holders: tuple[Any, ...]) -> None:
         self.container = container
-        is_dict = isinstance(container, dict)
-        self.content: Any = dict(container) if is_dict else list(container)
-        inner = self.content.values() if is_dict else self.content
+        self.content: Any = (dict if isinstance(container, dict) else list)(container)
+        inner: Iterable[Any] = container.values() if isinstance(container, dict) else container
         self.inner = [restore for part in inner if (restore := _content(part, (*holders, container)))]
 
     def restore(self) -> None:
