@@ -32,9 +32,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.router = nn.Linear(WIDTH, N_EXPERTS, bias=False)
         self.experts = nn.ModuleList(Expert() for _ in range(N_EXPERTS))
-        self.common = nn.Sequential(
-            nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, WIDTH)
-        )
+        self.common = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
