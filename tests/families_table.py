@@ -1,26 +1,60 @@
-"""Writes the table of families in the README: `make families`."""
+"""The table of families in the README; as a script (`make families`) it writes the table anew."""
 
 from __future__ import annotations
 
-from families import CANNOT_WORK, family_names
-from test_families import README, WORKING, probe_of, row
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from families import CANNOT_WORK, EXPECTED, Expected, build, family_names
+from mui_callback import MUIProbe, ProbeSet
+from mui_callback.probe.verification import Verification
+from tiny_samples import make_samples
+
+README = Path(__file__).parents[1] / "README.md"
+WORKING = [name for name in family_names() if name not in CANNOT_WORK]
 
 
-def main() -> None:
-    rows = {family: row(family, probe_of(family), probe_of(family).verify(rounding=1e-5)) for family in WORKING}
-    rows |= {family: f"| {family} | no | | | {reason} |" for family, reason in CANNOT_WORK.items()}
-    lines = [
-        f"**{len(WORKING)} of {len(rows)}** work:",
-        "",
-        "| family | works | MoE block | layout of its experts | what is special, or why it does not work |",
-        "|---|---|---|---|---|",
-        *(rows[family] for family in family_names()),
-    ]
-    before, _, rest = README.read_text(encoding="utf-8").partition("<!-- families -->")
-    _, _, after = rest.partition("<!-- /families -->")
-    table = "\n".join(lines)
-    README.write_text(f"{before}<!-- families -->\n{table}\n<!-- /families -->{after}", encoding="utf-8")
+@cache
+def model_of(family: str) -> nn.Module:
+    return build(family)
+
+
+def probe_of(family: str) -> MUIProbe:
+    return MUIProbe(model_of(family), ProbeSet({"a": make_samples()}), top_fraction=0.02)
+
+
+def row(family: str, probe: MUIProbe, checked: Verification) -> str:
+    """The line of a family that was measured."""
+    layer = probe.layers[0]
+    layout = ", ".join(dict.fromkeys(experts.layout for experts in layer.experts))
+    path = layer.shape.path.replace(f".{layer.shape.layer}", ".N")
+    verdict = "NO" if checked.complaints else "yes"
+    return f"| {family} | {verdict} | `{path}` | {layout} | {EXPECTED.get(family, Expected()).note} |"
+
+
+def row_without(family: str) -> str:
+    """The line of a family that cannot work."""
+    return f"| {family} | no | | | {CANNOT_WORK[family]} |"
+
+
+def count() -> str:
+    """The line above the table."""
+    return f"**{len(WORKING)} of {len(family_names())}** work:"
+
+
+def table() -> str:
+    """All of it, measured."""
+    rows = {family: row_without(family) for family in CANNOT_WORK}
+    for family in WORKING:
+        probe = probe_of(family)
+        rows[family] = row(family, probe, probe.verify(rounding=1e-5))
+    head = "| family | works | MoE block | layout of its experts | what is special, or why it does not work |"
+    return "\n".join([count(), "", head, "|---|---|---|---|---|", *(rows[family] for family in family_names())])
 
 
 if __name__ == "__main__":
-    main()
+    before, _, rest = README.read_text(encoding="utf-8").partition("<!-- families -->")
+    _, _, after = rest.partition("<!-- /families -->")
+    README.write_text(f"{before}<!-- families -->\n{table()}\n<!-- /families -->{after}", encoding="utf-8")

@@ -56,3 +56,11 @@ def layer_scores(
     if conservation:
         return [torch.cat(parts) for parts in totals], [torch.cat(parts) for parts in outputs]
     return found
+
+
+def assert_conserved(model: nn.Module, samples: list[TokenSample], *, dense: bool = False) -> None:
+    """Σ f is the output of each layer, less what no neuron made."""
+    totals, outputs = layer_scores(model, samples, conservation=True, dense=dense)
+    assert totals
+    for total, output in zip(totals, outputs, strict=True):
+        assert torch.linalg.norm(total - output) < 1e-5 * torch.linalg.norm(output)

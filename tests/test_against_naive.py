@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
 from torch import nn
 
 from mui_callback import MUIProbe, ProbeSet
 from naive import NaiveLayer, naive_key_neurons, naive_scores
-from reading import layer_scores
+from reading import assert_conserved, layer_scores
 from tiny import FAMILIES, build
 from tiny_samples import make_samples
 
@@ -93,9 +92,7 @@ def test_conservation_identity(model: nn.Module, implementation: str) -> None:
     """Σ f = ⟨output of the layer, W_head[y]⟩ less the output biases: true only if the right tensors were read."""
     model = copy.deepcopy(model)
     model.set_experts_implementation(implementation)
-    totals, outputs = layer_scores(model, make_samples(), conservation=True)
-    for total, output in zip(totals, outputs, strict=True):
-        assert torch.linalg.norm(total - output) < 1e-5 * torch.linalg.norm(output)
+    assert_conserved(model, make_samples())
 
 
 def test_layers_are_those_of_the_module_path(model: nn.Module, family: str) -> None:

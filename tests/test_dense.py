@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.errors import NoExpertsError
 from mui_callback.experts.discover import find_expert_layers
-from reading import layer_scores
+from reading import assert_conserved, layer_scores
 from tiny import VOCAB, build
 from tiny_samples import make_samples
 
@@ -61,9 +61,7 @@ def measure(model: nn.Module, *, dense: bool = True) -> MUIReport:
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_layer_is_one_expert_and_conserves_its_output(family: str) -> None:
     model = dense_model(family)
-    totals, outputs = layer_scores(model, make_samples(), conservation=True, dense=True)
-    for total, output in zip(totals, outputs, strict=True):
-        assert torch.linalg.norm(total - output) < 1e-5 * torch.linalg.norm(output)
+    assert_conserved(model, make_samples(), dense=True)
     path, width = FAMILIES[family]
     layers = measure(model).layout.layers
     assert [(layer.layer, layer.path) for layer in layers] == [(n, path.format(n)) for n in (0, 1)]

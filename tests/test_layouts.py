@@ -1,4 +1,4 @@
-"""Layouts beyond the six families of `tiny`: the conservation identity says whether they are read right."""
+"""What no family of transformers shows by itself: wrapped layers, and flags on other experts than usual."""
 
 from __future__ import annotations
 
@@ -7,76 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
 
+import families
 from mui_callback import MUIProbe, ProbeSet
-from reading import layer_scores
-from tiny import VOCAB, build
+from reading import assert_conserved
+from tiny import build
 from tiny_samples import make_samples
-
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "n_routed_experts": 8,
-    "num_experts": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 2,
-    "shared_expert_intermediate_size": 32,
-    "shared_intermediate_size": 32,
-    "moe_shared_expert_intermediate_size": 24,
-    "moe_latent_size": 16,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_group": 1,
-    "topk_group": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-# What is special about it, and its shared experts.
-LAYOUTS = {
-    "axk1": ("a norm on the block's output", (16, 16)),
-    "granitemoeshared": ("shared MLP outside the block, as shared_mlp", (32,)),
-    "hunyuan_v1_moe": ("shared_mlp inside the block", (64,)),
-    "inkling_text": ("stacked shared experts, weighted by the router", (16, 16)),
-    "laguna": ("a scaling factor behind the experts", (16, 16)),
-    "nemotron_h": ("no gate, projections into and out of a latent space", (24,)),
-    "qwen3_next": ("gated shared expert, linear attention", (16, 16)),
-}
-
-
-def config(family: str) -> Any:
-    defaults = AutoConfig.for_model(family)
-    text = defaults.get_text_config()
-    sizes = {name: value for name, value in SMALL.items() if hasattr(text, name)}
-    for name in ("layer_types", "mlp_layer_types"):
-        if isinstance(getattr(text, name, None), list):
-            sizes[name] = getattr(text, name)[:3]
-    return type(text)(**sizes)
-
-
-@pytest.mark.parametrize("family", list(LAYOUTS))
-def test_conservation_identity(family: str) -> None:
-    model = build(config(family))
-    totals, outputs = layer_scores(model, make_samples(), conservation=True)
-    assert totals
-    for total, output in zip(totals, outputs, strict=True):
-        assert torch.linalg.norm(total - output) < 1e-5 * torch.linalg.norm(output)
-    report = MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.02).measure()
-    assert all(layer.shared_widths == LAYOUTS[family][1] for layer in report.layout.layers)
-    assert 0 < report.mui < 1
 
 
 class Wrapper(torch.nn.Module):
@@ -92,18 +28,18 @@ class Wrapper(torch.nn.Module):
 
 @pytest.mark.parametrize("wrap", [Wrapper, partial(torch.compile, backend="eager")])
 def test_wrapped_layers_are_read_like_bare_ones(wrap: Any) -> None:
-    model = build(config("granitemoeshared"))
+    model = families.build("granitemoeshared")
     bare = MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.02).measure()
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = wrap(layer)
     wrapped = MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.02).measure()
-    assert [layer.shared_widths for layer in wrapped.layout.layers] == [(32,)] * 3
+    assert [layer.shared_widths for layer in wrapped.layout.layers] == [(families.OWN,)] * 3
     assert wrapped.key_neurons() == bare.key_neurons()
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_a_norm_after_each_expert(implementation: str) -> None:
-    """As in Muse Spark, whose text model cannot be built alone: the same flag on another model's experts."""
+    """As in Muse Spark, with other implementations of the experts."""
     model = build("olmoe")
     model.set_experts_implementation(implementation)
     for layer in model.model.layers:
@@ -111,9 +47,7 @@ def test_a_norm_after_each_expert(implementation: str) -> None:
         experts.has_post_expert_norm = True
         experts.post_expert_norm = torch.nn.RMSNorm(24, eps=1e-6)
         torch.nn.init.normal_(experts.post_expert_norm.weight)
-    totals, outputs = layer_scores(model, make_samples(), conservation=True)
-    for total, output in zip(totals, outputs, strict=True):
-        assert torch.linalg.norm(total - output) < 1e-5 * torch.linalg.norm(output)
+    assert_conserved(model, make_samples())
     report = MUIProbe(model, ProbeSet({"a": make_samples()})).measure()
     losses = []
     for sample in make_samples():

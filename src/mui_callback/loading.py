@@ -209,7 +209,8 @@ def _explained(source: ModelSource) -> Iterator[None]:
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code=True" in said:
-            maps = [source.read(file).get("auto_map") for file in filter(source.has, ("config.json", VOCABULARIES[0]))]
+            named = filter(source.has, ("config.json", "tokenizer_config.json"))
+            maps = [source.read(file).get("auto_map") for file in named]
             modules = re.findall(r'"([^"]+)\.\w+"', json.dumps(maps))  # of "module.Class", wherever they are
             files = ", ".join(sorted({f"{module.replace('--', '/')}.py" for module in modules}))
             raise ModelLoadError(

@@ -19,7 +19,8 @@ class ProbeSettings:
     key_expert_frequency: float = 0.6
     """η_expert: activated frequency from which an expert is a key expert."""
     max_length: int | None = None
-    """Tokens that longer samples are cut to, from the left; None for the context length of the model."""
+    """Tokens that longer samples are cut to, from the left (responses of an encoder-decoder from the right); None for
+    the context length of the model."""
     batch_tokens: int = 8192
     """Positions in a forward pass, padding included. Memory depends on it; what is measured does not, but for the
     rounding of the model's own forward."""

@@ -27,7 +27,7 @@ class Experts(Protocol):
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The modules in which the experts run up to their down projection; never a part of the tail."""
+        """Modules in which nothing is recorded until the down projection is reached: the experts, as far as known."""
 
     @property
     def n_experts(self) -> int:

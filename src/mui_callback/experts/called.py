@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ class _Call:
 
     product: Product
     cut: Cut
+    first_expert: int
     token_S: Tensor | None = None
     """Number of the scored token of each row, int64 ``[S]``; -1 where there is none."""
 
@@ -95,7 +97,7 @@ class _Call:
     @property
     def expert_S(self) -> Tensor:
         n_rows, device = self.cut.value_SD.shape[0], self.cut.value.device
-        experts = torch.arange(self.product.expert, self.product.expert + self.product.n_experts, device=device)
+        experts = torch.arange(self.first_expert, self.first_expert + self.product.n_experts, device=device)
         return experts.repeat_interleave(n_rows // self.product.n_experts)
 
 
@@ -125,18 +127,18 @@ class CalledRecorder:
                 stack.enter_context(module.register_forward_hook(self._pass))
             first = 0
             for down in self.experts.downs:
-                stack.enter_context(down.read(_shifted(self._take, first)))
+                stack.enter_context(down.read(partial(self._take, first)))
                 first += down.n_experts
             yield
 
-    def _take(self, product: Product) -> Tensor:
+    def _take(self, first_expert: int, product: Product) -> Tensor:
         cut = self.tail.cut(product.out)
-        self.calls.append(_Call(product, cut))
+        self.calls.append(_Call(product, cut, first_expert + product.expert))
         return cut.value.clone()  # models write to the outputs of their experts in place
 
     def _pass(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         cut = self.tail.cut(out)
-        self.passed.append(_Call(Product(out, out, None, 0), cut))
+        self.passed.append(_Call(Product(out, out, None), cut, 0))
         return cut.value.clone()
 
     @property
@@ -227,10 +229,3 @@ def _pause(module: nn.Module, args: Any) -> None:
 
 def _resume(module: nn.Module, args: Any, out: Any) -> None:
     torch.set_grad_enabled(True)
-
-
-def _shifted(take: Any, first_expert: int) -> Any:
-    def shifted(product: Product) -> Any:
-        return take(replace(product, expert=product.expert + first_expert))
-
-    return shifted

@@ -13,7 +13,7 @@ from mui_callback.experts.base import Experts
 from mui_callback.experts.dense import find_dense_layers
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.experts.lists import find_list, find_stacked_parameter, has_router
-from mui_callback.experts.paths import is_elsewhere, is_inside, is_numbered, layer_numbers, outside
+from mui_callback.experts.paths import is_inside, is_numbered, language_model_modules, layer_numbers, outside
 from mui_callback.experts.shared import SHARED_NAMES, find_shared_experts, has_shared
 from mui_callback.experts.stacked import StackedExperts, has_stacked_layout
 from mui_callback.layout import LayerShape
@@ -30,8 +30,7 @@ def find_expert_layers(model: nn.Module, *, dense: bool = False) -> tuple[Expert
         NoExpertsError: the model has none; the message says what was looked for.
         UnsupportedModelError: experts were found that cannot be read.
     """
-    every = model.named_modules(remove_duplicate=False)
-    modules = {path: module for path, module in every if not is_elsewhere(path, model)}
+    modules = language_model_modules(model)
     found = list(_moe_layers(modules))
     if dense:
         layer_paths = [_decoder_layer(path) for path, _ in found]
@@ -58,9 +57,8 @@ def find_expert_layers(model: nn.Module, *, dense: bool = False) -> tuple[Expert
 
 
 def _moe_layers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLayer]]:
-    claimed: list[str] = []
     layers: dict[nn.Module, ExpertLayer] = {}
-    for path, layer in _candidates(modules, claimed):
+    for path, layer in _candidates(modules):
         experts = layer.experts[0].modules[0]
         known = layers.get(experts)
         if known is None:
@@ -73,7 +71,8 @@ def _moe_layers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLaye
             )
 
 
-def _candidates(modules: dict[str, nn.Module], claimed: list[str]) -> Iterator[tuple[str, ExpertLayer]]:
+def _candidates(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLayer]]:
+    claimed: list[str] = []
     for path, module in modules.items():
         if any(is_inside(path, other) for other in claimed):
             continue

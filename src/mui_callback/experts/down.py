@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,8 +26,8 @@ class Product:
     """``[…, D]``."""
     bias: Tensor | None
     """Output bias that `out` holds, ``[D]``."""
-    expert: int
-    """The expert whose projection it is, or the first of `n_experts` that are the first axis of `act`."""
+    expert: int = 0
+    """Number of the expert in its down projection, or of the first of `n_experts` that are the first axis of `act`."""
     n_experts: int = 1
 
 
@@ -43,7 +43,7 @@ class DownProjection(Protocol):
     """Neurons of each expert, I."""
     where: str
 
-    def read(self, take: Take) -> Any:
+    def read(self, take: Take) -> AbstractContextManager[None]:
         """A context in which each product is handed to `take`."""
 
 
@@ -88,7 +88,7 @@ class LinearDown:
                     f"{self.where}: expected a down projection that autograd can follow, got {type(out).__name__}. "
                     "Does it run under torch.no_grad or torch.inference_mode?"
                 )
-            return take(Product(pending.pop(), out, getattr(module, "bias", None), 0))
+            return take(Product(pending.pop(), out, getattr(module, "bias", None)))
 
         on_call = self.module.register_forward_pre_hook(before, with_kwargs=True)
         with on_call, self.module.register_forward_hook(after):
@@ -101,7 +101,7 @@ class StackedDown:
     Its products are no modules, so they are read where `owner` multiplies activations with (a part of) it.
 
     Args:
-        where: path of the parameter, for messages.
+        where: path of the parameter or its owner, for messages.
         owner: the module in whose forward the products are made.
         weight: ``[E, …, …]``, or ``[E · I, D]``.
         n_experts: E.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mui_callback.errors import UnsupportedModelError
+from mui_callback.experts.norms import is_norm
 
 _DOWN_NAMES = ("down_proj", "output_linear", "fc2", "fc_out", "w2", "c_proj", "wo", "dense_4h_to_h")
 """Names of down projections, for MLPs whose shapes leave it open."""
@@ -81,6 +82,6 @@ def _is_down(name: str, maps: dict[str, nn.Module]) -> bool:
 
 def _owns_nothing_else(mlp: nn.Module, maps: dict[str, nn.Module]) -> bool:
     inside = {id(parameter) for linear in maps.values() for parameter in linear.parameters()}
-    norms = [child for child in mlp.modules() if "norm" in type(child).__name__.lower()]
+    norms = [child for child in mlp.modules() if is_norm(child)]
     inside |= {id(parameter) for norm in norms for parameter in norm.parameters()}
     return all(id(parameter) in inside or parameter.numel() == 1 for parameter in mlp.parameters())

@@ -1,8 +1,8 @@
-"""A norm behind an expert, seen from in front of it."""
+"""Norms: what passes for one, and what it is when seen from in front of it."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def channel_scale(out: Tensor, x: Tensor) -> Tensor:
@@ -15,3 +15,9 @@ def channel_scale(out: Tensor, x: Tensor) -> Tensor:
         x: its input.
     """
     return (out.float() / x.float()).masked_fill_(x == 0, 0)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm: named so, and without a matrix."""
+    has_matrix = any(parameter.dim() > 1 for parameter in module.parameters())
+    return "norm" in type(module).__name__.lower() and not has_matrix

@@ -10,8 +10,9 @@ from torch import nn
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer")
 """Names under which wrappers (torch.compile, checkpointing, FSDP, PEFT) keep the module that they wrap."""
 
-_ELSEWHERE = ("vision", "visual", "image", "audio", "talker", "mtp", "nextn")
-"""Words in paths of experts that a language model does not run on text."""
+_ELSEWHERE = frozenset({"vision", "visual", "image", "audio", "talker", "mtp", "nextn"})
+"""Words in paths of modules that a language model does not run on text."""
+_ATTENTION = frozenset({"attn", "attention"})
 _DECODER = re.compile(r"decoder\..*\d")
 """A decoder with layers. Without one, some call their only stack an encoder."""
 
@@ -38,17 +39,17 @@ def is_numbered(path: str) -> bool:
     return unwrapped(path).rpartition(".")[2].isdecimal()
 
 
+def language_model_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by path, under every path that they have, but those that are no part of a decoder's MLPs."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    has_decoder = any(_DECODER.search(path.lower()) for path in modules)
+    elsewhere = _ELSEWHERE | _ATTENTION | ({"encoder"} if has_decoder else set())
+    return {path: module for path, module in modules.items() if not _words(path) & elsewhere}
+
+
 def is_attention(path: str) -> bool:
     """Whether the module is an attention, or in one: some have experts, which are no MLPs."""
-    return bool(_words(path) & {"attn", "attention"})
-
-
-def is_elsewhere(path: str, model: nn.Module) -> bool:
-    """Whether the module belongs to another part than the MLPs of the decoder."""
-    words = _words(path)
-    if "encoder" in words and any(_DECODER.search(name.lower()) for name, _ in model.named_modules()):
-        return True
-    return is_attention(path) or bool(words & set(_ELSEWHERE))
+    return bool(_words(path) & _ATTENTION)
 
 
 def _words(path: str) -> set[str]:

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mui_callback.errors import ProbeError
 from mui_callback.experts.linear import is_linear
-from mui_callback.experts.norms import channel_scale
+from mui_callback.experts.norms import channel_scale, is_norm
 from mui_callback.scoring.contributions import ScoredTokens
 
 _BASE = 16
@@ -64,7 +64,7 @@ class Tail:
         """Forget the last forward pass."""
         self.cuts: list[Cut] = []
         self.constants: list[tuple[Cut, Tensor]] = []
-        """What no neuron made, ``[D]`` or ``[S, D]``, and where it was added: biases, identity experts."""
+        """Biases ``[D]`` of linear maps in the tail, and where they were added; no neuron made them."""
 
     def cut(self, out: Tensor) -> Cut:
         """The output of experts from which on operations are recorded; go on with ``cut.value`` or a copy."""
@@ -216,12 +216,6 @@ class Tail:
         except RuntimeError as error:
             raise ProbeError(f"{self.where}: what follows its experts cannot be transposed: {error}") from error
         return [torch.zeros_like(value) if grad is None else grad for grad, value in zip(seen, values, strict=True)]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm: named so, and without a matrix."""
-    has_matrix = any(parameter.dim() > 1 for parameter in module.parameters())
-    return "norm" in type(module).__name__.lower() and not has_matrix
 
 
 def add_inner(sum_R: Tensor, token_S: Tensor, value_SD: Tensor, readout_SD: Tensor) -> None:

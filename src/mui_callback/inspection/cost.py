@@ -74,13 +74,18 @@ def probe_cost(
 
 
 def _active_weights(model: nn.Module, layers: tuple[ExpertLayer, ...], described: list[LayerDescription]) -> float:
-    """Weights that one position is multiplied with: all but the embeddings, and of routed experts its own."""
+    """Weights that one position is multiplied with: all but the embeddings, and of routed experts its own.
+
+    Of experts that `register_adapter` names, only the down projections are known to be theirs.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     embeddings.discard(id(getattr(head, "weight", None)))
     active = float(sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings))
     for layer, row in zip(layers, described, strict=True):
         if row.shape.n_routed > 1:
-            routed = {id(p): p.numel() for module in layer.experts[0].modules for p in module.parameters()}
+            inside = [p for module in layer.experts[0].modules for p in module.parameters()]
+            inside += [p for p in layer.scope.parameters() if p.dim() == 3 and p.shape[0] >= row.shape.n_routed]
+            routed = {id(p): p.numel() for p in inside}
             active -= sum(routed.values()) * (1 - (row.top_k or 1) / row.shape.n_routed)
     return active

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from mui_callback.errors import ProbeError
 from mui_callback.experts.discover import find_expert_layers
+from mui_callback.experts.layer import ExpertLayer
 from mui_callback.inspection.cost import ProbeCost, probe_cost
 from mui_callback.inspection.describe import LayerDescription, describe
 from mui_callback.inspection.screen import parameters, show_checks, show_cost, show_layers
@@ -79,9 +80,8 @@ def inspect_model(
         show_layers(console, described)
     else:
         show_checks(console, described, checks)
-    show_cost(
-        console, _cost(skeleton, tokenizer, described, settings, probe), probe, has_tokenizer=tokenizer is not None
-    )
+    cost = _cost(skeleton, layers, tokenizer, described, settings, probe)
+    show_cost(console, cost, probe, has_tokenizer=tokenizer is not None)
     for complaint in complaints:
         console.print(f"[red]wrong:[/] {complaint}", highlight=False)
     return not complaints
@@ -113,6 +113,7 @@ def _few_tokens(model: nn.Module, tokenizer: Tokenizer | None) -> list[TokenSamp
 
 def _cost(
     skeleton: nn.Module,
+    layers: tuple[ExpertLayer, ...],
     tokenizer: Tokenizer | None,
     described: list[LayerDescription],
     settings: ProbeSettings,
@@ -125,14 +126,13 @@ def _cost(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which samples are cut is said when they are probed
         encoded = encode(probe_set, tokenizer or _bytes, settings.max_length, decoder_start=start)
-    choices = [choice for sample in encoded.samples for choice in sample.choices]
     return probe_cost(
         skeleton,
-        find_expert_layers(skeleton, dense=settings.dense),
+        layers,
         described,
         encoded,
         make_batches(encoded.samples, settings.batch_tokens),
-        make_batches(choices, settings.batch_tokens),
+        make_batches(encoded.choices, settings.batch_tokens),
     )
 
 

@@ -44,6 +44,11 @@ class EncodedProbeSet:
     n_truncated: int
     n_unscored: int
 
+    @property
+    def choices(self) -> list[TokenChoice]:
+        """The choices of all samples, in order."""
+        return [choice for sample in self.samples for choice in sample.choices]
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

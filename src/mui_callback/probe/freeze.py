@@ -31,7 +31,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         ProbeError: a forward pass in eval mode wrote to a parameter, which cannot be undone.
     """
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
-    sums = {name: _sum(parameter) for name, parameter in _rewritten_parameters(model)}
+    sums = {name: _checksum(parameter) for name, parameter in _rewritten_parameters(model)}
     states = [_ObjectState(config) for config in _configs(model)]
     modules = [_ModuleState(module) for module in model.modules()]
     try:
@@ -54,7 +54,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     written = [
         name
         for name, parameter in model.named_parameters()
-        if parameter._version != versions.get(name) and (name not in sums or sums[name] != _sum(parameter))
+        if parameter._version != versions.get(name) and (name not in sums or sums[name] != _checksum(parameter))
     ]
     if written:
         raise ProbeError(
@@ -94,7 +94,7 @@ def _rewritten_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
                 yield f"{path}.{name}" if path else name, parameter
 
 
-def _sum(parameter: Tensor) -> int:
+def _checksum(parameter: Tensor) -> int:
     """Equal for equal bits."""
     bits = parameter.detach().contiguous().view(torch.uint8)
     return int(bits.sum(dtype=torch.int64)) + int(bits[..., ::3].sum(dtype=torch.int64)) * 2**40

@@ -32,8 +32,8 @@ class MUIProbe:
     The model is used as it is, in whatever state of training; nothing about it is different afterwards.
 
     Args:
-        model: a causal language model of transformers whose experts use transformers' experts interface. May be
-            wrapped by `torch.compile`; the original module is what runs.
+        model: a causal language model or an encoder-decoder, of transformers or plain torch, whose experts can be found
+            (see "Models" in the README). May be wrapped by `torch.compile`; the original module is what runs.
         probe_set: the samples.
         tokenizer: a transformers tokenizer, or a function from text to token ids. Not needed for samples that are
             tokens already.
@@ -44,7 +44,7 @@ class MUIProbe:
         dense: also probe the MLP of each layer without experts, as a layer of one expert.
 
     Raises:
-        NoExpertsError: the model has no MoE layer.
+        NoExpertsError: the model has no MoE layer, and `dense` is off.
         UnsupportedModelError: its experts or its head cannot be read, or its weights are on several devices.
         ProbeSetError: the samples do not fit the tokenizer or the model.
         ValueError: an argument is out of its range.
@@ -79,9 +79,8 @@ class MUIProbe:
             decoder_start=decoder_start(self.model),
         )
         self._sample_table = _sample_table(self._encoded)
-        self._choices = [choice for sample in self._encoded.samples for choice in sample.choices]
         self._batches = make_batches(self._encoded.samples, batch_tokens)
-        self._choice_batches = make_batches(self._choices, batch_tokens)
+        self._choice_batches = make_batches(self._encoded.choices, batch_tokens)
 
     def measure(self) -> MUIReport:
         """Run the probe set through the model and count.
@@ -116,7 +115,7 @@ class MUIProbe:
         first = self._batches[:1]
         counts, explained = self._count(first, [])
         n_tokens = sum(len(batch.target) for batch in first)
-        return Verification.of(self.layout, counts, n_tokens, rounding or explained)
+        return Verification.of(self.layout, counts, n_tokens, explained if rounding is None else rounding)
 
     def _count(self, batches: list[Batch], choice_batches: list[Batch]) -> tuple[ProbeCounts, float]:
         """The counts of a pass, and the relative error of the identity that its precision explains."""
@@ -126,7 +125,7 @@ class MUIProbe:
                 self.layout,
                 self._encoded.task_of_sample,
                 n_tasks=len(self._encoded.task_names),
-                n_choices=len(self._choices),
+                n_choices=len(self._encoded.choices),
                 top_fraction=self.settings.top_fraction,
                 device=self._device,
             )
