@@ -51,7 +51,9 @@ def table() -> str:
         probe = probe_of(family)
         rows[family] = row(family, probe, probe.verify(rounding=1e-5))
     head = "| family | works | MoE block | layout of its experts | what is special, or why it does not work |"
-    return "\n".join([count(), "", head, "|---|---|---|---|---|", *(rows[family] for family in family_names())])
+    lines = [head, "|---|---|---|---|---|", *(rows[family] for family in family_names())]
+    summary = ["<details>", "<summary>The families, one by one</summary>", ""]
+    return "\n".join([count(), "", *summary, *lines, "", "</details>"])
 
 
 if __name__ == "__main__":

@@ -194,6 +194,13 @@ def test_top_k_is_that_of_the_source(family: str) -> None:
     assert found == (expected if family not in ("switch_transformers", "nllb_moe") else {None})
 
 
+def test_a_sampling_setting_is_not_the_number_of_experts() -> None:
+    with torch.device("meta"):
+        model = families.model_class("switch_transformers")(families.config_of("switch_transformers"))
+    model.config.top_k = 5
+    assert {row.top_k for row in describe(model, find_expert_layers(model), 0.001)} == {None}
+
+
 def test_the_screen_fits_80_columns(qwen2: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mui_callback.inspection.run import inspect_model
     from mui_callback.settings import ProbeSettings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -275,8 +276,20 @@ def test_what_a_model_calls_its_tokens(as_keyword: bool) -> None:
             return self.net(input_ids)
 
     model = build_plain("mixtral")
+
+    class Parallel(nn.Module):
+        """As a wrapper for data parallelism: takes anything, and hands it on."""
+
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any, **options: Any) -> torch.Tensor:
+            return self.module(*args, **options)
+
     own = (Named if as_keyword else Positional)(model)
     assert measure(own).key_neurons() == measure(model).key_neurons()
+    assert measure(Parallel(own)).key_neurons() == measure(model).key_neurons()
 
 
 def test_a_token_that_is_not_finite_is_counted_and_the_rest_checked() -> None:

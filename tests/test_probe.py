@@ -304,6 +304,25 @@ def test_a_head_that_is_not_read_right_is_refused() -> None:
         MUIProbe(model, probe_set()).measure()
 
 
+def test_a_head_that_does_not_run_is_refused() -> None:
+    """Its weight may not be what the logits are made with."""
+    model = build("olmoe")
+    rows = model.lm_head.weight
+    model.lm_head.forward = None  # never called
+    forward = model.model.forward
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.lm_head = model.model, model.lm_head
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state @ rows.T
+
+    with pytest.raises(ProbeError, match="the language-model head was not called as a module"):
+        MUIProbe(Logits(), probe_set()).measure()
+
+
 def test_a_head_with_a_bias_is_read_right() -> None:
     model = build("olmoe")
     model.lm_head = nn.Linear(24, VOCAB)

@@ -127,9 +127,8 @@ class StackedDown:
             def after(module: nn.Module, args: Any, out: Any) -> None:
                 readers.pop_all().close()
 
-            # hooks that are called after an exception as well: the model may catch it and go on
-            on_exit = self.owner.register_forward_hook(after, always_call=True)
-            with self.owner.register_forward_pre_hook(before), on_exit:
+            on_call = self.owner.register_forward_pre_hook(before)
+            with on_call, self.owner.register_forward_hook(after):
                 yield
 
     def experts_of(self, weight: object) -> tuple[int, int] | None:
