@@ -63,18 +63,17 @@ VISION = {
 }
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def modules() -> Path:
     """Where transformers copies code that it runs: one place in a process, for it becomes a package's path."""
-    return tmp_path_factory.mktemp("modules")
+    return Path(os.environ["HF_MODULES_CACHE"])
 
 
 @pytest.fixture(autouse=True)
-def offline(tmp_path: Path, modules: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No network, an empty hub cache, and nobody at the terminal."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "")  # set first, to be unset at the end whatever happens
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION")
