@@ -304,6 +304,13 @@ def test_a_head_that_is_not_read_right_is_refused() -> None:
         MUIProbe(model, probe_set()).measure()
 
 
+def test_a_probe_set_without_response_tokens_measures_nothing(model: nn.Module) -> None:
+    empty = TokenSample("none", np.arange(3, 9), np.zeros(6, dtype=bool))
+    report = MUIProbe(model, ProbeSet({"a": [empty]})).measure()
+    assert report.unscored == 1
+    assert "mui/mui" not in report.scalars()
+
+
 def test_a_head_that_does_not_run_is_refused() -> None:
     """Its weight may not be what the logits are made with."""
     model = build("olmoe")

@@ -83,7 +83,7 @@ def adapted(path: str, module: nn.Module) -> tuple[CalledExperts, tuple[CalledEx
         name = getattr(adapter, "__name__", repr(adapter))
         if not isinstance(block, MoEBlock):
             raise UnsupportedModelError(f"{path}: expected a MoEBlock or None from adapter {name}, got {block!r}")
-        paths = {inner: f"{path}.{name}" for name, inner in module.named_modules()}
+        paths = {inner: f"{path}.{name}".rstrip(".") for name, inner in module.named_modules()}
         routed = [block.routed] if isinstance(block.routed, StackedWeight) else list(block.routed)
         if not routed:
             raise UnsupportedModelError(f"{path}: adapter {name} names no routed experts")

@@ -150,8 +150,8 @@ class CalledRecorder:
         """See `Recorder`."""
         if not self.calls:
             raise ProbeError(
-                f"{self.tail.where} ran without calling {self.experts.path} in a way that can be read: its down "
-                f"projection {self.experts.downs[0].where} was not used."
+                f"{self.tail.where} ran without calling {self.experts.path} in a way that can be read: the down "
+                f"projection in {self.experts.downs[0].where} was not used, or in no linear map and no matrix product."
             )
 
     def locate(self, out: Tensor, tokens: ScoredTokens, *, check: bool) -> None:

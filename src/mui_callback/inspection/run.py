@@ -58,6 +58,7 @@ def inspect_model(
     Raises:
         MUIError: the model cannot be loaded, or has no layer that can be probed.
     """
+    probe_set = None if probe is None else ProbeSet.from_jsonl({probe.stem: probe})
     transformers_logging.set_verbosity_error()
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
@@ -80,7 +81,7 @@ def inspect_model(
         show_layers(console, described)
     else:
         show_checks(console, described, checks)
-    cost = _cost(skeleton, layers, tokenizer, described, settings, probe)
+    cost = _cost(skeleton, layers, tokenizer, described, settings, probe_set)
     show_cost(console, cost, probe, has_tokenizer=tokenizer is not None)
     for complaint in complaints:
         console.print(f"[red]wrong:[/] {complaint}", highlight=False)
@@ -117,11 +118,10 @@ def _cost(
     tokenizer: Tokenizer | None,
     described: list[LayerDescription],
     settings: ProbeSettings,
-    probe: Path | None,
+    probe_set: ProbeSet | None,
 ) -> ProbeCost:
     start = decoder_start(skeleton)
-    builtin = ProbeSet.builtin(only_with_prompt=start is not None)
-    probe_set = builtin if probe is None else ProbeSet.from_jsonl({probe.stem: probe})
+    probe_set = probe_set or ProbeSet.builtin(only_with_prompt=start is not None)
     settings = replace(settings, max_length=settings.max_length or context_length(skeleton))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which samples are cut is said when they are probed

@@ -21,7 +21,10 @@ def show_layers(console: Console, described: list[LayerDescription]) -> None:
     for _, group in groupby(described, key=_kind):
         alike = list(group)
         first, last = alike[0].shape.layer, alike[-1].shape.layer
-        _add_row(table, alike[0], f"{first}" if first == last else f"{first} … {last}", is_new=True)
+        layer = f"{first}" if first == last else f"{first} … {last}"
+        if last - first + 1 != len(alike):
+            layer += f" ({len(alike)})"
+        _add_row(table, alike[0], layer, is_new=True)
     console.print(table)
     _show_totals(console, described)
 

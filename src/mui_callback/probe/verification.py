@@ -61,7 +61,7 @@ class Verification:
             for check in self.layers
             if self.is_wrong(check)
         ]
-        if self.head_error < 0:
+        if self.n_tokens and self.head_error < 0:
             found.append(
                 "the language-model head was not called as a module on the hidden states, so that its weight is what "
                 "the logits are made with could not be checked."
