@@ -28,10 +28,9 @@ def probe_of(family: str) -> MUIProbe:
 def row(family: str, probe: MUIProbe, checked: Verification) -> str:
     """The line of a family that was measured."""
     layer = probe.layers[0]
-    layout = ", ".join(dict.fromkeys(experts.layout for experts in layer.experts))
     path = layer.shape.path.replace(f".{layer.shape.layer}", ".N")
     verdict = "NO" if checked.complaints else "yes"
-    return f"| {family} | {verdict} | `{path}` | {layout} | {EXPECTED.get(family, Expected()).note} |"
+    return f"| {family} | {verdict} | `{path}` | {layer.layout} | {EXPECTED.get(family, Expected()).note} |"
 
 
 def row_without(family: str) -> str:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiny import drawn
+
 D, E, K = 24, 6, 2
 CAPACITY = 2  # moduledict: tokens of a sequence that an expert takes at most
 CHOICES = 4  # expert_choice: tokens of a sequence that an expert takes
@@ -538,12 +540,4 @@ ZOO = {name: make for name, make in _ALL.items() if name not in NEGATIVE}
 def build_plain(name: str, seed: int = 0) -> nn.Module:
     """A random float32 model in eval mode; every parameter, biases too, is drawn, so that none is idle."""
     torch.manual_seed(seed)
-    model = _ALL[name]()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-            else:
-                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
-    return model.eval()
+    return drawn(_ALL[name](), seed)

@@ -9,9 +9,9 @@ from torch import nn
 
 from mui_callback.experts.discover import find_expert_layers
 from mui_callback.experts.layer import layout_of
+from mui_callback.probe.batches import make_batches
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
-from mui_callback.probe.encode import make_batches
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead
 from mui_callback.probe.samples import TokenSample

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mui_callback.errors import ProbeSetError
+from mui_callback.probe.batches import make_batches
 from mui_callback.probe.device_batch import to_device
-from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode, make_batches, tokenize
+from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode, tokenize
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.samples import ProbeSample, TokenChoice, TokenSample
 from mui_callback.trainers.hf_eval_data import eval_probe_set

@@ -72,22 +72,26 @@ def test_verify_says_for_each_layer_how_well_it_holds(qwen2: Path, inspect: Any)
     assert all(layer[-2] == "2" for layer in layers)  # experts of a token, as used
 
 
-def test_a_layer_that_is_read_wrong_is_named(inspect: Any, tmp_path: Path) -> None:
-    """Remote code whose block adds something that no neuron made."""
-    model = build("qwen2_moe")
-    model.save_pretrained(tmp_path)
-    (tmp_path / "modeling_odd.py").write_text(
+def save_odd(path: Path, forward: str) -> None:
+    """A model with code of its own, whose second block does something else than that of transformers."""
+    build("qwen2_moe").save_pretrained(path)
+    (path / "modeling_odd.py").write_text(
         "from transformers import Qwen2MoeForCausalLM\n"
         "class Odd(Qwen2MoeForCausalLM):\n"
         "    def __init__(self, config):\n"
         "        super().__init__(config)\n"
         "        block = self.model.layers[1].mlp\n"
         "        forward = block.forward\n"
-        "        block.forward = lambda x: forward(x) + 0.01 * x\n"
+        f"        block.forward = lambda x: {forward}\n"
     )
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_odd.Odd"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_a_layer_that_is_read_wrong_is_named(inspect: Any, tmp_path: Path) -> None:
+    """Remote code whose block adds something that no neuron made."""
+    save_odd(tmp_path, "forward(x) + 0.01 * x")
     status, shown = inspect(tmp_path, "--verify", "--trust-remote-code")
     assert status == 1
     assert "wrong: layer 1 (model.layers.1.mlp): the contributions of its neurons do not add up" in shown
@@ -97,19 +101,7 @@ def test_a_layer_that_is_read_wrong_is_named(inspect: Any, tmp_path: Path) -> No
 
 
 def test_what_cannot_be_read_at_all_is_wrong_too(inspect: Any, tmp_path: Path) -> None:
-    build("qwen2_moe").save_pretrained(tmp_path)
-    (tmp_path / "modeling_odd.py").write_text(
-        "from transformers import Qwen2MoeForCausalLM\n"
-        "class Odd(Qwen2MoeForCausalLM):\n"
-        "    def __init__(self, config):\n"
-        "        super().__init__(config)\n"
-        "        block = self.model.layers[1].mlp\n"
-        "        forward = block.forward\n"
-        "        block.forward = lambda x: forward(x).tanh()\n"
-    )
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_odd.Odd"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_odd(tmp_path, "forward(x).tanh()")
     status, shown = inspect(tmp_path, "--verify", "--trust-remote-code")
     assert status == 1
     assert "wrong: layer 1 (model.layers.1.mlp): what follows its experts is not linear" in shown

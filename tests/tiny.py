@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -16,6 +17,8 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 VOCAB = 384  # ByT5's bytes and special tokens
 _COMMON = {
@@ -88,6 +91,11 @@ def build(family: str | Any, *, seed: int = 0, **changes: Any) -> PreTrainedMode
     torch.manual_seed(seed)
     config = FAMILIES[family](**changes) if isinstance(family, str) else family
     model = AutoModelForCausalLM.from_config(config)
+    return drawn(model, seed)
+
+
+def drawn(model: _Model, seed: int) -> _Model:
+    """In eval mode, with every parameter drawn anew."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -18,8 +18,9 @@ except ImportError as error:
 
 from mui_callback.monitor import Monitor, OnError
 from mui_callback.probe.encode import Tokenizer
+from mui_callback.probe.model_config import decoder_start
 from mui_callback.probe.probe_set import ProbeSet
-from mui_callback.probe.run import MUIProbe, decoder_start
+from mui_callback.probe.run import MUIProbe
 from mui_callback.schedule import Schedule
 from mui_callback.settings import ProbeSettings
 from mui_callback.sinks.base import RunDescription, Sink

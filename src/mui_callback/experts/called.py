@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.down import DownProjection, Product, StackedDown
 from mui_callback.experts.tail import Cut, Tail, add_inner
-from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, only_finite
+from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, contributions, only_finite
 
 
 class CalledExperts:
@@ -160,8 +160,8 @@ class CalledRecorder:
         n_positions = tokens.n_rows * tokens.length
         is_whole = all(len(call.act_SW) == n_positions * call.product.n_experts for call in calls)
         if check:
-            self.is_in_order = not self.experts.is_routed and is_whole
-            self.is_in_order &= self.tail.is_in_order(out, [call.cut for call in calls], tokens)
+            cuts = [call.cut for call in calls]
+            self.is_in_order = not self.experts.is_routed and is_whole and self.tail.is_in_order(out, cuts, tokens)
         if self.is_in_order and is_whole:
             for call in calls:
                 call.token_S = tokens.numbers().repeat(call.product.n_experts)
@@ -203,8 +203,8 @@ class CalledRecorder:
         if self.experts.is_routed and call.product.n_experts > 1:
             # All experts ran on all tokens at once; those that were not chosen for a token had zeros as input.
             is_row_S &= (act_SW != 0).any(-1)
-        grad_SW = grad.reshape(act_SW.shape)[is_row_S]
-        return act_SW[is_row_S].float() * grad_SW.float(), call.token_S[is_row_S], call.expert_S[is_row_S]
+        score_SW = contributions(act_SW[is_row_S], grad.reshape(act_SW.shape)[is_row_S])
+        return score_SW, call.token_S[is_row_S], call.expert_S[is_row_S]
 
     def add_output(self, output_R: Tensor, tokens: ScoredTokens) -> None:
         """See `Recorder`."""

@@ -25,6 +25,11 @@ class ExpertLayer:
     ends where the outputs of all experts have come together and another module takes them, or with the decoder layer,
     whose output holds more than that of the experts."""
 
+    @property
+    def layout(self) -> str:
+        """How the weights of its experts are kept, in words."""
+        return ", ".join(dict.fromkeys(experts.layout for experts in self.experts))
+
 
 def layout_of(layers: Sequence[ExpertLayer]) -> ExpertLayout:
     """The numbering of the layers' experts and neurons."""

@@ -31,8 +31,7 @@ def find_list(path: str, module: nn.Module) -> CalledExperts | None:
         if down is None:
             return None
         downs.append(LinearDown(f"{path}.{name}", down))
-    identities = [child for child in module.children() if isinstance(child, nn.Identity)]
-    return CalledExperts(path, downs, list(members.values()), is_routed=True, identities=identities)
+    return CalledExperts(path, downs, list(members.values()), is_routed=True, identities=_identities(module))
 
 
 def find_stacked_parameter(path: str, module: nn.Module) -> CalledExperts | None:
@@ -46,9 +45,12 @@ def find_stacked_parameter(path: str, module: nn.Module) -> CalledExperts | None
             continue
         where = f"{path}.{name}"
         stack = StackedDown(where, owner, down, down.shape[0], _width(where, down, up))
-        identities = [child for child in module.children() if isinstance(child, nn.Identity)]
-        return CalledExperts(path, [stack], [owner], is_routed=True, identities=identities)
+        return CalledExperts(path, [stack], [owner], is_routed=True, identities=_identities(module))
     return None
+
+
+def _identities(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if isinstance(child, nn.Identity)]
 
 
 def _width(where: str, down: Tensor, up: Tensor) -> int:

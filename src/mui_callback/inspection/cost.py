@@ -9,7 +9,8 @@ from torch import nn
 from mui_callback.counts import n_bytes
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.inspection.describe import LayerDescription
-from mui_callback.probe.encode import Batch, EncodedProbeSet
+from mui_callback.probe.batches import Batch
+from mui_callback.probe.encode import EncodedProbeSet
 from mui_callback.probe.head import LanguageModelHead
 
 
@@ -79,8 +80,7 @@ def _active_weights(model: nn.Module, layers: tuple[ExpertLayer, ...], described
     Of experts that `register_adapter` names, only the down projections are known to be theirs.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    embeddings.discard(id(getattr(head, "weight", None)))
+    embeddings.discard(id(LanguageModelHead(model).weight_VD))  # where it is tied
     active = float(sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings))
     for layer, row in zip(layers, described, strict=True):
         if row.shape.n_routed > 1:

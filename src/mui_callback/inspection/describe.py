@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.layout import LayerShape
+from mui_callback.probe.model_config import text_config
 from mui_callback.scoring.select import key_entries_per_sample
 
 _IN_CONFIGS = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k", "num_selected_experts")
@@ -41,7 +41,7 @@ def describe(model: nn.Module, layers: tuple[ExpertLayer, ...], top_fraction: fl
     return [
         LayerDescription(
             shape=layer.shape,
-            layout=", ".join(dict.fromkeys(experts.layout for experts in layer.experts)),
+            layout=layer.layout,
             top_k=_top_k(model, layer),
             key_entries=key_entries_per_sample(layer.shape.n_neurons, top_fraction),
         )
@@ -53,10 +53,8 @@ def _top_k(model: nn.Module, layer: ExpertLayer) -> int | None:
     if layer.shape.n_routed == 1:
         return 1
     experts = {module for part in layer.experts for owner in part.modules for module in owner.modules()}
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     modules = [module for module in layer.scope.modules() if module not in experts]
-    for holder, names in (*((module, _IN_MODULES) for module in modules), (text_config, _IN_CONFIGS)):
+    for holder, names in (*((module, _IN_MODULES) for module in modules), (text_config(model), _IN_CONFIGS)):
         for name in names:
             value = getattr(holder, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= layer.shape.n_routed:

@@ -18,10 +18,12 @@ from mui_callback.inspection.cost import ProbeCost, probe_cost
 from mui_callback.inspection.describe import LayerDescription, describe
 from mui_callback.inspection.screen import parameters, show_checks, show_cost, show_layers
 from mui_callback.loading import DType, ModelSource, load_pretrained, load_random, load_skeleton, load_tokenizer
-from mui_callback.probe.encode import Tokenizer, encode, make_batches
+from mui_callback.probe.batches import make_batches
+from mui_callback.probe.encode import Tokenizer, encode
 from mui_callback.probe.head import LanguageModelHead
+from mui_callback.probe.model_config import context_length, decoder_start
 from mui_callback.probe.probe_set import ProbeSet
-from mui_callback.probe.run import MUIProbe, context_length, decoder_start
+from mui_callback.probe.run import MUIProbe
 from mui_callback.probe.samples import TokenSample
 from mui_callback.probe.verification import Verification
 from mui_callback.settings import ProbeSettings

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mui_callback.probe.encode import Batch
+from mui_callback.probe.batches import Batch
 from mui_callback.scoring.contributions import ScoredTokens
 
 

@@ -1,4 +1,4 @@
-"""From a probe set to token samples, and from those to padded batches."""
+"""From a probe set to token samples."""
 
 import inspect
 import warnings
@@ -48,41 +48,6 @@ class EncodedProbeSet:
     def choices(self) -> list[TokenChoice]:
         """The choices of all samples, in order."""
         return [choice for sample in self.samples for choice in sample.choices]
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """B sequences, padded on the right with id 0 to T tokens, and the R tokens among them to score.
-
-    Those of an encoder-decoder are its decoder's; its encoder's are padded in the same way to S tokens.
-
-    Attributes:
-        input_ids: int64 [B, T].
-        attention_mask: int64 [B, T], 1 for tokens and 0 for padding.
-        encoder_ids: int64 [B, S], or None without an encoder.
-        encoder_mask: int64 [B, S], as `attention_mask`, or None without an encoder.
-        sample: int64 [B], index of each row's sequence among those that were batched.
-        flat_position: int64 [R], row * T + (t - 1): where the prediction of scored token t is made. Scored
-            tokens are ordered by row, then by position.
-        row: int64 [R], the scored token's row.
-        order: int64 [R], 0, 1, 2, ... within each row: the token's rank among the row's scored tokens.
-        target: int64 [R], the scored token's id.
-    """
-
-    input_ids: IntArray
-    attention_mask: IntArray
-    encoder_ids: IntArray | None
-    encoder_mask: IntArray | None
-    sample: IntArray
-    flat_position: IntArray
-    row: IntArray
-    order: IntArray
-    target: IntArray
-
-    @property
-    def n_scored_max(self) -> int:
-        """The largest number of scored tokens of a row, 1 or more."""
-        return int(self.order.max()) + 1
 
 
 def encode(
@@ -194,37 +159,6 @@ def tokenize(sample: ProbeSample, tokenizer: Tokenizer | None, *, encoder_decode
     )
 
 
-def make_batches(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int) -> list[Batch]:
-    """Batch sequences of similar length.
-
-    Sequences are sorted by length, an encoder's included (ties by index), and packed greedily. One without
-    a scored token has nothing to score and is in no batch.
-
-    Args:
-        sequences: The sequences to batch, as `encode` makes them.
-        batch_tokens: The most tokens (B * T, or B * (T + S) with an encoder; with padding) of a batch, 1 or
-            more. A longer sequence makes a batch of its own.
-
-    Raises:
-        ProbeSetError: If `batch_tokens` is less than 1, or a decoder's sequence has no start token yet.
-    """
-    if batch_tokens < 1:
-        fail("batch_tokens", "1 or more tokens", batch_tokens)
-    scored = [index for index, sequence in enumerate(sequences) if sequence.scored.any()]
-    packs: list[list[int]] = []
-    widths: tuple[int, ...] = ()
-    for index in sorted(scored, key=lambda index: sum(_lengths(sequences[index]))):
-        lengths = _lengths(sequences[index])
-        widest = tuple(map(max, widths, lengths))
-        if packs and (len(packs[-1]) + 1) * sum(widest) <= batch_tokens:
-            packs[-1].append(index)
-            widths = widest
-        else:
-            packs.append([index])
-            widths = lengths
-    return [_pad([sequences[index] for index in pack], pack) for pack in packs]
-
-
 def _sequences(sample: TokenSample) -> tuple[TokenSample | TokenChoice, ...]:
     return (sample, *sample.choices)
 
@@ -233,11 +167,6 @@ def _parts(sample: TokenSample) -> list[IntArray]:
     """All token ids of a sample, as the model gets them: of each sequence, and of its encoder."""
     parts = [ids for sequence in _sequences(sample) for ids in (sequence.input_ids, sequence.encoder_ids)]
     return [ids for ids in parts if ids is not None]
-
-
-def _lengths(sequence: TokenSample | TokenChoice) -> tuple[int, int]:
-    """The number of tokens of the only or the decoder's sequence, and of the encoder's."""
-    return len(sequence.input_ids), 0 if sequence.encoder_ids is None else len(sequence.encoder_ids)
 
 
 def _for_targets(tokenizer: Any) -> Tokenizer:
@@ -318,34 +247,3 @@ def _check_vocabulary(sample: TokenSample, vocab_size: int) -> None:
             f"{sample.where}: expected token ids below the model's vocabulary size {vocab_size},"
             f" got {largest}: tokenizer and model do not match"
         )
-
-
-def _pad(sequences: Sequence[TokenSample | TokenChoice], pack: list[int]) -> Batch:
-    input_ids, attention_mask = _padded([sequence.input_ids for sequence in sequences])
-    scored = _padded([sequence.scored for sequence in sequences])[0].astype(np.bool_)
-    if scored[:, 0].any():
-        raise ProbeSetError("expected sequences as `encode` makes them, got one without the decoder's start token")
-    encoders = [sequence.encoder_ids for sequence in sequences if sequence.encoder_ids is not None]
-    encoder_ids, encoder_mask = _padded(encoders) if encoders else (None, None)
-    rows, positions = np.nonzero(scored)
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        encoder_ids=encoder_ids,
-        encoder_mask=encoder_mask,
-        sample=np.array(pack, dtype=np.int64),
-        flat_position=rows * input_ids.shape[1] + positions - 1,
-        row=rows,
-        order=(scored.cumsum(axis=1, dtype=np.int64) - 1)[scored],
-        target=input_ids[scored],
-    )
-
-
-def _padded(rows: Sequence[IntArray | BoolArray]) -> tuple[IntArray, IntArray]:
-    """The rows, and a mask of where they are, of shape [number of rows, length of the longest]."""
-    padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    mask = np.zeros_like(padded)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return padded, mask

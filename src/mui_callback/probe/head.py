@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.probe.call import ModelCall
 from mui_callback.probe.device_batch import DeviceBatch
-from mui_callback.scoring.contributions import ScoredTokens
+from mui_callback.scoring.contributions import ScoredTokens, relative_error
 
 _ROWS_AT_ONCE = 1024
 _NAMES = ("lm_head", "embed_out", "output_layer", "unembed", "head", "output")
@@ -97,11 +97,7 @@ class LanguageModelHead:
             bias = getattr(module, "bias", None)
             if bias is not None:
                 expected_R += bias[tokens.target_R].float()
-            difference_R = out_RV.gather(1, tokens.target_R[:, None])[:, 0].float() - expected_R
-            is_finite_R = difference_R.isfinite()
-            self.error = torch.linalg.vector_norm(difference_R.where(is_finite_R, 0)) / torch.linalg.vector_norm(
-                expected_R.where(is_finite_R, 0)
-            )
+            self.error = relative_error(out_RV.gather(1, tokens.target_R[:, None])[:, 0].float(), expected_R)
 
         handles = [self.module.register_forward_pre_hook(keep, with_kwargs=True)]
         if check:

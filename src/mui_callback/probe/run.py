@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +13,13 @@ from mui_callback.counts import ProbeCounts
 from mui_callback.errors import UnsupportedModelError
 from mui_callback.experts.discover import find_expert_layers
 from mui_callback.experts.layer import layout_of
+from mui_callback.probe.batches import Batch, make_batches
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
-from mui_callback.probe.encode import Batch, EncodedProbeSet, Tokenizer, encode, make_batches
+from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead, token_losses
+from mui_callback.probe.model_config import context_length, decoder_start
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
 from mui_callback.report import MUIReport, SampleTable
@@ -165,32 +166,6 @@ def _common_device(model: nn.Module) -> torch.device:
 
 def _has_16_bits(model: nn.Module) -> bool:
     return any(p.dtype.itemsize < 4 for p in model.parameters() if p.dtype.is_floating_point)
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Tokens that the model was made for, as its config says; None if it does not."""
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = getattr(text_config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 1 else None
-
-
-def decoder_start(model: nn.Module) -> int | None:
-    """Token that the decoder of an encoder-decoder begins with; None for other models.
-
-    Raises:
-        UnsupportedModelError: it is an encoder-decoder whose config does not say.
-    """
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
-        return None
-    token = getattr(config, "decoder_start_token_id", None)
-    if not isinstance(token, int):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: expected the config of an encoder-decoder to have a decoder_start_token_id, "
-            f"got {token!r}"
-        )
-    return token
 
 
 def _sample_table(encoded: EncodedProbeSet) -> SampleTable:

@@ -113,7 +113,12 @@ def identity_error(scores: LayerScores) -> Tensor:
     assert scores.output_R is not None
     assert scores.unmade_R is not None
     expected_R = (scores.output_R - scores.unmade_R).double()
-    difference_R = conserved(scores, len(expected_R)) - expected_R
+    return relative_error(conserved(scores, len(expected_R)), expected_R)
+
+
+def relative_error(found_R: Tensor, expected_R: Tensor) -> Tensor:
+    """‖found - expected‖ / ‖expected‖, a scalar; entries that are not finite in either are left out."""
+    difference_R = found_R - expected_R
     is_finite_R = difference_R.isfinite()
     error: Tensor = torch.linalg.vector_norm(difference_R.where(is_finite_R, 0)) / torch.linalg.vector_norm(
         expected_R.where(is_finite_R, 0)

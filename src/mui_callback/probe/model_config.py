@@ -1,0 +1,39 @@
+"""What the config of a model says, if it has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mui_callback.errors import UnsupportedModelError
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model in a model of transformers; None for other models."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that the model was made for, as its config says; None if it does not."""
+    length = getattr(text_config(model), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 1 else None
+
+
+def decoder_start(model: nn.Module) -> int | None:
+    """Token that the decoder of an encoder-decoder begins with; None for other models.
+
+    Raises:
+        UnsupportedModelError: it is an encoder-decoder whose config does not say.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    token = getattr(config, "decoder_start_token_id", None)
+    if not isinstance(token, int):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected the config of an encoder-decoder to have a decoder_start_token_id, "
+            f"got {token!r}"
+        )
+    return token
