@@ -14,16 +14,30 @@ from mui_callback.version import __version__ as __version__
 if TYPE_CHECKING:
     from mui_callback.callback import MUICallback
     from mui_callback.experts.adapters import MoEBlock, StackedWeight, register_adapter
+    from mui_callback.monitor import MUIMonitor
     from mui_callback.probe.probe_set import ProbeSet
     from mui_callback.probe.run import MUIProbe
     from mui_callback.report import MUIReport
+    from mui_callback.sinks.memory import MemorySink
 
-__all__ = ["MUICallback", "MUIProbe", "MUIReport", "MoEBlock", "ProbeSet", "StackedWeight", "register_adapter"]
+__all__ = [
+    "MUICallback",
+    "MUIMonitor",
+    "MUIProbe",
+    "MUIReport",
+    "MemorySink",
+    "MoEBlock",
+    "ProbeSet",
+    "StackedWeight",
+    "register_adapter",
+]
 
 _HOMES = {
     "MUICallback": "mui_callback.callback",
+    "MUIMonitor": "mui_callback.monitor",
     "MUIProbe": "mui_callback.probe.run",
     "MUIReport": "mui_callback.report",
+    "MemorySink": "mui_callback.sinks.memory",
     "MoEBlock": "mui_callback.experts.adapters",
     "ProbeSet": "mui_callback.probe.probe_set",
     "StackedWeight": "mui_callback.experts.adapters",

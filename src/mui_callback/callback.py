@@ -2,63 +2,58 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
 
 from mui_callback.errors import ProbeSetError
-
-try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ImportError as error:
-    raise ImportError("MUICallback needs transformers: pip install 'mui-callback[hf]'") from error
-
-from mui_callback.monitor import Monitor, OnError
+from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error
+from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.model_config import decoder_start
 from mui_callback.probe.probe_set import ProbeSet
-from mui_callback.probe.run import MUIProbe
-from mui_callback.schedule import Schedule
 from mui_callback.settings import ProbeSettings
-from mui_callback.sinks.base import RunDescription, Sink
-from mui_callback.sinks.jsonl import JsonlSink
-from mui_callback.sinks.wandb import WandbSink
-from mui_callback.trainers.hf_eval_data import calling_trainer, eval_probe_set
-
-logger = logging.getLogger(__name__)
-
-RECORD_NAME = "mui.jsonl"
-"""Name of the record in the output directory."""
-STEP_KEY = "train/global_step"
-"""The x axis that the Trainer's own W&B reporter uses."""
+from mui_callback.sinks.base import Sink
+from mui_callback.trainers.base import Training
+from mui_callback.trainers.bases import TrainerClasses, with_trainer_classes
+from mui_callback.trainers.hf import HFEvents
+from mui_callback.trainers.language_model import find_language_model, named_model
+from mui_callback.trainers.lightning import LightningEvents
 
 
-class MUICallback(TrainerCallback):
-    """Measures expert utilization while a `transformers.Trainer` trains an MoE language model.
+class MUICallback(HFEvents, LightningEvents, TrainerClasses):
+    """Measures expert utilization while a trainer trains an MoE language model.
 
         trainer = Trainer(..., callbacks=[MUICallback()])
 
-    Every so many optimizer steps, and before the first and after the last, the model is frozen and a held-out probe
-    set run through it. The results go to the active W&B run, on the x axis of the loss, and to ``mui.jsonl`` in the
-    output directory. Training is the same to the bit as without the callback.
+    for the `Trainer` of transformers (and those made of it, as TRL's), of ``lightning`` and of ``pytorch_lightning``.
+    At the steps of its schedule the model is frozen and a held-out probe set run through it. The results go where the
+    trainer logs to, on the x axis of the loss, and to ``mui.jsonl`` in its output directory. Training is the same to
+    the bit as without the callback.
 
     Args:
-        probe_set: the samples. Without it, the first `eval_samples` of each of the Trainer's eval data sets are used;
-            without eval data, the built-in set through the Trainer's tokenizer (``processing_class``).
-        every: optimizer steps between probes.
-        at_start: probe before the first step.
-        at_end: probe after the last step.
-        tokenizer: for samples that are text; without it, the Trainer's ``processing_class``.
-        sinks: where points go besides W&B and the record.
+        probe_set: the samples. Without it, the first `eval_samples` of each of the trainer's eval data sets are used;
+            without eval data, the built-in set through the trainer's tokenizer.
+        every: optimizer steps between probes; ``"auto"`` for as many as `budget` allows; None for no regular ones.
+        budget: with ``every="auto"``, time spent in probes as share of the time spent in training.
+        at: steps to probe besides.
+        warmup: also probe after 1, 2, 4, 8, … steps, up to `every` (up to 256 without a fixed interval).
+        at_start: also probe before the first step.
+        at_end: also probe after the last step.
+        on_evaluation: also probe whenever the trainer evaluates.
+        tokenizer: for samples that are text; without it, that of the trainer (``processing_class`` in transformers,
+            the attribute ``tokenizer`` of the LightningModule or its data module).
+        sinks: where points go besides; a `MemorySink`, say.
         eval_samples: samples taken of each eval data set where no probe set is given.
-        on_error: ``"warn"``: a probe that fails is recorded as failed, with a warning, and training goes on.
-            ``"raise"``: its exception ends training.
+        moe_model: the model to probe, or its path in what the trainer trains (``"student"``), where that holds more
+            than one language model with experts.
+        on_error: ``"warn"``: a probe that fails is recorded as failed, with a warning, and training goes on; after
+            three in a row no more are made. ``"raise"``: its exception ends training, in every process.
         top_fraction: see `ProbeSettings`, as the four that follow.
         key_expert_frequency: η_expert.
-        batch_tokens: positions in a forward pass.
+        batch_tokens: positions in a forward pass; halved if memory runs out.
         max_length: tokens that longer samples are cut to.
         dense: also probe the MLP of each layer without experts, as a layer of one expert.
 
@@ -67,20 +62,32 @@ class MUICallback(TrainerCallback):
 
     At the begin of training, before the first step:
         NoExpertsError: the model has no MoE layer, and `dense` is off.
-        UnsupportedModelError: its experts or its head cannot be read.
+        UnsupportedModelError: its experts or its head cannot be read, or it is not clear which model is meant.
         ProbeSetError: there is nothing to probe with, or it does not fit the model.
     """
+
+    plain_class: type[MUICallback]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> MUICallback:
+        """Of the class that the trainers which are imported by now want."""
+        instance: MUICallback = object.__new__(with_trainer_classes(cls))
+        return instance
 
     def __init__(
         self,
         probe_set: ProbeSet | None = None,
         *,
-        every: int = 500,
+        every: Every = "auto",
+        budget: float = Schedule.budget,
+        at: Collection[int] = (),
+        warmup: bool = False,
         at_start: bool = True,
         at_end: bool = True,
+        on_evaluation: bool = False,
         tokenizer: Tokenizer | None = None,
         sinks: Sequence[Sink] = (),
         eval_samples: int = 64,
+        moe_model: nn.Module | str | None = None,
         on_error: OnError = "warn",
         top_fraction: float = ProbeSettings.top_fraction,
         key_expert_frequency: float = ProbeSettings.key_expert_frequency,
@@ -88,73 +95,73 @@ class MUICallback(TrainerCallback):
         max_length: int | None = ProbeSettings.max_length,
         dense: bool = ProbeSettings.dense,
     ) -> None:
+        check_on_error(on_error)
+        if eval_samples < 1:
+            raise ValueError(f"eval_samples: expected a positive number of samples, got {eval_samples!r}")
         self.probe_set = probe_set
-        self.schedule = Schedule(every, at_start=at_start, at_end=at_end)
+        self.schedule = Schedule(
+            every, budget, at, warmup=warmup, at_start=at_start, at_end=at_end, on_evaluation=on_evaluation
+        )
+        self.settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
         self.tokenizer = tokenizer
         self.sinks = tuple(sinks)
         self.eval_samples = eval_samples
+        self.moe_model = moe_model
         self.on_error: OnError = on_error
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
-        if eval_samples < 1:
-            raise ValueError(f"eval_samples: expected a positive number of samples, got {eval_samples!r}")
-        self.settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
-        self._monitor: Monitor | None = None
+        self._monitor: RunMonitor | None = None
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Find the expert layers and the samples; probe at step 0."""
-        tokenizer = self.tokenizer or processing_class
-        probe_set = self._find_probe_set(model, tokenizer)
-        probe = MUIProbe(model, probe_set, tokenizer=tokenizer, **asdict(self.settings))
-        sinks: tuple[Sink, ...] = ()
-        if state.is_world_process_zero:
-            sinks = (JsonlSink(Path(args.output_dir) / RECORD_NAME), WandbSink(STEP_KEY), *self.sinks)
-        run = RunDescription(probe_set.task_names, probe_set.fingerprint, probe.settings, probe.layout)
-        self._monitor = Monitor(probe.measure, self.schedule, sinks, run, on_error=self.on_error)
-        logger.info("MUI: probing %r in %r every %d steps", probe_set, probe.layout, self.schedule.every)
-        if state.global_step == 0:
-            self._monitor.step(0)
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = getattr(type(self), "plain_class", type(self))
+        return own.__new__, (own,), self.__dict__
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Probe if it is due. The last probe belongs here: trackers may be closed when training has ended."""
-        self._step(state, is_last=state.global_step >= state.max_steps or control.should_training_stop)
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """The one event that both kinds of trainer name alike, with three arguments and with two."""
+        handler = HFEvents.on_train_end if len(args) == 3 else LightningEvents.on_train_end
+        handler(self, *args, **kwargs)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Probe if training was told to stop here: afterwards the Trainer may load other weights, its best ones."""
-        if control.should_training_stop:
-            self._step(state, is_last=True)
+    def _begin(self, training: Training) -> None:
+        self._end()  # of a training that was interrupted where no event tells
+        model = self._find_model(training)
+        tokenizer = self.tokenizer or training.tokenizer
+        self._monitor = RunMonitor(
+            model,
+            self._find_probe_set(model, tokenizer, training),
+            tokenizer=tokenizer,
+            settings=self.settings,
+            schedule=self.schedule,
+            on_error=self.on_error,
+            output_dir=training.output_dir,
+            sinks=[*training.trackers, *self.sinks],
+            start_step=training.step,
+            state=training.state,
+        )
 
-    on_save = on_epoch_end = on_evaluate
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Probe the last step if no other event came after it; close the sinks and let go of the model."""
-        has_other_weights = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if not has_other_weights:
-            self._step(state, is_last=True)
+    def _step(self, step: int, *, evaluated: bool = False, last: bool = False) -> None:
         if self._monitor is not None:
-            self._monitor.close()
-            self._monitor = None
+            self._monitor.step(step, evaluated=evaluated, last=last)
 
-    def _step(self, state: TrainerState, *, is_last: bool) -> None:
-        if self._monitor is not None:
-            self._monitor.step(state.global_step, is_last=is_last)
+    def _end(self) -> None:
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            monitor.close()
 
-    def _find_probe_set(self, model: Any, tokenizer: Any) -> ProbeSet:
+    def _state(self) -> dict[str, Any]:
+        return self._monitor.state_dict() if self._monitor is not None else {}
+
+    def _find_model(self, training: Training) -> nn.Module:
+        if isinstance(self.moe_model, nn.Module):
+            return self.moe_model
+        if self.moe_model is not None:
+            return named_model(training.model, self.moe_model)
+        if training.is_language_model:
+            return training.model
+        return find_language_model(training.model, dense=self.settings.dense)
+
+    def _find_probe_set(self, model: nn.Module, tokenizer: Tokenizer | None, training: Training) -> ProbeSet:
         if self.probe_set is not None:
             return self.probe_set
-        trainer = calling_trainer()
         try:
-            probe_set = eval_probe_set(trainer, self.eval_samples)
+            probe_set = training.eval_data(self.eval_samples)
         except Exception as error:  # a data set or a collator of the user's own may raise anything
             if tokenizer is None:
                 raise
@@ -164,8 +171,8 @@ class MUICallback(TrainerCallback):
             return probe_set
         if tokenizer is None:
             raise ProbeSetError(
-                "MUICallback has nothing to probe with: the Trainer has neither eval data nor a tokenizer. "
+                "MUICallback has nothing to probe with: the trainer has neither eval data nor a tokenizer. "
                 "Pass a probe set, MUICallback(ProbeSet.from_jsonl({'gsm8k': 'gsm8k.jsonl'}), tokenizer=tokenizer), "
-                "or give the Trainer an eval_dataset or a processing_class."
+                "or give the trainer eval data or a tokenizer."
             )
         return ProbeSet.builtin(only_with_prompt=decoder_start(model) is not None)

@@ -19,3 +19,7 @@ class NoExpertsError(UnsupportedModelError):
 
 class ProbeError(MUIError, RuntimeError):
     """A probe pass did not see what it must see to report a right number."""
+
+
+class DesynchronizedError(MUIError, RuntimeError):
+    """The processes of a distributed run did not come to the same point together."""

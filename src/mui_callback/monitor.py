@@ -1,103 +1,158 @@
-"""Probing a training run: measure when it is due, hand the point on, and never harm the training.
-
-This is all that a trainer's callback wires up; it knows no trainer.
-"""
+"""`MUIMonitor`: the same as the callback, for whoever writes the training loop."""
 
 from __future__ import annotations
 
-import logging
+import os
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
 
-from mui_callback.probe.freeze import random_state_kept
-from mui_callback.report import MUIReport
-from mui_callback.schedule import Schedule
-from mui_callback.sinks.base import ProbePoint, RunDescription, Sink
+from torch import nn
 
-logger = logging.getLogger(__name__)
+from mui_callback.errors import ProbeSetError
+from mui_callback.monitoring.run_monitor import OnError, RunMonitor
+from mui_callback.monitoring.schedule import Every, Schedule
+from mui_callback.probe.encode import Tokenizer
+from mui_callback.probe.model_config import decoder_start
+from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.settings import ProbeSettings
+from mui_callback.sinks.base import Sink
+from mui_callback.sinks.wandb import STEP_KEY, WandbSink
 
-OnError = Literal["warn", "raise"]
 
+class MUIMonitor:
+    """Measures expert utilization while a loop trains an MoE language model: bare torch, accelerate, DeepSpeed.
 
-class Monitor:
-    """Measures at the steps of a schedule and writes every point to the sinks.
+        with MUIMonitor(model, probe_set, tokenizer=tokenizer) as monitor:
+            for step, batch in enumerate(loader, start=1):
+                ...
+                optimizer.step()
+                monitor.step(step)
+
+    It probes the untrained model at once, then at the steps of its schedule, and at the end. Points go to ``mui.jsonl``
+    in `output_dir` and to the active W&B run. In a distributed run every process makes a monitor and calls it alike;
+    the main one writes. What is measured is what the model computes where `step` is called: call it inside of your
+    ``torch.autocast`` if the training loss is computed in one.
 
     Args:
-        measure: makes one report, and leaves no trace in the model.
-        schedule: when to probe.
-        sinks: where points go; none on processes other than the main one.
-        run: what they are told first.
-        on_error: what happens if a measurement fails. ``"warn"``: a warning, and a point that says so; training
-            goes on. ``"raise"``: the exception, after the point was written.
+        model: as for `MUIProbe`; what accelerate, DDP or a DeepSpeed engine wrapped around it is taken off.
+        probe_set: the samples; without it, the built-in set.
+        tokenizer: for samples that are text.
+        start_step: optimizer steps done so far, where training goes on; those of `state`, if that is given.
+        state: what `state_dict` gave, from your checkpoint.
+        output_dir: where ``mui.jsonl`` goes; where training goes on, it is read there too.
+        tracker: where scalars go: ``"wandb"`` for the active run; any other sink, such as ``WandbSink("my/step")`` for
+            an x axis of your own; None for none.
+        sinks: where points go besides.
+        every: see `MUICallback`, as all that follow.
+        budget: share of the training time.
+        at: steps to probe besides.
+        warmup: also after 1, 2, 4, 8, … steps.
+        at_start: also before the first step.
+        at_end: also when the monitor is closed.
+        on_evaluation: also at steps with ``evaluated=True``.
+        on_error: ``"warn"`` or ``"raise"``.
+        top_fraction: see `ProbeSettings`, as the four that follow.
+        key_expert_frequency: η_expert.
+        batch_tokens: positions in a forward pass.
+        max_length: tokens that longer samples are cut to.
+        dense: also probe the MLP of each layer without experts.
+
+    Raises:
+        MUIError: see `MUICallback`.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
         self,
-        measure: Callable[[], MUIReport],
-        schedule: Schedule,
-        sinks: Sequence[Sink],
-        run: RunDescription,
+        model: nn.Module,
+        probe_set: ProbeSet | None = None,
         *,
+        tokenizer: Tokenizer | None = None,
+        start_step: int | None = None,
+        state: Mapping[str, Any] | None = None,
+        output_dir: str | os.PathLike[str] = ".",
+        tracker: Sink | Literal["wandb"] | None = "wandb",
+        sinks: Sequence[Sink] = (),
+        every: Every = "auto",
+        budget: float = Schedule.budget,
+        at: Collection[int] = (),
+        warmup: bool = False,
+        at_start: bool = True,
+        at_end: bool = True,
+        on_evaluation: bool = False,
         on_error: OnError = "warn",
+        top_fraction: float = ProbeSettings.top_fraction,
+        key_expert_frequency: float = ProbeSettings.key_expert_frequency,
+        batch_tokens: int = ProbeSettings.batch_tokens,
+        max_length: int | None = ProbeSettings.max_length,
+        dense: bool = ProbeSettings.dense,
     ) -> None:
-        self.measure = measure
-        self.schedule = schedule
-        self.sinks = tuple(sinks)
-        self.on_error = on_error
-        self.last_step: int | None = None
-        self._complained: set[int] = set()
-        with random_state_kept():
-            for sink in self.sinks:
-                self._try(sink, partial(sink.open, run))
+        schedule = Schedule(
+            every, budget, at, warmup=warmup, at_start=at_start, at_end=at_end, on_evaluation=on_evaluation
+        )
+        settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
+        if start_step is None:
+            start_step = int(state["step"]) if state else 0
+        first = WandbSink(STEP_KEY) if tracker == "wandb" else tracker
+        self._step = self._start_step = start_step
+        self._run = RunMonitor(
+            model,
+            probe_set or _builtin(model, tokenizer),
+            tokenizer=tokenizer,
+            settings=settings,
+            schedule=schedule,
+            on_error=on_error,
+            output_dir=Path(output_dir),
+            sinks=[*([first] if first else []), *sinks],
+            start_step=start_step,
+            state=state,
+        )
 
-    def step(self, step: int, *, is_last: bool = False) -> None:
-        """To be called after each optimizer step, and with 0 before the first; does nothing if no probe is due."""
-        if step != self.last_step and self.schedule.is_due(step, is_last=is_last):
-            self.last_step = step
-            with random_state_kept():
-                self._probe(step)
+    def step(self, step: int, *, evaluated: bool = False) -> None:
+        """Probe if it is due; to be called after each optimizer step.
+
+        Args:
+            step: optimizer steps done, 1 after the first.
+            evaluated: whether you have just evaluated, for ``on_evaluation=True``.
+        """
+        if self._step == self._start_step == 0 and step > 1:
+            warnings.warn(
+                f"MUIMonitor began at step 0, and the first step that it is told of is {step}. If training was "
+                f"resumed, the point at step 0 is not of the untrained model: pass start_step={step - 1} or state=.",
+                stacklevel=2,
+            )
+        self._step = step
+        self._run.step(step, evaluated=evaluated)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For your checkpoint: numbers, strings, lists and dicts."""
+        return self._run.state_dict()
 
     def close(self) -> None:
-        """To be called once, after training."""
-        with random_state_kept():
-            for sink in self.sinks:
-                self._try(sink, sink.close)
+        """Probe the last step, if ``at_end=True``, and let go of the sinks; a second call does nothing."""
+        if self._step > self._start_step:
+            self._run.step(self._step, last=True)
+        self._run.close()
 
-    def _probe(self, step: int) -> None:
-        try:
-            report = self.measure()
-            point = ProbePoint(step, report=report, scalars=report.scalars())
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            self._write(ProbePoint(step, error=reason))
-            if self.on_error == "raise":
-                raise
-            _warn(f"MUI probe at step {step} failed; training goes on. {reason}")
-            logger.debug("MUI probe at step %d failed", step, exc_info=True)
-            return
-        if report.not_finite:
-            _warn(f"MUI probe at step {step}: {report.not_finite} contributions or token losses are NaN or infinite.")
-        self._write(point)
+    def __enter__(self) -> MUIMonitor:
+        return self
 
-    def _write(self, point: ProbePoint) -> None:
-        for sink in self.sinks:
-            self._try(sink, partial(sink.write, point))
-
-    def _try(self, sink: Sink, action: Callable[[], None]) -> None:
-        """Nothing that a sink does may stop the training; one warning for each sink."""
-        try:
-            action()
-        except Exception as error:
-            if id(sink) not in self._complained:
-                self._complained.add(id(sink))
-                _warn(f"{type(sink).__name__} failed: {type(error).__name__}: {error}")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close; after an exception without another probe."""
+        if error is None:
+            self.close()
+        else:
+            self._run.close()
 
 
-def _warn(message: str) -> None:
-    """A warning that stays one where warnings are turned into errors."""
-    try:
-        warnings.warn(message, stacklevel=3)
-    except Warning:
-        logger.warning(message)
+def _builtin(model: nn.Module, tokenizer: Tokenizer | None) -> ProbeSet:
+    if tokenizer is None:
+        raise ProbeSetError(
+            "MUIMonitor has nothing to probe with: pass a probe set, or a tokenizer for the built-in one."
+        )
+    return ProbeSet.builtin(only_with_prompt=decoder_start(model) is not None)

@@ -107,6 +107,11 @@ class MUIReport:
         return int(self.counts.not_finite.sum())
 
     @property
+    def broken_samples(self) -> int:
+        """Samples whose loss is NaN or infinite."""
+        return int((~np.isfinite(self.counts.loss)).sum())
+
+    @property
     def identity_error(self) -> float | None:
         """Largest relative error, over the layers, of Σ f = ⟨output of the layer, W_head[y]⟩ in the first batch."""
         errors = self.counts.identity_error[np.isfinite(self.counts.identity_error)]
@@ -119,9 +124,10 @@ class MUIReport:
         so no value is None, NaN or infinite.
         """
         values: dict[str, float | None] = {}
+        sources: dict[Scope, Any] = {Scope.PROBE: self, Scope.TASK: self.pooled, Scope.POOLED: self.pooled}
         for metric in CATALOGUE:
-            source = self if metric.scope is Scope.PROBE else self.pooled
-            values[key(metric.name)] = getattr(source, metric.name)
+            if metric.scope in sources:
+                values[key(metric.name)] = getattr(sources[metric.scope], metric.name)
         for name, task in self.tasks.items():
             for metric in CATALOGUE:
                 if metric.scope is Scope.TASK:

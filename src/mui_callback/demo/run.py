@@ -11,13 +11,14 @@ from rich.console import Console
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 from transformers.utils import logging as transformers_logging
 
-from mui_callback.callback import RECORD_NAME, MUICallback
+from mui_callback.callback import MUICallback
 from mui_callback.demo.console import LEGEND, Screen
 from mui_callback.demo.corpus import load_corpus
 from mui_callback.demo.model import build_model, build_tokenizer
 from mui_callback.demo.packing import Row, pack
 from mui_callback.demo.picture import save_picture
 from mui_callback.demo.tracking import wandb_command, wandb_run
+from mui_callback.monitoring.run_monitor import RECORD_NAME
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.sinks.memory import MemorySink
 

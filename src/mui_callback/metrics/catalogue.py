@@ -20,11 +20,13 @@ class Scope(Enum):
     """Logged for all tasks pooled; each task's value is in the report."""
     PROBE = "probe"
     """About the probe pass itself."""
+    RUN = "run"
+    """About the training run that is probed; not in a report."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the catalogue. `name` is the last part of the key and the attribute of the report."""
+    """One row of the catalogue. `name` is the last part of the key and the attribute of the report, where it has it."""
 
     name: str
     definition: str
@@ -69,12 +71,16 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("not_finite", "Contributions and token losses that were NaN or infinite; such a contribution never counts", "entries", 0, None, Scope.PROBE),
     Metric("identity_error", "How far the contributions of a layer are from adding up to its output, relative, at most over layers", "1", 0, None, Scope.PROBE),
     Metric("seconds", "Duration of the probe pass", "s", 0, None, Scope.PROBE),
+    Metric("overhead", "Time in probes since training began, everything that comes with them included, over the time outside of them", "ratio", 0, None, Scope.RUN),
 )  # fmt: skip
 
 
 def key(metric: str, task: str | None = None) -> str:
     """``mui/<metric>`` for all tasks pooled, ``mui/<task>/<metric>`` for one."""
     return f"{PREFIX}/{metric}" if task is None else f"{PREFIX}/{task}/{metric}"
+
+
+OVERHEAD = key("overhead")
 
 
 def markdown_table() -> str:

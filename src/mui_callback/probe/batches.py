@@ -39,6 +39,11 @@ class Batch:
     target: IntArray
 
     @property
+    def n_positions(self) -> int:
+        """Tokens and padding, those of an encoder included."""
+        return self.input_ids.size + (0 if self.encoder_ids is None else self.encoder_ids.size)
+
+    @property
     def n_scored_max(self) -> int:
         """The largest number of scored tokens of a row, 1 or more."""
         return int(self.order.max()) + 1

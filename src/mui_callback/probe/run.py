@@ -21,6 +21,7 @@ from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.model_config import context_length, decoder_start
 from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.unwrap import unwrapped
 from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
 from mui_callback.report import MUIReport, SampleTable
 from mui_callback.scoring.device_counts import DeviceCounts
@@ -34,7 +35,8 @@ class MUIProbe:
 
     Args:
         model: a causal language model or an encoder-decoder, of transformers or plain torch, whose experts can be found
-            (see "Models" in the README). May be wrapped by `torch.compile`; the original module is what runs.
+            (see "Models" in the README). What `torch.compile`, DDP, accelerate or a
+            DeepSpeed engine wrapped around it is taken off: the original module is what runs.
         probe_set: the samples.
         tokenizer: a transformers tokenizer, or a function from text to token ids. Not needed for samples that are
             tokens already.
@@ -64,7 +66,7 @@ class MUIProbe:
         dense: bool = ProbeSettings.dense,
     ) -> None:
         settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.model = unwrapped(model)
         self.probe_set = probe_set
         with frozen(self.model):  # some weights are computed when they are looked at
             self.layers = find_expert_layers(self.model, dense=dense)
@@ -80,8 +82,21 @@ class MUIProbe:
             decoder_start=decoder_start(self.model),
         )
         self._sample_table = _sample_table(self._encoded)
-        self._batches = make_batches(self._encoded.samples, batch_tokens)
-        self._choice_batches = make_batches(self._encoded.choices, batch_tokens)
+        self._make_batches(batch_tokens)
+
+    def halve_batches(self) -> bool:
+        """Go on with batches of half the size, so that a pass needs less memory; False if each is a single sample."""
+        largest = max(
+            (batch.n_positions for batch in (*self._batches, *self._choice_batches) if len(batch.sample) > 1), default=1
+        )
+        if largest > 1:
+            self._make_batches(largest // 2)
+        return largest > 1
+
+    def wait_for_device(self) -> None:
+        """Wait until the device has done what it was given before, so that nobody takes it for time in a probe."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def measure(self) -> MUIReport:
         """Run the probe set through the model and count.
@@ -90,6 +105,7 @@ class MUIProbe:
             ProbeError: the experts did not run in a way that can be read: their contributions do not add up to the
                 output of their layer, or some did not run at all.
         """
+        self.wait_for_device()
         start = time.perf_counter()
         counts, rounding = self._count(self._batches, self._choice_batches)
         n_tokens = int(self._sample_table.n_tokens.sum())
@@ -117,6 +133,11 @@ class MUIProbe:
         counts, explained = self._count(first, [])
         n_tokens = sum(len(batch.target) for batch in first)
         return Verification.of(self.layout, counts, n_tokens, explained if rounding is None else rounding)
+
+    def _make_batches(self, batch_tokens: int) -> None:
+        self.settings = replace(self.settings, batch_tokens=batch_tokens)
+        self._batches = make_batches(self._encoded.samples, batch_tokens)
+        self._choice_batches = make_batches(self._encoded.choices, batch_tokens)
 
     def _count(self, batches: list[Batch], choice_batches: list[Batch]) -> tuple[ProbeCounts, float]:
         """The counts of a pass, and the relative error of the identity that its precision explains."""

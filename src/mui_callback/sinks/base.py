@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 from mui_callback.layout import ExpertLayout
 from mui_callback.report import MUIReport
 from mui_callback.settings import ProbeSettings
+from mui_callback.spent import Spent
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What stays the same over all points of a training run."""
+    """How a training run is probed: what stays the same over all its points."""
 
     task_names: tuple[str, ...]
     probe_set: str
     """Fingerprint of the probe set."""
     settings: ProbeSettings
     layout: ExpertLayout
+    id: str = ""
+    """The same where training goes on after a pause; another one in each run."""
+    start_step: int = 0
+    """Optimizer steps done before."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """How it is probed, as JSON gives it back: tasks, probe set, settings and expert layers."""
+        layers = [{**asdict(layer), "shared_widths": list(layer.shared_widths)} for layer in self.layout.layers]
+        return {
+            "tasks": list(self.task_names),
+            "probe_set": self.probe_set,
+            "settings": asdict(self.settings),
+            "layers": layers,
+        }
 
 
 @dataclass(frozen=True)
@@ -32,10 +47,13 @@ class ProbePoint:
     """What went wrong, where the probe failed."""
     scalars: dict[str, float] = field(default_factory=dict)
     """What is logged, by key; empty where the probe failed."""
+    spent: Spent = field(default_factory=Spent)
+    """The time that the run has taken up to this point."""
 
 
 class Sink(Protocol):
-    """Takes every point. What it raises becomes a warning and never reaches the training loop.
+    """Takes every point. What it raises becomes a warning and does not reach the training loop, unless
+    ``on_error="raise"`` asks for it.
 
     Its methods are called on the main process only.
     """

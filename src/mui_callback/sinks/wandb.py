@@ -8,6 +8,9 @@ from typing import Any
 from mui_callback.metrics.catalogue import PREFIX
 from mui_callback.sinks.base import ProbePoint, RunDescription
 
+STEP_KEY = f"{PREFIX}/step"
+"""The x axis where no trainer has one."""
+
 
 class WandbSink:
     """Logs each point to the active run, ``wandb.run``, on the same x axis as the loss.
@@ -15,12 +18,13 @@ class WandbSink:
     Nothing is imported and no run is started: without an active run nothing is logged.
 
     Args:
-        step_key: the metric that the trainer uses as x axis (HF Trainer: ``train/global_step``).
+        step_key: the metric that is the x axis (of the HF Trainer: ``train/global_step``).
     """
 
     def __init__(self, step_key: str) -> None:
         self.step_key = step_key
         self._defined_in: str | None = None
+        self._unfinished_row: int | None = None
 
     def open(self, run: RunDescription) -> None:
         """Nothing to do: the trainer may not have started its run yet."""
@@ -33,10 +37,19 @@ class WandbSink:
             return
         if self._defined_in != run.id:
             # W&B's own counter must not be used: rows behind it would be dropped.
-            run.define_metric(self.step_key)
+            run.define_metric(self.step_key, hidden=self.step_key == STEP_KEY)
             run.define_metric(f"{PREFIX}/*", step_metric=self.step_key, step_sync=True)
             self._defined_in = run.id
-        run.log({**point.scalars, self.step_key: point.step})
+        self._finish_row(run)
+        # Whoever logs with `wandb.log(..., step=0)` after the point of the untrained model would find that step taken,
+        # and lose the row. So it waits for theirs.
+        waits = self.step_key == STEP_KEY and point.step == 0
+        run.log({**point.scalars, self.step_key: point.step}, commit=not waits)
+        self._unfinished_row = run.step if waits else None
+
+    def _finish_row(self, run: Any) -> None:
+        if self._unfinished_row == run.step:
+            run.log({}, commit=True)
 
     def close(self) -> None:
         """The run belongs to the trainer, which ends it."""

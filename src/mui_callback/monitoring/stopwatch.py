@@ -1,0 +1,53 @@
+"""How long a run has trained, and how long it has been probed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mui_callback.spent import Spent
+
+
+class Stopwatch:
+    """Tells the time in probes from the time in training, evaluation and whatever else a run does.
+
+    It starts when it is made.
+
+    Args:
+        start_step: optimizer steps done so far.
+        before: what was spent before, where training goes on.
+    """
+
+    def __init__(self, start_step: int, before: Spent | None = None) -> None:
+        self._before = before or Spent()
+        self.step = start_step
+        """Optimizer steps done; whoever trains sets it."""
+        self._start_step = start_step
+        self._start = time.perf_counter()
+        self._probing = 0.0
+        self._last_probe = self._before.last_probe
+        self._probe_start: float | None = None
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """What happens inside is a probe."""
+        self._probe_start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last_probe = time.perf_counter() - self._probe_start
+            self._probing += self._last_probe
+            self._probe_start = None
+
+    @property
+    def spent(self) -> Spent:
+        """Up to now, a probe that is under way included."""
+        now = time.perf_counter()
+        probing = self._probing + (now - self._probe_start if self._probe_start is not None else 0.0)
+        return Spent(
+            steps=self._before.steps + self.step - self._start_step,
+            training=self._before.training + now - self._start - probing,
+            probing=self._before.probing + probing,
+            last_probe=self._last_probe,
+        )
