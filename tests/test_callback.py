@@ -51,7 +51,10 @@ def record(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output_dir / "mui.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_fraction", 7), ("batch_tokens", 0), ("max_length", 1), ("every", 0), ("budget", 2), ("on_error", "ignore")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_fraction", 7), ("batch_tokens", 0), ("max_length", 1), ("every", 0), ("budget", 2), ("on_error", "ignore")],
+)
 def test_settings_are_checked_at_once(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected"):
         MUICallback(**{name: value})

@@ -17,7 +17,7 @@ from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.settings import ProbeSettings
 from mui_callback.sinks.base import Sink
 from mui_callback.trainers.base import Training
-from mui_callback.trainers.bases import TrainerClasses, with_trainer_classes
+from mui_callback.trainers.bases import TrainerClasses, plain_class, with_trainer_classes
 from mui_callback.trainers.hf import HFEvents
 from mui_callback.trainers.language_model import find_language_model, named_model
 from mui_callback.trainers.lightning import LightningEvents
@@ -66,8 +66,6 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         ProbeSetError: there is nothing to probe with, or it does not fit the model.
     """
 
-    plain_class: type[MUICallback]
-
     def __new__(cls, *args: Any, **kwargs: Any) -> MUICallback:
         """Of the class that the trainers which are imported by now want."""
         instance: MUICallback = object.__new__(with_trainer_classes(cls))
@@ -110,8 +108,16 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         self.on_error: OnError = on_error
         self._monitor: RunMonitor | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """An event that is not known yet: of a trainer that was imported after this was made."""
+        wanted = with_trainer_classes(plain_class(type(self)))
+        if type(self) is wanted:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__class__ = wanted
+        return getattr(self, name)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        own = getattr(type(self), "plain_class", type(self))
+        own = plain_class(type(self))
         return own.__new__, (own,), self.__dict__
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:

@@ -21,6 +21,8 @@ _CLASSES = (
     ("pytorch_lightning", "Callback"),
 )
 
+_PLAIN = "_plain_class"
+
 
 def with_trainer_classes(own: type) -> type:
     """A class derived from `own` and from the callback classes of all trainers that are imported.
@@ -32,8 +34,14 @@ def with_trainer_classes(own: type) -> type:
     return _derived(own, tuple(base for base in wanted if not issubclass(own, base)))
 
 
+def plain_class(derived: type) -> type:
+    """What `with_trainer_classes` was given."""
+    plain: type = vars(derived).get(_PLAIN, derived)
+    return plain
+
+
 @cache
 def _derived(own: type, bases: tuple[type, ...]) -> type:
     if not bases:
         return own
-    return type(own.__name__, (own, *bases), {"__module__": own.__module__, "__doc__": own.__doc__, "plain_class": own})
+    return type(own.__name__, (own, *bases), {"__module__": own.__module__, "__doc__": own.__doc__, _PLAIN: own})
