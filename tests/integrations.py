@@ -37,13 +37,14 @@ class Watch:
     options: dict[str, Any] = field(default_factory=dict)
     memory: MemorySink = field(default_factory=MemorySink)
     monitors: list[MUIMonitor] = field(default_factory=list)
+    tracker: Any = None
 
     def __post_init__(self) -> None:
         self.options = {"every": 3, "on_error": "raise", "sinks": [self.memory], **self.options}
         self.callback = MUICallback(probe_set(), **self.options)
 
     def monitor(self, model: nn.Module, output_dir: Path) -> MUIMonitor:
-        monitor = MUIMonitor(model, probe_set(), output_dir=output_dir, tracker=None, **self.options)
+        monitor = MUIMonitor(model, probe_set(), output_dir=output_dir, tracker=self.tracker, **self.options)
         self.monitors.append(monitor)
         return monitor
 

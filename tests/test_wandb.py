@@ -91,3 +91,30 @@ def test_a_run_of_the_users_own(directory: Path) -> None:
     records = train_with_wandb(directory / "mine", "mine")
     assert [row[X] for row in mui_rows(records)] == [0, 3, 6, STEPS]
     assert {record["run"]["project"] for record in records if record["type"] == "run"} == {"mine"}
+
+
+def test_lightning_has_the_same_keys_on_the_x_axis_of_its_loss(
+    directory: Path, with_trainer: list[dict[str, Any]]
+) -> None:
+    records = train_with_wandb(directory / "lightning", "lightning")
+    x = "trainer/global_step"
+    rows = mui_rows(records)
+    assert [row[x] for row in rows] == [0, 2, 5, 7]  # Lightning counts from 0
+    assert [row[x] for row in history(records) if "train/loss" in row] == list(range(STEPS))
+
+    first, same = rows[0], mui_rows(with_trainer)[0]
+    logged = [{name for name in row if name.startswith("mui/")} for row in (first, same)]
+    assert logged[0] == logged[1]
+    assert all(first[name] == same[name] for name in logged[0] - {"mui/seconds"})  # the model is the same, too
+
+
+@pytest.mark.parametrize("logs", ["steps", "rows", "nothing"])
+def test_a_loop_that_logs_by_itself_loses_no_row_and_no_point(logs: str, directory: Path) -> None:
+    records = train_with_wandb(directory / logs, f"loop-{logs}")
+    assert [row["mui/step"] for row in mui_rows(records)] == [0, 3, 6, STEPS]
+    losses = [row for row in history(records) if "loss" in row]
+    assert [row["loss"] for row in losses] == ([] if logs == "nothing" else list(range(STEPS)))
+    if logs == "steps":
+        assert [row["_step"] for row in losses] == list(range(STEPS))
+    metrics = [record["metric"] for record in records if record["type"] == "metric"]
+    assert [m["step_metric"] for m in metrics if m.get("glob_name") == "mui/*"] == ["mui/step"]

@@ -100,13 +100,13 @@ class MUIMonitor:
         self._step = self._start_step = start_step
         self._run = RunMonitor(
             model,
-            probe_set or _builtin(model, tokenizer),
+            _builtin(model, tokenizer) if probe_set is None else probe_set,
             tokenizer=tokenizer,
             settings=settings,
             schedule=schedule,
             on_error=on_error,
             output_dir=Path(output_dir),
-            sinks=[*([first] if first else []), *sinks],
+            sinks=[*([] if first is None else [first]), *sinks],
             start_step=start_step,
             state=state,
         )

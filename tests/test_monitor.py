@@ -1,0 +1,156 @@
+"""`MUIMonitor` in loops of the user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel
+from transformers import ByT5Tokenizer
+
+from integrations import make_model, probe_set
+from mui_callback import MemorySink, MUIMonitor, MUIProbe, ProbeSet
+from mui_callback.errors import ProbeSetError
+from mui_callback.probe.unwrap import unwrapped
+
+
+def monitor(directory: Path, **options: Any) -> tuple[MUIMonitor, MemorySink]:
+    memory = MemorySink()
+    defaults = {"every": 2, "sinks": [memory], "output_dir": directory, "on_error": "raise", "tracker": None}
+    model = options.pop("model") if "model" in options else make_model()
+    return MUIMonitor(model, probe_set(), **{**defaults, **options}), memory
+
+
+def steps(memory: MemorySink) -> list[int]:
+    return [point.step for point in memory.points]
+
+
+def test_the_untrained_model_is_probed_at_once(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path)
+    assert steps(memory) == [0]
+    for step in (1, 2, 3):
+        made.step(step)
+    assert steps(memory) == [0, 2]
+    made.close()
+    assert steps(memory) == [0, 2, 3]
+    made.step(4)
+    assert steps(memory) == [0, 2, 3]
+
+
+def test_as_a_context_manager(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path)
+    with made as same:
+        assert same is made
+        same.step(1)
+    assert steps(memory) == [0, 1]
+    assert memory.closed
+
+
+def test_after_an_exception_there_is_no_last_point(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path)
+    made.step(1)
+    with pytest.raises(RuntimeError, match="mine"), made:
+        raise RuntimeError("mine")
+    assert steps(memory) == [0]
+    assert memory.closed
+
+
+def test_nothing_trained_is_no_last_step(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path, at_start=False)
+    made.close()
+    assert steps(memory) == []
+
+
+def test_evaluations_are_said_by_the_loop(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path, every=None, on_evaluation=True)
+    made.step(1)
+    made.step(2, evaluated=True)
+    made.step(3)
+    made.step(3, evaluated=True)
+    assert steps(memory) == [0, 2, 3]
+
+
+def test_a_loop_that_went_on_without_saying_so_is_noticed(tmp_path: Path) -> None:
+    made, _ = monitor(tmp_path)
+    with pytest.warns(UserWarning, match=r"first step that it is told of is 801.*start_step=800"):
+        made.step(801)
+
+
+def test_a_loop_that_goes_on_has_no_point_at_step_0(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path, start_step=800)
+    made.step(801)
+    made.step(802)
+    made.close()
+    assert steps(memory) == [802]
+    assert json.loads((tmp_path / "mui.jsonl").read_text().splitlines()[0])["run"]["start_step"] == 800
+
+
+def test_without_a_probe_set_the_builtin_one(tmp_path: Path) -> None:
+    memory = MemorySink()
+    MUIMonitor(make_model(), tokenizer=ByT5Tokenizer(), output_dir=tmp_path, sinks=[memory], tracker=None)
+    assert memory.run.task_names == ProbeSet.builtin().task_names
+
+
+def test_without_a_tokenizer_neither_it_says_what_to_pass(tmp_path: Path) -> None:
+    with pytest.raises(ProbeSetError, match="pass a probe set, or a tokenizer for the built-in one"):
+        MUIMonitor(make_model(), output_dir=tmp_path)
+
+
+def test_it_measures_in_the_autocast_that_it_is_called_in(tmp_path: Path) -> None:
+    model = make_model()
+    made, memory = monitor(tmp_path, model=model, every=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        made.step(1)
+        inside = MUIProbe(model, probe_set()).measure()
+    assert memory.points[1].report.counts.loss.tolist() == inside.counts.loss.tolist()
+    assert memory.points[0].report.counts.loss.tolist() != inside.counts.loss.tolist()
+
+
+def test_the_share_of_time_spent_is_logged(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path, every=1)
+    for step in (1, 2):
+        made.step(step)
+    assert "mui/overhead" not in memory.points[0].scalars
+    for point in memory.points[1:]:
+        spent = point.spent
+        assert point.scalars["mui/overhead"] == spent.probing / spent.training
+        assert spent.probing > point.report.seconds
+    assert memory.points[2].spent.probing > memory.points[1].spent.probing + memory.points[2].report.seconds
+    assert [point.spent.steps for point in memory.points] == [0, 1, 2]
+
+
+# What is wrapped around a model
+
+
+class Engine(nn.Module):
+    """What keeps the model as its only part with weights, as DDP and a DeepSpeed engine do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module, self.timer = model, nn.Identity()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the engine is not to run in a probe")
+
+
+@pytest.mark.parametrize("wrap", [Engine, DataParallel, torch.compile, lambda m: Engine(torch.compile(m))])
+def test_the_model_itself_is_probed(wrap: Any, tmp_path: Path) -> None:
+    model = make_model()
+    assert unwrapped(wrap(model)) is model
+    _, memory = monitor(tmp_path, model=wrap(model))
+    assert memory.points[0].report.key_neurons() == MUIProbe(model, probe_set()).measure().key_neurons()
+
+
+def test_a_module_that_has_more_than_the_model_is_no_wrapper() -> None:
+    class Two(Engine):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            self.head = nn.Linear(2, 2)
+
+    two = Two(make_model())
+    assert unwrapped(two) is two
+    assert unwrapped(make_model()) is not None
