@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +10,6 @@ import pytest
 
 import mui_callback
 from mui_callback.cli import main
-from mui_callback.errors import ProbeError
-from mui_callback.experts.adapters import unregister_adapter
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key, markdown_table
 from mui_callback.report import MUIReport
 from mui_callback.task_report import TaskReport
@@ -72,24 +68,3 @@ def test_the_command_line_explains_itself(capsys: pytest.CaptureFixture[str]) ->
     assert exit_.value.code == 2
     with pytest.raises(SystemExit, match="steps: expected a positive number, got 0"):
         main(["demo", "--steps", "0"])
-
-
-def test_the_example_in_plain_torch_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    example = runpy.run_path(str(ROOT / "examples" / "plain_torch.py"))
-    try:
-        example["main"](steps=4, every=2)
-    finally:
-        unregister_adapter(example["mixture"])
-    _, *rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows] == ["0", "2", "4"]
-    with pytest.raises(ProbeError, match="do not add up"):  # without the adapter the shared branch is not seen
-        example["main"](steps=0)
-
-
-def test_the_example_runs(tmp_path: Path) -> None:
-    example = runpy.run_path(str(ROOT / "examples" / "hf_trainer.py"))
-    example["main"](output_dir=str(tmp_path), steps=60)
-    header, *points = [json.loads(line) for line in (tmp_path / "mui.jsonl").read_text().splitlines()]
-    assert header["run"]["tasks"] == ["addition"]
-    assert [point["step"] for point in points] == [0, 60]
-    assert points[1]["scalars"]["mui/addition/loss"] < points[0]["scalars"]["mui/addition/loss"]

@@ -15,6 +15,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.errors import MUIError, NoExpertsError, ProbeError, ProbeSetError, UnsupportedModelError
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
+from mui_callback.probe.model_config import context_length
 from mui_callback.probe.samples import ProbeSample, TokenChoice, TokenSample
 from tiny import VOCAB, build, gpt_oss, olmoe, qwen2_moe
 from tiny_samples import make_samples
@@ -415,3 +416,17 @@ def test_a_compiled_model_is_probed_as_the_original(model: nn.Module) -> None:
         warnings.simplefilter("error")
         report = MUIProbe(compiled, probe_set(), top_fraction=FRACTION).measure()
     assert same_sets(report, MUIProbe(model, probe_set(), top_fraction=FRACTION).measure())
+
+
+@pytest.mark.parametrize("name", ["wpe", "position", "embed_positions", "pos_emb", "position_embeddings"])
+def test_without_a_config_the_embedding_of_positions_says_how_long_the_context_is(name: str) -> None:
+    model = nn.Module()
+    model.add_module("inner", nn.ModuleDict({name: nn.Embedding(77, 4), "tokens": nn.Embedding(50, 4)}))
+    assert context_length(model) == 77
+    assert context_length(nn.ModuleDict({"composition": nn.Embedding(5, 4), "wte": nn.Embedding(9, 4)})) is None
+
+
+def test_the_config_says_it_first() -> None:
+    model = build("olmoe")
+    model.position = nn.Embedding(7, 4)
+    assert context_length(model) == model.config.max_position_embeddings

@@ -1,12 +1,16 @@
-"""What the config of a model says, if it has one."""
+"""What the config of a model says, if it has one, or else its modules."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
 
 from mui_callback.errors import UnsupportedModelError
+
+_POSITIONS = re.compile(r"wpe|(embed_|embedding_)?pos(ition|itions|itional)?(_emb\w*)?")
+"""Names of embeddings of positions."""
 
 
 def text_config(model: nn.Module) -> Any:
@@ -16,9 +20,16 @@ def text_config(model: nn.Module) -> Any:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Tokens that the model was made for, as its config says; None if it does not."""
+    """Tokens that the model was made for, as its config says, or else its embedding of positions; None if neither does.
+
+    To ask an embedding for a position that it does not have is an error that ends the process on a GPU.
+    """
     length = getattr(text_config(model), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 1 else None
+    if isinstance(length, int) and length > 1:
+        return length
+    modules = ((path.rpartition(".")[2], module) for path, module in model.named_modules())
+    lengths = [m.num_embeddings for name, m in modules if isinstance(m, nn.Embedding) and _POSITIONS.fullmatch(name)]
+    return min(lengths, default=None)
 
 
 def decoder_start(model: nn.Module) -> int | None:

@@ -1,6 +1,10 @@
-"""A hand-written MoE language model in plain torch, probed while a plain loop trains it.
+"""A hand-written MoE language model in plain torch, and a training loop that is watched by `MUIMonitor`.
 
-    python examples/plain_torch.py
+Runs on a laptop CPU in well under a minute:
+
+    python examples/plain_loop.py
+
+Afterwards ``mui-example/mui.jsonl`` holds a line for each probe; an active W&B run would have the same values.
 
 The routed experts, a list of equal MLPs beside a router, are found by their structure. The branch that every token
 passes through is a chain of three linear maps, which structure does not tell from other things a block may hold, so an
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mui_callback import MoEBlock, MUIProbe, ProbeSet, register_adapter
+from mui_callback import MemorySink, MoEBlock, MUIMonitor, ProbeSet, register_adapter
 
 N_EXPERTS, TOP_K, WIDTH, N_LAYERS, CONTEXT = 8, 2, 96, 2, 128
 
@@ -82,29 +86,37 @@ def mixture(module: nn.Module) -> MoEBlock | None:
     return MoEBlock(routed=[expert.out for expert in module.experts], shared=[module.common[-1]])
 
 
-def main(steps: int = 400, every: int = 80) -> None:
+def main(output_dir: str = "mui-example", steps: int = 400, every: int = 80) -> None:
+    """Train, and show what each probe found."""
     torch.manual_seed(0)
     model = Model()
-    probe_set = ProbeSet.builtin()
-    probe = MUIProbe(
-        model, probe_set, tokenizer=lambda text: list(text.encode()), top_fraction=0.01, max_length=CONTEXT
-    )
+    probe_set, memory = ProbeSet.builtin(), MemorySink()
     # For a quick look it learns the very text that it is probed with; hold yours out.
     text = "\n".join(sample.prompt + sample.response for samples in probe_set.tasks.values() for sample in samples)
     data = torch.tensor(list(text.encode()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    with MUIMonitor(
+        model,
+        probe_set,
+        tokenizer=lambda text: list(text.encode()),
+        output_dir=output_dir,
+        sinks=[memory],
+        every=every,
+        top_fraction=0.01,  # of the 576 neurons of a layer
+    ) as monitor:
+        for step in range(1, steps + 1):
+            start = torch.randint(0, len(data) - CONTEXT, (16, 1))
+            rows = data[start + torch.arange(CONTEXT)]
+            loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(step)
     print("step  loss   MUI %  shared %  effective experts")
-    for step in range(steps + 1):
-        if step % every == 0:
-            seen = probe.measure().scalars()
-            shared, experts = 100 * seen["mui/shared_share"], seen["mui/effective_experts"]
-            print(f"{step:4} {seen['mui/loss']:5.2f} {100 * seen['mui/mui']:7.1f} {shared:9.1f} {experts:18.1f}")
-        start = torch.randint(0, len(data) - CONTEXT, (16, 1))
-        rows = data[start + torch.arange(CONTEXT)]
-        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for point in memory.points:
+        seen = point.scalars
+        shared, experts = 100 * seen["mui/shared_share"], seen["mui/effective_experts"]
+        print(f"{point.step:4} {seen['mui/loss']:5.2f} {100 * seen['mui/mui']:7.1f} {shared:9.1f} {experts:18.1f}")
 
 
 if __name__ == "__main__":
