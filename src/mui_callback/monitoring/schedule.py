@@ -15,6 +15,8 @@ _WARMUP_END = 512
 """Powers of two below this many steps are probed where there is no fixed interval that they could run up to."""
 _FIRST_LOOK = 10
 """Steps after which training is first asked how fast it is."""
+_POINTS = 200
+"""Points that ``every="auto"`` makes of a run whose probes cost nothing, and as many again for each e-fold of its steps."""
 _FIRST_PROBE = 100
 """Step of the first probe at a pace of its own where none was made before, so that nobody knows what one costs."""
 
@@ -82,7 +84,8 @@ class Schedule:
     def next_look(self, step: int, spent: Spent) -> int:
         """The next step at which ``every="auto"`` looks whether a probe is due.
 
-        It is a multiple of a round number (1, 2 or 5 times a power of ten), so that points of different runs meet.
+        It is a multiple of a round number (1, 2 or 5 times a power of ten), so that points of different runs meet, and
+        about 0.5 % of the steps done away or more, so that a cheap probe does not fill the tracker.
 
         Args:
             step: optimizer steps done.
@@ -93,7 +96,7 @@ class Schedule:
         if spent.steps < _FIRST_LOOK or spent.training <= 0:
             return step + _FIRST_LOOK
         allowed_per_step = self.budget * spent.training / spent.steps
-        interval = _round_number(spent.last_probe / allowed_per_step)
+        interval = _round_number(max(spent.last_probe / allowed_per_step, step / _POINTS))
         missing = spent.probing + self._next_cost(spent) - self.budget * spent.training
         wait = max(ceil(missing / allowed_per_step), 1)
         return ceil((step + wait) / interval) * interval
