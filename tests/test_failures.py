@@ -160,7 +160,7 @@ def test_after_three_failures_in_a_row_it_stops_and_says_so(without: Trained, tm
     assert_same_to_the_bit(without, trained)
     assert [error is not None for error in errors(watch)] == [True, True, False, True, True, True]
     assert watch.steps == [0, 1, 2, 3, 4, 5]
-    assert [message.startswith("MUI probe at step 5 failed, the 3rd in a row; no more probes") for message in said] == [
+    assert [message.startswith("MUI probe at step 5 failed, 3 in a row; no more are made") for message in said] == [
         *[False] * 4,
         True,
     ]

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from mui_callback.errors import ProbeSetError
-from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error
+from mui_callback.monitoring.forgiving import described, warn
+from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
+from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
-from mui_callback.probe.model_config import decoder_start
 from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.run import MUIProbe
 from mui_callback.settings import ProbeSettings
 from mui_callback.sinks.base import Sink
 from mui_callback.trainers.base import Training
-from mui_callback.trainers.bases import TrainerClasses, plain_class, with_trainer_classes
+from mui_callback.trainers.callback_classes import TrainerClasses, plain_class, with_trainer_classes
 from mui_callback.trainers.hf import HFEvents
 from mui_callback.trainers.language_model import find_language_model, named_model
 from mui_callback.trainers.lightning import LightningEvents
+
+_HINT = (
+    "the trainer has neither eval data nor a tokenizer. Pass a probe set, "
+    "MUICallback(ProbeSet.from_jsonl({'gsm8k': 'gsm8k.jsonl'}), tokenizer=tokenizer), "
+    "or give the trainer eval data or a tokenizer."
+)
 
 
 class MUICallback(HFEvents, LightningEvents, TrainerClasses):
@@ -29,13 +36,14 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         trainer = Trainer(..., callbacks=[MUICallback()])
 
     for the `Trainer` of transformers (and those made of it, as TRL's), of ``lightning`` and of ``pytorch_lightning``.
-    At the steps of its schedule the model is frozen and a held-out probe set run through it. The results go where the
-    trainer logs to, on the x axis of the loss, and to ``mui.jsonl`` in its output directory. Training is the same to
-    the bit as without the callback.
+    At the steps of its schedule the model is frozen and a held-out probe set run through it. The results go to the
+    active W&B run (in Lightning, to every logger of the trainer), on the x axis of the loss, and to ``mui.jsonl`` in
+    the output directory. Training is the same to the bit as without the callback.
 
     Args:
         probe_set: the samples. Without it, the first `eval_samples` of each of the trainer's eval data sets are used;
-            without eval data, the built-in set through the trainer's tokenizer.
+            without eval data, or with a warning where they cannot be probed, the built-in set through the trainer's
+            tokenizer.
         every: optimizer steps between probes; ``"auto"`` for as many as `budget` allows; None for no regular ones.
         budget: with ``every="auto"``, time spent in probes as share of the time spent in training.
         at: steps to probe besides.
@@ -60,7 +68,7 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
     Raises:
         ValueError: an argument is out of its range.
 
-    At the begin of training, before the first step:
+    At the beginning of training, before the first step:
         NoExpertsError: the model has no MoE layer, and `dense` is off.
         UnsupportedModelError: its experts or its head cannot be read, or it is not clear which model is meant.
         ProbeSetError: there is nothing to probe with, or it does not fit the model.
@@ -75,13 +83,13 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         self,
         probe_set: ProbeSet | None = None,
         *,
-        every: Every = "auto",
+        every: Every = Schedule.every,
         budget: float = Schedule.budget,
-        at: Collection[int] = (),
-        warmup: bool = False,
-        at_start: bool = True,
-        at_end: bool = True,
-        on_evaluation: bool = False,
+        at: Iterable[int] = Schedule.at,
+        warmup: bool = Schedule.warmup,
+        at_start: bool = Schedule.at_start,
+        at_end: bool = Schedule.at_end,
+        on_evaluation: bool = Schedule.on_evaluation,
         tokenizer: Tokenizer | None = None,
         sinks: Sequence[Sink] = (),
         eval_samples: int = 64,
@@ -94,19 +102,28 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         dense: bool = ProbeSettings.dense,
     ) -> None:
         check_on_error(on_error)
+        check_sinks(sinks)
+        check_probe_set(probe_set)
         if eval_samples < 1:
             raise ValueError(f"eval_samples: expected a positive number of samples, got {eval_samples!r}")
         self.probe_set = probe_set
         self.schedule = Schedule(
             every, budget, at, warmup=warmup, at_start=at_start, at_end=at_end, on_evaluation=on_evaluation
         )
-        self.settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
+        self.settings = ProbeSettings(
+            top_fraction=top_fraction,
+            key_expert_frequency=key_expert_frequency,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            dense=dense,
+        )
         self.tokenizer = tokenizer
         self.sinks = tuple(sinks)
         self.eval_samples = eval_samples
         self.moe_model = moe_model
         self.on_error: OnError = on_error
         self._monitor: RunMonitor | None = None
+        self._last_state: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         """An event that is not known yet: of a trainer that was imported after this was made."""
@@ -118,7 +135,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
 
     def __reduce__(self) -> tuple[Any, ...]:
         own = plain_class(type(self))
-        return own.__new__, (own,), self.__dict__
+        # What belongs to a training that is under way is not for a copy.
+        return own.__new__, (own,), self.__dict__ | {"_monitor": None, "_loggers": ()}
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """The one event that both kinds of trainer name alike, with three arguments and with two."""
@@ -127,13 +145,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
 
     def _begin(self, training: Training) -> None:
         self._end()  # of a training that was interrupted where no event tells
-        model = self._find_model(training)
-        tokenizer = self.tokenizer or training.tokenizer
         self._monitor = RunMonitor(
-            model,
-            self._find_probe_set(model, tokenizer, training),
-            tokenizer=tokenizer,
-            settings=self.settings,
+            lambda: self._make_probe(training),
             schedule=self.schedule,
             on_error=self.on_error,
             output_dir=training.output_dir,
@@ -149,36 +162,34 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
     def _end(self) -> None:
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
+            self._last_state = monitor.state_dict()
             monitor.close()
 
     def _state(self) -> dict[str, Any]:
-        return self._monitor.state_dict() if self._monitor is not None else {}
+        return self._last_state if self._monitor is None else self._monitor.state_dict()
+
+    def _make_probe(self, training: Training) -> MUIProbe:
+        model = self._find_model(training)
+        tokenizer = self.tokenizer or training.tokenizer
+        probe_set = self.probe_set
+        if probe_set is None:
+            probe_set = self._read_eval_data(training, can_do_without=tokenizer is not None)
+        if probe_set is None:
+            probe_set = builtin_for(model, tokenizer, _HINT)
+        return MUIProbe(model, probe_set, tokenizer=tokenizer, **asdict(self.settings))
 
     def _find_model(self, training: Training) -> nn.Module:
         if isinstance(self.moe_model, nn.Module):
             return self.moe_model
         if self.moe_model is not None:
             return named_model(training.model, self.moe_model)
-        if training.is_language_model:
-            return training.model
         return find_language_model(training.model, dense=self.settings.dense)
 
-    def _find_probe_set(self, model: nn.Module, tokenizer: Tokenizer | None, training: Training) -> ProbeSet:
-        if self.probe_set is not None:
-            return self.probe_set
+    def _read_eval_data(self, training: Training, *, can_do_without: bool) -> ProbeSet | None:
         try:
-            probe_set = training.eval_data(self.eval_samples)
+            return training.eval_data(self.eval_samples)
         except Exception as error:  # a data set or a collator of the user's own may raise anything
-            if tokenizer is None:
+            if not can_do_without:
                 raise
-            warnings.warn(f"The eval data cannot be probed ({error}); using the built-in probe set.", stacklevel=2)
-            probe_set = None
-        if probe_set is not None:
-            return probe_set
-        if tokenizer is None:
-            raise ProbeSetError(
-                "MUICallback has nothing to probe with: the trainer has neither eval data nor a tokenizer. "
-                "Pass a probe set, MUICallback(ProbeSet.from_jsonl({'gsm8k': 'gsm8k.jsonl'}), tokenizer=tokenizer), "
-                "or give the trainer eval data or a tokenizer."
-            )
-        return ProbeSet.builtin(only_with_prompt=decoder_start(model) is not None)
+            warn(f"The eval data cannot be probed ({described(error)}); using the built-in probe set.")
+            return None

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from torch import nn
 
-from mui_callback.errors import ProbeSetError
-from mui_callback.monitoring.run_monitor import OnError, RunMonitor
+from mui_callback.monitoring.forgiving import warn
+from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
+from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
-from mui_callback.probe.model_config import decoder_start
 from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.run import MUIProbe
 from mui_callback.settings import ProbeSettings
 from mui_callback.sinks.base import Sink
-from mui_callback.sinks.wandb import STEP_KEY, WandbSink
+from mui_callback.sinks.wandb import WandbSink
+
+_HINT = "pass a probe set, or a tokenizer for the built-in one."
 
 
 class MUIMonitor:
@@ -40,13 +44,13 @@ class MUIMonitor:
         model: as for `MUIProbe`; what accelerate, DDP or a DeepSpeed engine wrapped around it is taken off.
         probe_set: the samples; without it, the built-in set.
         tokenizer: for samples that are text.
-        start_step: optimizer steps done so far, where training goes on; those of `state`, if that is given.
+        start_step: optimizer steps done so far, where training goes on and there is no `state`, which knows them.
         state: what `state_dict` gave, from your checkpoint.
         output_dir: where ``mui.jsonl`` goes; where training goes on, it is read there too.
         tracker: where scalars go: ``"wandb"`` for the active run; any other sink, such as ``WandbSink("my/step")`` for
             an x axis of your own; None for none.
         sinks: where points go besides.
-        every: see `MUICallback`, as all that follow.
+        every: see `Schedule`, as the six that follow.
         budget: share of the training time.
         at: steps to probe besides.
         warmup: also after 1, 2, 4, 8, … steps.
@@ -76,13 +80,13 @@ class MUIMonitor:
         output_dir: str | os.PathLike[str] = ".",
         tracker: Sink | Literal["wandb"] | None = "wandb",
         sinks: Sequence[Sink] = (),
-        every: Every = "auto",
+        every: Every = Schedule.every,
         budget: float = Schedule.budget,
-        at: Collection[int] = (),
-        warmup: bool = False,
-        at_start: bool = True,
-        at_end: bool = True,
-        on_evaluation: bool = False,
+        at: Iterable[int] = Schedule.at,
+        warmup: bool = Schedule.warmup,
+        at_start: bool = Schedule.at_start,
+        at_end: bool = Schedule.at_end,
+        on_evaluation: bool = Schedule.on_evaluation,
         on_error: OnError = "warn",
         top_fraction: float = ProbeSettings.top_fraction,
         key_expert_frequency: float = ProbeSettings.key_expert_frequency,
@@ -93,21 +97,31 @@ class MUIMonitor:
         schedule = Schedule(
             every, budget, at, warmup=warmup, at_start=at_start, at_end=at_end, on_evaluation=on_evaluation
         )
-        settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
-        if start_step is None:
-            start_step = int(state["step"]) if state else 0
-        first = WandbSink(STEP_KEY) if tracker == "wandb" else tracker
-        self._step = self._start_step = start_step
+        settings = ProbeSettings(
+            top_fraction=top_fraction,
+            key_expert_frequency=key_expert_frequency,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            dense=dense,
+        )
+        first = WandbSink() if tracker == "wandb" else tracker
+        if first is not None and not hasattr(first, "write"):
+            raise ValueError(f"tracker: expected 'wandb', a sink or None, got {tracker!r}")
+        check_sinks(sinks)
+        check_probe_set(probe_set)
+
+        def make_probe() -> MUIProbe:
+            samples = builtin_for(model, tokenizer, _HINT) if probe_set is None else probe_set
+            return MUIProbe(model, samples, tokenizer=tokenizer, **asdict(settings))
+
+        self._step = self._start_step = _start_step(start_step, state)
         self._run = RunMonitor(
-            model,
-            _builtin(model, tokenizer) if probe_set is None else probe_set,
-            tokenizer=tokenizer,
-            settings=settings,
+            make_probe,
             schedule=schedule,
             on_error=on_error,
             output_dir=Path(output_dir),
             sinks=[*([] if first is None else [first]), *sinks],
-            start_step=start_step,
+            start_step=self._start_step,
             state=state,
         )
 
@@ -118,11 +132,13 @@ class MUIMonitor:
             step: optimizer steps done, 1 after the first.
             evaluated: whether you have just evaluated, for ``on_evaluation=True``.
         """
+        step = index(step)
+        if step == 0 == self._start_step:
+            warn("MUIMonitor: step 0 is the untrained model, which was probed before; the first optimizer step is 1.")
         if self._step == self._start_step == 0 and step > 1:
-            warnings.warn(
+            warn(
                 f"MUIMonitor began at step 0, and the first step that it is told of is {step}. If training was "
-                f"resumed, the point at step 0 is not of the untrained model: pass start_step={step - 1} or state=.",
-                stacklevel=2,
+                f"resumed, the point at step 0 is not of the untrained model: pass start_step={step - 1} or state=."
             )
         self._step = step
         self._run.step(step, evaluated=evaluated)
@@ -133,9 +149,11 @@ class MUIMonitor:
 
     def close(self) -> None:
         """Probe the last step, if ``at_end=True``, and let go of the sinks; a second call does nothing."""
-        if self._step > self._start_step:
-            self._run.step(self._step, last=True)
-        self._run.close()
+        try:
+            if self._step > self._start_step:
+                self._run.step(self._step, last=True)
+        finally:
+            self._run.close()
 
     def __enter__(self) -> MUIMonitor:
         return self
@@ -150,9 +168,12 @@ class MUIMonitor:
             self._run.close()
 
 
-def _builtin(model: nn.Module, tokenizer: Tokenizer | None) -> ProbeSet:
-    if tokenizer is None:
-        raise ProbeSetError(
-            "MUIMonitor has nothing to probe with: pass a probe set, or a tokenizer for the built-in one."
-        )
-    return ProbeSet.builtin(only_with_prompt=decoder_start(model) is not None)
+def _start_step(start_step: int | None, state: Mapping[str, Any] | None) -> int:
+    if state is None:
+        return index(start_step or 0)
+    known = state.get("step") if isinstance(state, Mapping) else None
+    if not isinstance(known, int):
+        raise ValueError(f"state: expected what MUIMonitor.state_dict() gave, got {state!r:.80}")
+    if start_step not in (None, known):
+        raise ValueError(f"start_step: expected the step of the state, {known}, or none, got {start_step}")
+    return known

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,47 +36,64 @@ class History:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> History:
-        """From what `to_dict` gave."""
-        spent = Spent(**state["spent"]) if state["spent"] else None
-        return cls(state["run_id"], {int(step): dict(scalars) for step, scalars in state["points"]}, spent)
+        """From what `to_dict` gave.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            spent = Spent(**state["spent"]) if state["spent"] else None
+            return cls(state["run_id"], {int(step): dict(scalars) for step, scalars in state["points"]}, spent)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected the state of a monitor, as state_dict() gives it, got {state!r:.80} "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
 
-def begin(
+def continued(
     probed: Mapping[str, Any], start_step: int, recorded: Sequence[RecordedRun], state: Mapping[str, Any] | None
-) -> History:
+) -> tuple[History, list[str]]:
     """The history of a run that begins, or goes on, now.
 
     Args:
         probed: how it is probed now; see `RunDescription.to_dict`.
         start_step: optimizer steps done; 0 for a run that begins.
         recorded: what the record holds, of this run and of others.
-        state: what a checkpoint holds: ``{"probed": …, "history": …}``.
+        state: what a checkpoint holds: ``{"step": …, "probed": …, "history": …}``.
+
+    Returns:
+        The history, and what makes the points before and after incomparable, in words; empty if nothing does.
+
+    Raises:
+        ValueError: the state is none.
     """
-    remembered = History.from_dict(state["history"]) if state else None
+    remembered = History.from_dict(state.get("history", state)) if state else None
     if remembered is None and (start_step == 0 or not recorded):
-        return History(uuid4().hex[:12])
-    run_id = remembered.run_id if remembered else recorded[-1].id
+        return History(uuid4().hex[:12]), []
+    run_id = remembered.run_id if remembered else _run_to_go_on_with(probed, start_step, recorded).id
     sections = [section for section in recorded if section.id == run_id]
-    before = sections[-1].probed if sections else state["probed"] if state else {}
-    if changed := changes(before, probed):
-        warnings.warn(
-            f"MUI: training goes on at step {start_step}, but is probed in another way than before "
-            f"({'; '.join(changed)}). Points before and after cannot be compared.",
-            stacklevel=2,
-        )
+    pasts = [(section.probed, section.points, section.spent) for section in sections]
+    if state and remembered:
+        pasts.insert(0, (state["probed"], remembered.points, remembered.spent or Spent()))
     history = History(run_id)
-    if state and remembered and not changes(state["probed"], probed):
-        history.points |= remembered.points
-    for section in sections:
-        if not changes(section.probed, probed):
-            history.points |= section.points
-    spent = [section.spent for section in sections] + [remembered.spent if remembered else None]
-    history.spent = max((s for s in spent if s is not None), key=lambda s: s.probing, default=None)
-    return history
+    for before, points, spent in pasts:
+        if not _changes(before, probed):
+            history.points |= points
+        if history.spent is None or spent.probing > history.spent.probing:
+            history.spent = spent
+    return history, _changes(pasts[-1][0], probed)
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What makes points of two descriptions of a run incomparable, in words; empty if nothing does."""
+def _run_to_go_on_with(probed: Mapping[str, Any], start_step: int, recorded: Sequence[RecordedRun]) -> RecordedRun:
+    """The last one that came so far and was probed alike, or else that came so far, or else the last one."""
+    came_so_far = [run for run in recorded if any(step <= start_step for step in run.points)]
+    alike = [run for run in came_so_far if not _changes(run.probed, probed)]
+    return (alike or came_so_far or recorded)[-1]
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes points of two descriptions of a run incomparable, in words."""
     found = [
         f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}"
         for name in _COMPARED
@@ -86,8 +102,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = before.get("settings", {}), now.get("settings", {})
     return found + [
         f"{name} was {old.get(name)}, is {new.get(name)}"
-        for name in sorted(old.keys() | new.keys() - _INCONSEQUENTIAL)
-        if name not in _INCONSEQUENTIAL and old.get(name) != new.get(name)
+        for name in sorted((old.keys() | new.keys()) - _INCONSEQUENTIAL)
+        if old.get(name) != new.get(name)
     ]
 
 

@@ -7,22 +7,25 @@ way of the collectives of the training, and whoever waits in vain is told so. On
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import distributed
 
-from mui_callback.errors import DesynchronizedError
+from mui_callback.errors import DesynchronizedError, ProbeError
+from mui_callback.monitoring.forgiving import attempt, described
 
 _T = TypeVar("_T")
 
-_WAIT = timedelta(minutes=10)
+_WAIT = timedelta(minutes=5)
+"""Half of what NCCL waits before it ends the training."""
 _SHOWN = 3
 """Failures that are told in words; of a thousand processes, all may fail alike."""
+_ABANDONED = "abandoned"
 _numbers = count()
 
 
@@ -41,8 +44,7 @@ class Failure:
 class Processes:
     """All processes of the run, for one purpose: each makes the same calls in the same order.
 
-    Without `torch.distributed`, or with a backend that has no store, it is one process alone; the environment says
-    which one.
+    Without `torch.distributed`, or with a backend that has no store, a process is alone.
 
     Args:
         wait: how long the others are waited for.
@@ -50,12 +52,12 @@ class Processes:
 
     def __init__(self, wait: timedelta = _WAIT) -> None:
         is_running = distributed.is_available() and distributed.is_initialized()
-        self.rank = distributed.get_rank() if is_running else int(os.environ.get("RANK", "0"))
-        self.size = distributed.get_world_size() if is_running else 1
+        self.rank = distributed.get_rank() if is_running else 0
+        self.world_size = distributed.get_world_size() if is_running else 1
         self._wait = wait
-        self._store = None
-        if self.size > 1:
-            store = distributed.distributed_c10d._get_default_store()
+        self._store: Any = None
+        store = distributed.distributed_c10d._get_default_store() if self.world_size > 1 else None
+        if store is not None:
             self._store = distributed.distributed_c10d.PrefixStore(f"mui-callback/{next(_numbers)}", store)
         self._n_calls = 0
 
@@ -72,18 +74,22 @@ class Processes:
 
         Raises:
             DesynchronizedError: the main process did not come to this call.
+            ProbeError: its decision failed; in the main process, whatever it failed with.
         """
         if self._store is None:
             return decide()
-        key = self._next_key()
+        with self._talking() as key:
+            if not self.is_main:
+                self._wait_for(key)
+                told: dict[str, Any] = json.loads(self._store.get(key))
         if self.is_main:
-            self._store.set(key, json.dumps(decide()))
-        else:
-            self._wait_for(key)
-        decided: _T = json.loads(self._store.get(key))
+            told = self._decide(decide, key)
+        if "failed" in told:
+            raise ProbeError(f"process 0: {told['failed']}")
+        decided: _T = told["decided"]
         return decided
 
-    def failures(self, error: BaseException | None) -> list[Failure]:
+    def gather_failures(self, error: BaseException | None) -> list[Failure]:
         """The failures of all processes, the same in each; empty if all went well.
 
         Args:
@@ -92,40 +98,88 @@ class Processes:
         Raises:
             DesynchronizedError: not all processes came to this call.
         """
-        mine = None if error is None else Failure(self.rank, f"{type(error).__name__}: {error}", out_of_memory(error))
+        mine = None if error is None else Failure(self.rank, described(error), out_of_memory(error))
         if self._store is None:
             return [] if mine is None else [mine]
-        key = self._next_key()
-        if mine is not None:
-            # Those that ran out of memory are numbered apart, so that one look tells whether all failures are such.
-            kind = "memory" if mine.out_of_memory else "other"
-            number = self._store.add(f"{key}/{kind}", 1)
-            self._store.set(f"{key}/{kind}/{number}", json.dumps([mine.rank, mine.text]))
-        if self._store.add(f"{key}/arrived", 1) == self.size:
-            self._store.set(f"{key}/all", "")
-        self._wait_for(f"{key}/all")
-        found = []
-        for kind in ("other", "memory"):
-            for number in range(1, min(self._store.add(f"{key}/{kind}", 0), _SHOWN) + 1):
-                self._wait_for(f"{key}/{kind}/{number}")
-                rank, text = json.loads(self._store.get(f"{key}/{kind}/{number}"))
-                found.append(Failure(rank, text, kind == "memory"))
-        return found
+        with self._talking() as key:
+            if mine is not None:
+                # Those that ran out of memory are numbered apart, so that one look tells whether all failures are such.
+                kind = "memory" if mine.out_of_memory else "other"
+                number = self._store.add(f"{key}/{kind}", 1)
+                self._store.set(f"{key}/{kind}/{number}", json.dumps([mine.rank, mine.text]))
+            if self._store.add(f"{key}/arrived", 1) == self.world_size:
+                self._store.set(f"{key}/all", "")
+            self._wait_for(f"{key}/all")
+            found = []
+            for kind in ("other", "memory"):
+                for number in range(1, min(self._store.add(f"{key}/{kind}", 0), _SHOWN) + 1):
+                    rank, text = json.loads(self._store.get(f"{key}/{kind}/{number}"))
+                    found.append(Failure(rank, text, kind == "memory"))
+            return found
 
-    def _next_key(self) -> str:
+    def together(self, action: Callable[[], _T]) -> _T:
+        """Do something that raises in every process if it does in one.
+
+        Raises:
+            ProbeError: it raised in another process only; otherwise whatever it raised in this one.
+        """
+        result, error = attempt(action)
+        self.raise_everywhere(error)
+        return cast(_T, result)
+
+    def raise_everywhere(self, error: Exception | None) -> None:
+        """Raise if any process has an error: its own, or a `ProbeError` that names those of the others."""
+        if failures := self.gather_failures(error):
+            raise error or ProbeError(in_words(failures))
+
+    def _decide(self, decide: Callable[[], _T], key: str) -> dict[str, Any]:
+        try:
+            told = {"decided": decide()}
+            text = json.dumps(told)
+        except BaseException as error:
+            with self._translated():
+                self._store.set(key, json.dumps({"failed": described(error)}))
+            raise
+        with self._translated():
+            self._store.set(key, text)
+        return told
+
+    @contextmanager
+    def _talking(self) -> Iterator[str]:
+        """The key of this exchange; whoever gives one up gives up all, so that nobody waits for it again."""
         self._n_calls += 1
-        return str(self._n_calls)
+        with self._translated():
+            if self._store.check([_ABANDONED]):
+                raise DesynchronizedError(f"process {self.rank} of {self.world_size}: another process gave up.")
+            yield str(self._n_calls)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """What a store raises, as an error that says what to do."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:  # the errors of torch's stores are RuntimeErrors
+            if isinstance(error, DesynchronizedError):
+                raise
+            raise DesynchronizedError(
+                f"process {self.rank} of {self.world_size} cannot reach the others ({type(error).__name__}: {error})."
+            ) from error
 
     def _wait_for(self, key: str) -> None:
-        assert self._store is not None
         try:
             self._store.wait([key], self._wait)
-        except (RuntimeError, OSError) as error:  # DistStoreError is a RuntimeError
+        except (RuntimeError, OSError) as error:
+            self._store.set(_ABANDONED, "")
             raise DesynchronizedError(
-                f"process {self.rank} of {self.size} waited in vain for the others "
+                f"process {self.rank} of {self.world_size} waited in vain for the others "
                 f"({self._wait.total_seconds():g} s). Every process of the run has to make the callback or the "
                 "monitor, and to report the same steps to it."
             ) from error
+
+
+def in_words(failures: list[Failure]) -> str:
+    """All of them, in one line."""
+    return "; ".join(map(str, failures))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, log10
-from typing import Literal
+from operator import index
+from typing import Any, Literal
 
 from mui_callback.spent import Spent
 
@@ -16,7 +17,7 @@ _WARMUP_END = 512
 _FIRST_LOOK = 10
 """Steps after which training is first asked how fast it is."""
 _POINTS = 200
-"""Points that ``every="auto"`` makes of a run whose probes cost nothing, and as many again for each e-fold of its steps."""
+"""Points that are made until every step has a probe whose cost is nothing, and again for each e-fold of the steps."""
 _FIRST_PROBE = 100
 """Step of the first probe at a pace of its own where none was made before, so that nobody knows what one costs."""
 
@@ -34,7 +35,7 @@ class Schedule:
     budget: float = 0.01
     """With ``every="auto"``: time spent in probes, as share of the time spent in training. Probes that are asked for
     in other ways are made anyway, and paid from it."""
-    at: Collection[int] = ()
+    at: Iterable[int] = ()
     """Steps to probe besides."""
     warmup: bool = False
     """Also after 1, 2, 4, 8, … steps, up to `every` (up to 256 without a fixed interval)."""
@@ -46,33 +47,41 @@ class Schedule:
     """Also whenever the trainer evaluates, so that its metrics have a point beside them."""
 
     def __post_init__(self) -> None:
-        if self.every not in ("auto", None) and not _is_step(self.every, least=1):
-            raise ValueError(
-                f"every: expected a positive number of optimizer steps, 'auto' or None, got {self.every!r}"
-            )
+        if self.every not in ("auto", None):
+            every = _step(self.every, least=1)
+            if every is None:
+                raise ValueError(
+                    f"every: expected a positive number of optimizer steps, 'auto' or None, got {self.every!r}"
+                )
+            object.__setattr__(self, "every", every)
         if not isinstance(self.budget, int | float) or not 0 < self.budget < 1:
             raise ValueError(f"budget: expected a share of the training time, between 0 and 1, got {self.budget!r}")
-        if isinstance(self.at, str) or not all(_is_step(step, least=0) for step in self.at):
+        steps = [_step(step, least=0) for step in self.at] if isinstance(self.at, Iterable) else [None]
+        if isinstance(self.at, str) or None in steps:
             raise ValueError(f"at: expected a collection of step numbers, got {self.at!r}")
+        object.__setattr__(self, "at", frozenset(steps))
 
     @property
     def is_auto(self) -> bool:
         """Whether the pace follows from the cost."""
         return self.every == "auto"
 
-    def is_due(self, step: int, *, evaluated: bool = False, last: bool = False) -> bool:
+    def is_due(self, step: int, *, previous: int | None = None, evaluated: bool = False, last: bool = False) -> bool:
         """Whether a probe is asked for after this many optimizer steps, the ones of ``every="auto"`` apart.
 
         Args:
             step: optimizer steps done.
+            previous: the same when it was asked before; by default one less. What was due in between is due now.
             evaluated: whether the trainer has just evaluated.
             last: whether training ends here.
         """
+        if step == 0:
+            return self.at_start or 0 in self.at
+        done = range((step - 1 if previous is None else previous) + 1, step + 1)
         return (
-            (step == 0 and self.at_start)
-            or (step > 0 and isinstance(self.every, int) and step % self.every == 0)
-            or (step > 0 and self.warmup and step & (step - 1) == 0 and step < self._warmup_end)
-            or step in self.at
+            (isinstance(self.every, int) and any(s % self.every == 0 for s in done))
+            or (self.warmup and any(s & (s - 1) == 0 and s < self._warmup_end for s in done))
+            or any(s in self.at for s in done)
             or (last and self.at_end)
             or (evaluated and self.on_evaluation)
         )
@@ -92,14 +101,14 @@ class Schedule:
             spent: what they and the probes took.
         """
         if spent.last_probe is None:
-            return max(step + 1, _FIRST_PROBE)
+            return _after(step, _FIRST_PROBE)
         if spent.steps < _FIRST_LOOK or spent.training <= 0:
-            return step + _FIRST_LOOK
+            return _after(step, _FIRST_LOOK)
         allowed_per_step = self.budget * spent.training / spent.steps
         interval = _round_number(max(spent.last_probe / allowed_per_step, step / _POINTS))
         missing = spent.probing + self._next_cost(spent) - self.budget * spent.training
         wait = max(ceil(missing / allowed_per_step), 1)
-        return ceil((step + wait) / interval) * interval
+        return _after(step + wait - 1, interval)
 
     def _next_cost(self, spent: Spent) -> float:
         return (spent.last_probe or 0.0) * (2 if self.at_end else 1)
@@ -107,6 +116,11 @@ class Schedule:
     @property
     def _warmup_end(self) -> int:
         return self.every if isinstance(self.every, int) else _WARMUP_END
+
+
+def _after(step: int, interval: int) -> int:
+    """The first multiple of an interval after a step."""
+    return (step // interval + 1) * interval
 
 
 def _round_number(least: float) -> int:
@@ -117,5 +131,10 @@ def _round_number(least: float) -> int:
     return next(digit * power for digit in (1, 2, 5, 10, 20) if digit * power >= least)
 
 
-def _is_step(value: object, *, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _step(value: Any, *, least: int) -> int | None:
+    """A whole number of whatever kind; None for anything else."""
+    try:
+        step = index(value)
+    except TypeError:
+        return None
+    return None if isinstance(value, bool) or step < least else step

@@ -44,10 +44,11 @@ class Stopwatch:
     def spent(self) -> Spent:
         """Up to now, a probe that is under way included."""
         now = time.perf_counter()
-        probing = self._probing + (now - self._probe_start if self._probe_start is not None else 0.0)
+        this_probe = None if self._probe_start is None else now - self._probe_start
+        probing = self._probing + (this_probe or 0.0)
         return Spent(
             steps=self._before.steps + self.step - self._start_step,
             training=self._before.training + now - self._start - probing,
             probing=self._before.probing + probing,
-            last_probe=self._last_probe,
+            last_probe=self._last_probe if this_probe is None else this_probe,
         )

@@ -34,7 +34,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
     sums = {name: _checksum(parameter) for name, parameter in _rewritten_parameters(model)}
     states = [_ObjectState(config) for config in _configs(model)]
     modules = [_ModuleState(module) for module in model.modules()]
-    try:
+    with ExitStack() as restoring:  # each of them, whatever the others raise; modules first
+        # Casts of weights made under no_grad have no history. Older versions of torch reuse them, to train with, in
+        # an autocast that surrounds all of this.
+        restoring.callback(torch.clear_autocast_cache)
+        for held in (*modules, *states):
+            restoring.callback(held.restore_contents)
+        for held in (*modules, *states):
+            restoring.callback(held.restore_attributes)
         with ExitStack() as stack:
             stack.enter_context(random_state_kept())
             stack.enter_context(torch.inference_mode(False))
@@ -45,12 +52,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
             for state in modules:
                 state.hold()
             yield
-    finally:
-        for object_state in (*states, *modules):
-            object_state.restore()
-        # Casts of weights made under no_grad have no history. Older versions of torch reuse them, to train with, in
-        # an autocast that surrounds all of this.
-        torch.clear_autocast_cache()
     written = [
         name
         for name, parameter in model.named_parameters()
@@ -70,6 +71,20 @@ def random_state_kept() -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """To look at a model without running it: weights that are computed when they are looked at stay as they are."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        with random_state_kept(), torch.no_grad():
+            for module in training:
+                module.training = False
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 @contextmanager
@@ -108,7 +123,7 @@ class _ObjectState:
         self.attributes = dict(vars(owner))
         self.contents = [restore for value in self.attributes.values() if (restore := _content(value))]
 
-    def restore(self) -> None:
+    def restore_attributes(self) -> None:
         # What did not change is not touched: compiled code may be guarded by the version of a dict.
         attributes: dict[str, Any] = vars(self.owner)
         for name in attributes.keys() - self.attributes.keys():
@@ -116,8 +131,11 @@ class _ObjectState:
         for name, value in self.attributes.items():
             if attributes.get(name, self) is not value:
                 attributes[name] = value
-        for restore in self.contents:
-            restore()
+
+    def restore_contents(self) -> None:
+        with ExitStack() as stack:
+            for restore in self.contents:
+                stack.callback(restore)
 
 
 class _ModuleState(_ObjectState):
@@ -141,7 +159,9 @@ def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | N
         is_copied = not (isinstance(value, nn.Parameter) or value.is_inference() or value.is_meta)
         return partial(_copy_back, value, value.detach().clone()) if is_copied else None
     if isinstance(value, np.ndarray):
-        return partial(np.copyto, value, value.copy())
+        # A file that is mapped is not copied: it may be all of the training data.
+        is_copied = value.flags.writeable and not isinstance(value, np.memmap)
+        return partial(np.copyto, value, value.copy()) if is_copied else None
     if isinstance(value, list | dict | set | deque) and not any(value is holder for holder in holders):
         return _Container(value, holders).restore
     return None
@@ -166,8 +186,10 @@ class _Container:
 
 
 def _copy_back(tensor: Tensor, copy: Tensor) -> None:
+    # What did not change is not written to: it may be an expanded tensor, or wait for a backward pass.
     with torch.no_grad():
-        tensor.detach().copy_(copy)
+        if not torch.equal(tensor, copy):
+            tensor.detach().copy_(copy)
 
 
 def _identities(container: Any) -> list[Any]:

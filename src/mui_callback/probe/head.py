@@ -41,7 +41,7 @@ class LanguageModelHead:
                 f"got {type(head).__name__}."
             )
         self.module = head
-        self.error = torch.full((), -1.0, device=weight.device)
+        self.error = torch.full((), -1.0, dtype=torch.float32, device=weight.device)
         """Relative difference, in the last forward that was checked, between the targets' logits as the head computed
         them and ⟨hidden state, W_head[y]⟩ plus its bias; -1 if the head did not run as a module."""
         self.under_autocast = False

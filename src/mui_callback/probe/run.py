@@ -141,6 +141,7 @@ class MUIProbe:
 
     def _count(self, batches: list[Batch], choice_batches: list[Batch]) -> tuple[ProbeCounts, float]:
         """The counts of a pass, and the relative error of the identity that its precision explains."""
+        self._device = _common_device(self.model)
         with frozen(self.model):
             head = LanguageModelHead(self.model)  # found anew: a resized vocabulary has another one
             counts = DeviceCounts(

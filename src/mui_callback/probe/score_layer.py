@@ -81,7 +81,7 @@ class LayerReader:
             parts = tuple(recorder.scores(tokens) for recorder in self.recorders)
             if not check:
                 return LayerScores(parts)
-            output_R = torch.zeros(len(tokens.position_R), device=out.device)
+            output_R = torch.zeros(len(tokens.position_R), dtype=torch.float32, device=out.device)
             unmade_R = torch.zeros_like(output_R)
             for recorder in self.recorders:
                 recorder.add_unmade(unmade_R, tokens)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
+_NAMES = ("_orig_mod", "module", "_forward_module")
+"""Under which `torch.compile`, DDP or a DeepSpeed engine, and Fabric hold the model."""
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile`, DDP, `accelerate` or a DeepSpeed engine holds; any other one as it is.
+    """The module that a wrapper holds; any other module as it is.
 
-    Compiled modules keep it as ``_orig_mod``; the others as ``module``, beside which they have no weights.
+    A wrapper is told by the name of the module in it, beside which it has no weights.
     """
     children = dict(model.named_children())
-    inner = children.get("_orig_mod")
-    if inner is None and _holds_all(model, children.get("module")):
-        inner = children["module"]
-    return model if inner is None else unwrapped(inner)
+    inner = next((children[name] for name in _NAMES if name in children), None)
+    return unwrapped(inner) if inner is not None and _weights(inner) == _weights(model) else model
 
 
-def _holds_all(model: nn.Module, inner: nn.Module | None) -> bool:
-    return inner is not None and {id(p) for p in model.parameters()} == {id(p) for p in inner.parameters()}
+def _weights(module: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in module.parameters()}

@@ -52,10 +52,10 @@ class ProbePoint:
 
 
 class Sink(Protocol):
-    """Takes every point. What it raises becomes a warning and does not reach the training loop, unless
-    ``on_error="raise"`` asks for it.
+    """Takes every point. What it raises becomes a warning, one for each sink, and does not reach the training loop,
+    unless ``on_error="raise"`` asks for it; the next point is tried again, also after a failure to open.
 
-    Its methods are called on the main process only.
+    Its methods are called on the main process only. In warnings it has its `name`, or else that of its class.
     """
 
     def open(self, run: RunDescription) -> None:

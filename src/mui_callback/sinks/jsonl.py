@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from mui_callback.version import __version__
 
 
 class JsonlSink:
-    """Appends each point to a file as one line, on disk at once, whole or not at all.
+    """Appends each point to a file as one line, handed to the system at once, whole or not at all.
 
     The first line of a run, ``{"run": …}``, says how it is probed; where training goes on after a pause, there is
-    another one with the same ``id``. Each line after it holds ``step``, ``time`` (seconds since the epoch), ``scalars``
-    (the logged keys), ``spent`` (see `Spent`), and under ``tasks`` and ``pooled`` what is too much for a tracker: MUI
-    by layer and the ten experts with the highest activated frequency. A failed probe has ``error`` instead.
+    another one with the same ``id``. Each line after it holds the ``id``, ``step``, ``time`` (seconds since the epoch),
+    ``spent`` (see `Spent`), ``scalars`` (the logged keys), and under ``tasks`` and ``pooled`` what is too much for a
+    tracker: MUI by layer and the ten experts with the highest activated frequency. A failed probe has ``error``
+    instead.
 
     Args:
         path: the file; its directory is made if it is not there.
@@ -30,15 +30,17 @@ class JsonlSink:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._id = ""
 
     def open(self, run: RunDescription) -> None:
         """Append the line that describes the run."""
+        self._id = run.id
         description = {"id": run.id, "start_step": run.start_step, "version": __version__, **run.to_dict()}
         self._append({"run": description})
 
     def write(self, point: ProbePoint) -> None:
         """Append the point."""
-        row: dict[str, Any] = {"step": point.step, "time": time.time(), "spent": asdict(point.spent)}
+        row: dict[str, Any] = {"id": self._id, "step": point.step, "time": time.time(), "spent": asdict(point.spent)}
         if point.report is None:
             row["error"] = point.error
         else:
@@ -50,19 +52,24 @@ class JsonlSink:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
-            if file.tell() and _last_byte(self.path) != b"\n":  # the writer before was killed, or the disk was full
+            size = file.tell()
+            if size and _last_byte(self.path) != b"\n":  # the writer before was killed
                 line = b"\n" + line
             written = file.write(line)  # one system call: an interrupt comes before it or after it
-        if written != len(line):
-            raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+            if written != len(line):
+                file.truncate(size)
+                raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
 
     def close(self) -> None:
         """Nothing is left to do: every line is on disk."""
 
 
-@dataclass(frozen=True)
+_PROBED = ("tasks", "probe_set", "settings", "layers")
+
+
+@dataclass
 class RecordedRun:
-    """What the record holds of one run, from its description to the next one."""
+    """What the record holds of one run, or of the part of it that one process trained."""
 
     id: str
     probed: dict[str, Any]
@@ -73,41 +80,51 @@ class RecordedRun:
     """Up to its last point."""
 
 
-def read_record(path: str | os.PathLike[str]) -> list[RecordedRun]:
-    """The runs in a record, in their order; none if there is no such file.
+def read_record(path: str | os.PathLike[str]) -> tuple[list[RecordedRun], list[str]]:
+    """The runs in a record, in the order in which they began, and the lines of it that cannot be read, in words.
 
-    A line that cannot be read, as one that a full disk cut short, is warned about and left out.
+    Such a line, as one that was cut short, is left out; so are runs of versions that gave them no id. Without a file
+    there are none of either.
+
+    Raises:
+        OSError: there is a file, but it cannot be read.
     """
-    path = Path(path)
     runs: list[RecordedRun] = []
-    if not path.is_file():
-        return runs
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            _read_line(json.loads(line), runs)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            warnings.warn(
-                f"{path}, line {number}: expected a run or a point of one, got {line[:40]!r} "
-                f"({type(error).__name__}: {error}); it is left out.",
-                stacklevel=2,
+    complaints: list[str] = []
+    path = Path(path)
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        wrong = _read_line(line, runs) if line.strip() else None
+        if wrong is not None:
+            complaints.append(
+                f"{path}, line {number}: expected a run or a point of one, got {line[:40]!r} ({wrong}); it is left out."
             )
-    return runs
+    return runs, complaints
 
 
-def _read_line(row: dict[str, Any], runs: list[RecordedRun]) -> None:
+def _read_line(line: bytes, runs: list[RecordedRun]) -> str | None:
+    """Adds what a line holds; what is wrong with it, if anything."""
+    try:
+        _add_row(json.loads(line), runs)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _add_row(row: dict[str, Any], runs: list[RecordedRun]) -> None:
     if "run" in row:
         run = row["run"]
-        probed = {name: run[name] for name in ("tasks", "probe_set", "settings", "layers")}
-        runs.append(RecordedRun(run.get("id", ""), probed))
+        if "id" in run:
+            runs.append(RecordedRun(run["id"], {name: run[name] for name in _PROBED}))
         return
-    runs[-1] = RecordedRun(
-        runs[-1].id,
-        runs[-1].probed,
-        runs[-1].points | ({} if "error" in row else {int(row["step"]): dict(row["scalars"])}),
-        Spent(**row.get("spent", {})),
-    )
+    if "id" not in row:
+        return
+    run = next((run for run in reversed(runs) if run.id == row["id"]), None)
+    if run is None:
+        raise ValueError(f"there is no run {row['id']} before it")
+    if "error" not in row:
+        run.points[int(row["step"])] = dict(row["scalars"])
+    run.spent = Spent(**row["spent"])
 
 
 def _last_byte(path: Path) -> bytes:

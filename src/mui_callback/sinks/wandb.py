@@ -8,7 +8,7 @@ from typing import Any
 from mui_callback.metrics.catalogue import PREFIX
 from mui_callback.sinks.base import ProbePoint, RunDescription
 
-STEP_KEY = f"{PREFIX}/step"
+OWN_STEP_KEY = f"{PREFIX}/step"
 """The x axis where no trainer has one."""
 
 
@@ -21,7 +21,7 @@ class WandbSink:
         step_key: the metric that is the x axis (of the HF Trainer: ``train/global_step``).
     """
 
-    def __init__(self, step_key: str) -> None:
+    def __init__(self, step_key: str = OWN_STEP_KEY) -> None:
         self.step_key = step_key
         self._defined_in: str | None = None
         self._unfinished_row: int | None = None
@@ -37,13 +37,13 @@ class WandbSink:
             return
         if self._defined_in != run.id:
             # W&B's own counter must not be used: rows behind it would be dropped.
-            run.define_metric(self.step_key, hidden=self.step_key == STEP_KEY)
+            run.define_metric(self.step_key, hidden=self.step_key == OWN_STEP_KEY)
             run.define_metric(f"{PREFIX}/*", step_metric=self.step_key, step_sync=True)
             self._defined_in = run.id
         self._finish_row(run)
         # Whoever logs with `wandb.log(..., step=0)` after the point of the untrained model would find that step taken,
         # and lose the row. So it waits for theirs.
-        waits = self.step_key == STEP_KEY and point.step == 0
+        waits = self.step_key == OWN_STEP_KEY and point.step == 0
         run.log({**point.scalars, self.step_key: point.step}, commit=not waits)
         self._unfinished_row = run.step if waits else None
 

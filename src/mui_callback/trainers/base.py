@@ -19,7 +19,7 @@ class Training:
     """A training that begins, or goes on."""
 
     model: nn.Module
-    """What is trained."""
+    """What is trained: a language model, or a module that holds one."""
     step: int
     """Optimizer steps done."""
     output_dir: Path
@@ -30,8 +30,6 @@ class Training:
     """That of the data; None if the trainer does not know it."""
     eval_data: Callable[[int], ProbeSet | None]
     """At most so many samples of each of the trainer's own eval data sets, each a task; None if it has none."""
-    is_language_model: bool = True
-    """Whether `model` is the language model itself, not a module that holds it."""
     state: Mapping[str, Any] | None = None
     """What a checkpoint holds of the run that goes on."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -12,6 +14,7 @@ from mui_callback.errors import ProbeSetError
 from mui_callback.probe.freeze import random_state_kept
 from mui_callback.probe.hub import iterate_rows
 from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.samples import TokenSample
 
 _COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "decoder_input_ids")
 _IGNORED = -100
@@ -20,51 +23,91 @@ Collate = Callable[[Any], Any]
 """From one row to a batch of it."""
 
 
-def read_task(
-    rows: Any, task: str, where: str, max_samples: int, *, collate: Collate, encoder_decoder: bool
-) -> ProbeSet:
-    """The first samples of a data set, as one task.
+@dataclass(frozen=True)
+class EvalData:
+    """One of the eval data sets of a trainer."""
+
+    rows: Any
+    """Any iterable of rows: mappings, tensors of token ids, or pairs of token ids and labels."""
+    collate: Collate
+    """What the trainer makes a batch with."""
+    where: str
+    """What the rows are, for messages."""
+
+
+def read_tasks(tasks: Mapping[str, EvalData], max_samples: int, *, encoder_decoder: bool = False) -> ProbeSet | None:
+    """The first samples of each data set, as one task each; None if there is none.
 
     Rows of token ids are collated one by one, so the response tokens are those that the loss counts. Rows of text are
     used as text.
 
     Args:
-        rows: any iterable of rows: mappings, tensors of token ids, or pairs of token ids and labels.
-        task: the task's name.
-        where: what the rows are, for messages.
-        max_samples: rows taken.
-        collate: what the trainer makes a batch with.
+        tasks: the data sets by name.
+        max_samples: samples taken of each.
         encoder_decoder: whether the model is one.
 
     Raises:
-        ProbeSetError: the rows are none of these.
+        ProbeSetError: the rows of one are nothing that can be probed.
     """
-    with random_state_kept():  # a data set may draw from the random state that training goes on with
-        first = list(islice(iterate_rows(rows, where), max_samples))
-        if not first:
-            raise ProbeSetError(f"{where}: expected at least one row, got none")
-        if isinstance(first[0], Mapping) and "input_ids" not in first[0]:
-            return ProbeSet.from_dataset(first, task=task)
-        batches = [_as_columns(collate(row), where) for row in first]
-        documents = [part for batch in batches for row in _rows(batch) for part in _documents(row)]
-        return ProbeSet.from_token_rows(documents, task=task, encoder_decoder=encoder_decoder)
+    probe_set: ProbeSet | None = None
+    for name, data in tasks.items():
+        with random_state_kept():  # a data set may draw from the random state that training goes on with
+            task = _read_task(name.replace("/", "_"), data, max_samples, encoder_decoder)
+        probe_set = task if probe_set is None else probe_set | task
+    return probe_set
+
+
+def _read_task(name: str, data: EvalData, max_samples: int, encoder_decoder: bool) -> ProbeSet:
+    if isinstance(data.rows, Iterator):
+        raise ProbeSetError(f"{data.where}: expected rows that can be read again, got {type(data.rows).__name__}")
+    first = list(islice(iterate_rows(data.rows, data.where), max_samples))
+    if not first:
+        raise ProbeSetError(f"{data.where}: expected at least one row, got none")
+    if isinstance(first[0], Mapping) and "input_ids" not in first[0]:
+        return ProbeSet.from_dataset(first, task=name)
+    batches = [_as_columns(data.collate(row), data.where) for row in first]
+    documents = [part for batch in batches for row in _rows(batch) for part in _documents(row)]
+    task = ProbeSet.from_token_rows(documents[:max_samples], task=name, encoder_decoder=encoder_decoder)
+    if not any(sample.scored.any() for sample in task.tasks[name] if isinstance(sample, TokenSample)):
+        raise ProbeSetError(f"{data.where}: expected labels of tokens to score, got none in {len(documents)} rows")
+    return task
 
 
 def _as_columns(batch: Any, where: str) -> Mapping[str, Any]:
     """A batch as columns of the names that transformers uses."""
     if isinstance(batch, Mapping):
-        return {name: batch[name] for name in _COLUMNS if batch.get(name) is not None}
+        return {name: _transposed(batch[name]) for name in _COLUMNS if batch.get(name) is not None}
     if isinstance(batch, list | tuple) and len(batch) == 1:
         batch = batch[0]
     if isinstance(batch, list | tuple) and len(batch) == 2:
         return _from_pair(np.atleast_2d(batch[0]), np.atleast_2d(batch[1]), where)
-    ids = np.asarray(batch)
-    if ids.dtype.kind not in "iu":
+    ids = np.asarray(batch) if not isinstance(batch, list | tuple) else np.empty(())
+    if ids.dtype.kind not in "iu" or ids.ndim > 2:
         raise ProbeSetError(
             f"{where}: expected batches that are mappings with input_ids, token ids, or pairs of token ids and labels; "
-            f"got {type(batch).__name__}"
+            f"got {type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, list | tuple) else ''}"
         )
     return {"input_ids": ids}
+
+
+def _transposed(values: Any) -> Any:
+    """Rows of plain lists, which the default collator turns into one tensor for each position."""
+    if isinstance(values, list) and all(getattr(value, "ndim", None) == 1 for value in values):
+        return np.stack([np.asarray(value) for value in values], axis=-1)
+    return values
+
+
+def own_copy(collate: Any, *training: Any) -> Any:
+    """A copy of a collator, which may have a random state that training goes on with.
+
+    Args:
+        collate: a function, a method or an object.
+        training: what it may hold of the training, which is not copied.
+    """
+    try:
+        return copy.deepcopy(collate, {id(part): part for part in training})
+    except Exception:  # locks, files, tensors in the middle of a graph
+        return collate
 
 
 def _from_pair(ids: Any, labels: Any, where: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from mui_callback.trainers.hf_caller import calling_trainer, resumed_checkpoint
 from mui_callback.trainers.hf_eval_data import eval_probe_set
 from mui_callback.trainers.hf_resume import warn_if_experts_are_not_restored
 
-STEP_KEY = "train/global_step"
+HF_STEP_KEY = "train/global_step"
 """The x axis that the Trainer's own W&B reporter uses."""
 
 
@@ -23,15 +23,15 @@ class HFEvents(TrainingEvents):
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
         """Find the expert layers and the samples; probe at step 0."""
-        if state.global_step > 0:
+        if state.global_step > 0 and state.is_world_process_zero:
             warn_if_experts_are_not_restored(model, resumed_checkpoint())
         self._begin(
             Training(
                 model=model,
                 step=state.global_step,
                 output_dir=Path(args.output_dir),
-                trackers=[WandbSink(STEP_KEY)],
-                tokenizer=processing_class,
+                trackers=[WandbSink(HF_STEP_KEY)],
+                tokenizer=getattr(processing_class, "tokenizer", processing_class),  # a processor for images has one
                 eval_data=partial(eval_probe_set, calling_trainer()),
             )
         )

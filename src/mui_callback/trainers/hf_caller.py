@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+_CHECKPOINT = "resume_from_checkpoint"
+"""A variable of the method that has the training loop."""
 
 
 def calling_trainer() -> Any:
@@ -19,11 +23,9 @@ def calling_trainer() -> Any:
 
 def resumed_checkpoint() -> Path | None:
     """The checkpoint that the calling `Trainer` goes on from, or None."""
-    for frame in _trainer_frames():
-        checkpoint = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(checkpoint, str):
-            return Path(checkpoint)
-    return None
+    variables = (frame.f_locals for frame in _trainer_frames())
+    checkpoint = next((v[_CHECKPOINT] for v in variables if _CHECKPOINT in v), None)
+    return Path(checkpoint) if isinstance(checkpoint, str | os.PathLike) else None
 
 
 def _trainer_frames() -> Iterator[FrameType]:

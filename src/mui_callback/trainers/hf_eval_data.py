@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from mui_callback.probe.probe_set import ProbeSet
-from mui_callback.trainers.eval_rows import Collate, read_task
+from mui_callback.trainers.eval_rows import Collate, EvalData, own_copy, read_tasks
 
 _MASK_COLUMNS = ("labels", "label_ids", "completion_mask", "assistant_masks")
 """Columns beside the model's own that collators make labels from."""
@@ -23,25 +22,18 @@ def eval_probe_set(trainer: Any, max_samples: int) -> ProbeSet | None:
         max_samples: samples taken of each data set.
 
     Raises:
-        ProbeSetError: the rows cannot be probed; see `read_task`.
+        ProbeSetError: the rows cannot be probed; see `read_tasks`.
     """
     data = getattr(trainer, "eval_dataset", None)
     if data is None:
         return None
-    # A collator may have a random state of its own, shared with training. If it has the model too, that is not copied.
-    collator = copy.deepcopy(trainer.data_collator, {id(trainer.model): trainer.model})
-    probe_set: ProbeSet | None = None
-    for name, rows in (data if isinstance(data, dict) else {"eval": data}).items():
-        task = read_task(
-            rows,
-            str(name).replace("/", "_"),
-            f"eval_dataset {name!r}",
-            max_samples,
-            collate=partial(_collate, trainer, collator),
-            encoder_decoder=bool(getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False)),
-        )
-        probe_set = task if probe_set is None else probe_set | task
-    return probe_set
+    collate = partial(_collate, trainer, own_copy(trainer.data_collator, trainer, trainer.model))
+    tasks = {
+        str(name): EvalData(rows, collate, f"eval_dataset {name!r}")
+        for name, rows in (data if isinstance(data, dict) else {"eval": data}).items()
+    }
+    is_encoder_decoder = bool(getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False))
+    return read_tasks(tasks, max_samples, encoder_decoder=is_encoder_decoder)
 
 
 def _collate(trainer: Any, collate: Collate | None, row: Any) -> Any:

@@ -7,13 +7,14 @@ the checkpoint into the model as they are (transformers issue 48805): experts wh
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from mui_callback.monitoring.forgiving import described, warn
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _AT_ONCE = 2**22
@@ -23,8 +24,9 @@ _AT_ONCE = 2**22
 def warn_if_experts_are_not_restored(model: nn.Module, checkpoint: Path | None) -> None:
     """Warn if weights of the model that are in the checkpoint under other names have other values there.
 
-    Compared are sums over one layer, whatever its weights are called and however they are split. A checkpoint without
-    safetensors, as sharded training writes it, is not looked at.
+    Compared are the first, the middle and the last layer that have such weights, to the precision of bfloat16, whatever
+    the weights are called and however they are split. A checkpoint without safetensors, as sharded training writes it,
+    is not looked at.
 
     Args:
         model: the model that training goes on with.
@@ -35,17 +37,15 @@ def warn_if_experts_are_not_restored(model: nn.Module, checkpoint: Path | None) 
     try:
         lost = _find_lost(model, checkpoint)
     except Exception as error:  # a check must not be what ends the training
-        message = f"It cannot be told whether {checkpoint} was restored as a whole: {type(error).__name__}: {error}"
-        warnings.warn(message, stacklevel=2)
+        warn(f"It cannot be told whether {checkpoint} was restored as a whole: {described(error)}")
         return
     if lost is not None:
-        warnings.warn(
+        warn(
             f"Resuming from {checkpoint} did not restore all weights: the model has {lost.mine}, the checkpoint has "
             f"{lost.theirs} and the like, which the Trainer does not put together (transformers issue 48805). Training "
             "goes on with other experts than those of the checkpoint, and they are what is measured. The way round: "
             f"load the model from the checkpoint, Trainer(model={type(model).__name__}.from_pretrained("
-            f"{str(checkpoint)!r}), ...), and resume then.",
-            stacklevel=2,
+            f"{str(checkpoint)!r}), ...), and resume then."
         )
 
 
@@ -57,20 +57,17 @@ class _Lost(NamedTuple):
 
 
 def _find_lost(model: nn.Module, checkpoint: Path) -> _Lost | None:
-    files = _files_of_weights(checkpoint)
-    parameters, known = dict(model.named_parameters()), model.state_dict().keys()
-    missing = [name for name in parameters if name not in files and _layer_of(name) is not None]
-    unknown = [name for name in files if name not in known and _layer_of(name) is not None]
-    for name in missing:
-        layer = _layer_of(name)
-        mine = [parameters[other] for other in missing if _layer_of(other) == layer]
-        theirs = [other for other in unknown if _layer_of(other) == layer]
-        if theirs:
-            same = all(
-                abs(a - b) <= 1e-6 * max(abs(a), abs(b))
-                for a, b in zip(_sums(mine), _sums(_load(theirs, files)), strict=True)
-            )
-            return None if same else _Lost(name, theirs[0])
+    files, known = _files_of_weights(checkpoint), model.state_dict()
+    mine, theirs = _by_layer(name for name in known if name not in files), _by_layer(files.keys() - known.keys())
+    both = sorted(mine.keys() & theirs.keys())
+    for layer in sorted({both[0], both[len(both) // 2], both[-1]} if both else ()):
+        is_restored = _same((known[name] for name in mine[layer]), _load(theirs[layer], files))
+        # Some names have another number before that of the layer. All weights together have none.
+        if not is_restored and not _same(
+            (known[name] for names in mine.values() for name in names),
+            _load((name for names in theirs.values() for name in names), files),
+        ):
+            return _Lost(mine[layer][0], theirs[layer][0])
     return None
 
 
@@ -95,17 +92,27 @@ def _load(names: Iterable[str], files: dict[str, Path]) -> Iterable[Tensor]:
             yield file.get_tensor(name)
 
 
-def _sums(weights: Iterable[Tensor]) -> tuple[float, float]:
-    """Σ|w| and Σw²: the same however weights are split, turned and put together."""
-    total = [0.0, 0.0]
+def _same(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
+    """Whether weights are the same, to the precision of bfloat16, but for how they are split, turned and joined."""
+    return _sums(mine) == _sums(theirs)
+
+
+def _sums(weights: Iterable[Tensor]) -> tuple[int, int]:
+    """Of the bits of all numbers as bfloat16, and of their squares: exact, whatever the order."""
+    total = [0, 0]
     for weight in weights:
         for part in torch.split(weight.detach().flatten(), _AT_ONCE):
-            numbers = part.double()
-            total[0] += float(numbers.abs().sum())
-            total[1] += float(numbers.square().sum())
+            bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int64)
+            total[0] += int(bits.sum())
+            total[1] += int(bits.square().sum())
     return total[0], total[1]
 
 
-def _layer_of(name: str) -> int | None:
-    """The first number in a name."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+def _by_layer(names: Iterable[str]) -> dict[int, list[str]]:
+    """By the first number in them; names without one are left out."""
+    layers: dict[int, list[str]] = {}
+    for name in names:
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        if numbers:
+            layers.setdefault(numbers[0], []).append(name)
+    return layers

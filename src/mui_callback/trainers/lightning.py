@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mui_callback.monitoring.forgiving import warn
 from mui_callback.sinks.base import ProbePoint, RunDescription
 from mui_callback.trainers.base import Training, TrainingEvents
 from mui_callback.trainers.lightning_eval_data import eval_probe_set
@@ -36,18 +37,20 @@ class LightningEvents(TrainingEvents):
         """Find the expert layers and the samples; probe at step 0. Sanity checks are over."""
         self._last_step = trainer.global_step
         self._loggers = tuple(LoggerSink(logger) for logger in trainer.loggers)
+        # A checkpoint is also loaded to validate, and says nothing then of the training that begins here.
         state, self._restored = self._restored, None
+        if not state or state.get("step") != trainer.global_step or trainer.global_step == 0:
+            state = None
         self._move_loggers(trainer)
         with trainer.precision_plugin.forward_context():
             self._begin(
                 Training(
                     model=pl_module,
                     step=trainer.global_step,
-                    output_dir=Path(trainer.default_root_dir),
+                    output_dir=_output_dir(trainer),
                     trackers=self._loggers,
                     tokenizer=_tokenizer(pl_module, trainer.datamodule),
                     eval_data=partial(eval_probe_set, trainer),
-                    is_language_model=False,
                     state=state,
                 )
             )
@@ -57,30 +60,30 @@ class LightningEvents(TrainingEvents):
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
             self._move_loggers(trainer)
-            self._probe(trainer, last=_is_last(trainer, pl_module))
+            self._step_in_precision(trainer, last=_is_last(trainer, pl_module))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Probe beside the Trainer's evaluation."""
         if not trainer.sanity_checking:
-            self._probe(trainer, evaluated=True)
+            self._step_in_precision(trainer, evaluated=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Probe the last step if nobody knew that it was the last; close the sinks and let go of the model."""
-        self._probe(trainer, last=True)
+        self._step_in_precision(trainer, last=True)
         self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the sinks and let go of the model."""
         self._end()
 
-    def _probe(self, trainer: Any, *, evaluated: bool = False, last: bool = False) -> None:
+    def _step_in_precision(self, trainer: Any, *, evaluated: bool = False, last: bool = False) -> None:
         with trainer.precision_plugin.forward_context():  # as training_step has it
             self._step(trainer.global_step, evaluated=evaluated, last=last)
 
     def _move_loggers(self, trainer: Any) -> None:
         """To where the loss of this step is logged: Lightning counts there from 0, in batches that made a step."""
         for sink in self._loggers:
-            sink.position = trainer.fit_loop.epoch_loop._batches_that_stepped
+            sink.step = trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 class LoggerSink:
@@ -93,8 +96,8 @@ class LoggerSink:
     def __init__(self, logger: Any) -> None:
         self.logger = logger
         self.name = type(logger).__name__
-        self.position = 0
-        """Of the next point on the logger's x axis."""
+        self.step = 0
+        """Of the next point, on the logger's x axis."""
 
     def open(self, run: RunDescription) -> None:
         """Nothing to do: the Trainer has made its loggers."""
@@ -102,7 +105,7 @@ class LoggerSink:
     def write(self, point: ProbePoint) -> None:
         """Log the scalars; a failed probe logs nothing."""
         if point.scalars:
-            self.logger.log_metrics(point.scalars, step=self.position)
+            self.logger.log_metrics(point.scalars, step=self.step)
 
     def close(self) -> None:
         """The loggers belong to the Trainer, which closes them."""
@@ -117,6 +120,14 @@ def _is_last(trainer: Any, pl_module: Any) -> bool:
     except Exception:  # where the accumulation changes from epoch to epoch, Lightning does not know
         return False
     return bool(0 < n_steps <= trainer.global_step)
+
+
+def _output_dir(trainer: Any) -> Path:
+    root = str(trainer.default_root_dir)
+    if "://" in root:
+        warn(f"MUI: the record goes to the current directory, as it cannot be written to {root}")
+        return Path()
+    return Path(root)
 
 
 def _tokenizer(*holders: Any) -> Any:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 from mui_callback.probe.probe_set import ProbeSet
-from mui_callback.trainers.eval_rows import Collate, read_task
+from mui_callback.trainers.eval_rows import Collate, EvalData, own_copy, read_tasks
 
 
 def eval_probe_set(trainer: Any, max_samples: int) -> ProbeSet | None:
@@ -21,25 +20,20 @@ def eval_probe_set(trainer: Any, max_samples: int) -> ProbeSet | None:
         max_samples: samples taken of each.
 
     Raises:
-        ProbeSetError: the rows cannot be probed; see `read_task`.
+        ProbeSetError: the rows cannot be probed; see `read_tasks`.
     """
-    probe_set: ProbeSet | None = None
-    for name, loader in _named(trainer.val_dataloaders).items():
-        task = read_task(
-            getattr(loader, "dataset", loader),
-            name,
-            f"val_dataloaders {name!r}",
-            max_samples,
-            collate=_collate(loader),
-            encoder_decoder=False,
-        )
-        probe_set = task if probe_set is None else probe_set | task
-    return probe_set
+    tasks = {
+        name: EvalData(getattr(loader, "dataset", loader), _collate(loader, trainer), f"val_dataloaders {name!r}")
+        for name, loader in _named(trainer.val_dataloaders).items()
+    }
+    return read_tasks(tasks, max_samples)
 
 
-def _collate(loader: Any) -> Collate:
-    collate = deepcopy(getattr(loader, "collate_fn", None))
-    if collate is None or getattr(loader, "batch_size", 1) is None:  # its rows are batches already
+def _collate(loader: Any, trainer: Any) -> Collate:
+    training = (trainer, trainer.lightning_module, trainer.datamodule)
+    collate = own_copy(getattr(loader, "collate_fn", None), *training)
+    makes_batches = any(getattr(loader, name, None) is not None for name in ("batch_size", "batch_sampler"))
+    if collate is None or not makes_batches:  # its rows are batches already
         return lambda batch: batch
     return lambda row: collate([row])
 
@@ -48,7 +42,7 @@ def _named(loaders: Any) -> dict[str, Any]:
     if loaders is None:
         return {}
     if isinstance(loaders, Mapping):
-        return {str(name).replace("/", "_"): loader for name, loader in loaders.items()}
+        return {str(name): loader for name, loader in loaders.items()}
     if isinstance(loaders, list | tuple):
         return {f"eval_{i}" if len(loaders) > 1 else "eval": loader for i, loader in enumerate(loaders)}
     return {"eval": loaders}
