@@ -109,5 +109,6 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _short(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return f"{len(value)} of {sum(layer['n_routed'] for layer in value)} experts"
+        kinds = sorted({(layer["n_routed"], layer["routed_width"], *layer["shared_widths"]) for layer in value})
+        return f"{len(value)} of " + " or ".join(f"{n}x{width}{list(shared) or ''}" for n, width, *shared in kinds)
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 12 else str(value)

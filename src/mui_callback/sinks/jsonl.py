@@ -31,12 +31,14 @@ class JsonlSink:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._id = ""
+        self._untold: dict[str, Any] | None = None
 
     def open(self, run: RunDescription) -> None:
         """Append the line that describes the run."""
         self._id = run.id
         description = {"id": run.id, "start_step": run.start_step, "version": __version__, **run.to_dict()}
-        self._append({"run": description})
+        self._untold = {"run": description}
+        self._tell()
 
     def write(self, point: ProbePoint) -> None:
         """Append the point."""
@@ -46,7 +48,14 @@ class JsonlSink:
         else:
             row |= {"scalars": point.scalars, "pooled": _task(point.report.pooled)}
             row["tasks"] = {name: _task(task) for name, task in point.report.tasks.items()}
+        self._tell()
         self._append(row)
+
+    def _tell(self) -> None:
+        """Append the description, if that did not succeed before."""
+        if self._untold is not None:
+            self._append(self._untold)
+            self._untold = None
 
     def _append(self, row: dict[str, Any]) -> None:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
@@ -83,8 +92,7 @@ class RecordedRun:
 def read_record(path: str | os.PathLike[str]) -> tuple[list[RecordedRun], list[str]]:
     """The runs in a record, in the order in which they began, and the lines of it that cannot be read, in words.
 
-    Such a line, as one that was cut short, is left out; so are runs of versions that gave them no id. Without a file
-    there are none of either.
+    Such a line, as one that was cut short, is left out. Without a file there are none of either.
 
     Raises:
         OSError: there is a file, but it cannot be read.
@@ -114,17 +122,15 @@ def _read_line(line: bytes, runs: list[RecordedRun]) -> str | None:
 def _add_row(row: dict[str, Any], runs: list[RecordedRun]) -> None:
     if "run" in row:
         run = row["run"]
-        if "id" in run:
-            runs.append(RecordedRun(run["id"], {name: run[name] for name in _PROBED}))
+        runs.append(RecordedRun(run["id"], {name: run[name] for name in _PROBED}))
         return
-    if "id" not in row:
-        return
-    run = next((run for run in reversed(runs) if run.id == row["id"]), None)
-    if run is None:
-        raise ValueError(f"there is no run {row['id']} before it")
+    of_run = next((run for run in reversed(runs) if run.id == row["id"]), None)
+    if of_run is None:
+        raise ValueError(f"there is no run {row['id']!r} before it")
+    spent = Spent(**row["spent"])
     if "error" not in row:
-        run.points[int(row["step"])] = dict(row["scalars"])
-    run.spent = Spent(**row["spent"])
+        of_run.points[int(row["step"])] = dict(row["scalars"])
+    of_run.spent = spent
 
 
 def _last_byte(path: Path) -> bytes:

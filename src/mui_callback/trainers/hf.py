@@ -11,6 +11,7 @@ from mui_callback.trainers.base import Training, TrainingEvents
 from mui_callback.trainers.hf_caller import calling_trainer, resumed_checkpoint
 from mui_callback.trainers.hf_eval_data import eval_probe_set
 from mui_callback.trainers.hf_resume import warn_if_experts_are_not_restored
+from mui_callback.trainers.hf_state import read_state, write_state
 
 HF_STEP_KEY = "train/global_step"
 """The x axis that the Trainer's own W&B reporter uses."""
@@ -23,8 +24,9 @@ class HFEvents(TrainingEvents):
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
         """Find the expert layers and the samples; probe at step 0."""
-        if state.global_step > 0 and state.is_world_process_zero:
-            warn_if_experts_are_not_restored(model, resumed_checkpoint())
+        checkpoint = resumed_checkpoint() if state.global_step > 0 else None
+        if state.is_world_process_zero:
+            warn_if_experts_are_not_restored(model, checkpoint)
         self._begin(
             Training(
                 model=model,
@@ -33,6 +35,7 @@ class HFEvents(TrainingEvents):
                 trackers=[WandbSink(HF_STEP_KEY)],
                 tokenizer=getattr(processing_class, "tokenizer", processing_class),  # a processor for images has one
                 eval_data=partial(eval_probe_set, calling_trainer()),
+                state=read_state(checkpoint) if state.is_world_process_zero else None,
             )
         )
 
@@ -46,11 +49,15 @@ class HFEvents(TrainingEvents):
         self._step(state.global_step, evaluated=True, last=control.should_training_stop)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Probe if training was told to stop here; put the state into the checkpoint."""
+        self.on_epoch_end(args, state, control)
+        if state.is_world_process_zero:
+            write_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._state())
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe if training was told to stop here."""
         if control.should_training_stop:
             self._step(state.global_step, last=True)
-
-    on_epoch_end = on_save
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe the last step if no other event came after it; close the sinks and let go of the model."""

@@ -1,0 +1,287 @@
+"""The record of a run: what was written is read back, whatever happened to the file in between."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from mui_callback import MUIProbe, MUIReport, ProbeSet
+from mui_callback.settings import ProbeSettings
+from mui_callback.sinks.base import ProbePoint, RunDescription
+from mui_callback.sinks.jsonl import JsonlSink, RecordedRun, read_record
+from mui_callback.spent import Spent
+from tiny import build
+from tiny_samples import make_samples
+
+
+@pytest.fixture(scope="module")
+def report() -> MUIReport:
+    return MUIProbe(build("olmoe"), ProbeSet({"a": make_samples(7), "b": make_samples(8)})).measure()
+
+
+@pytest.fixture
+def run(report: MUIReport) -> RunDescription:
+    return RunDescription(report.task_names, "f" * 64, ProbeSettings(), report.layout, id="first")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "mui.jsonl"
+
+
+def make_point(step: int, report: MUIReport) -> ProbePoint:
+    scalars = {"mui/mui": 1 / (step + 3), "mui/loss": 0.1 + step}
+    return ProbePoint(step, report=report, scalars=scalars, spent=Spent(step, step * 0.7, 0.3, 0.1))
+
+
+def read_quietly(path: Path) -> list[RecordedRun]:
+    """What is read back where nothing is to be warned about."""
+    runs, complaints = read_record(path)
+    assert not complaints
+    return runs
+
+
+def test_what_was_written_is_read_back(path: Path, run: RunDescription, report: MUIReport) -> None:
+    sink = JsonlSink(path)
+    sink.open(run)
+    points = [make_point(step, report) for step in (0, 3, 6)]
+    for point in points:
+        sink.write(point)
+    sink.close()
+    (recorded,) = read_quietly(path)
+    assert recorded.id == "first"
+    assert recorded.probed == run.to_dict()
+    assert recorded.points == {point.step: point.scalars for point in points}
+    assert recorded.spent == points[-1].spent
+
+
+def test_a_run_without_points(path: Path, run: RunDescription) -> None:
+    JsonlSink(path).open(run)
+    assert read_quietly(path) == [RecordedRun("first", run.to_dict(), {}, Spent())]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n\n"])
+def test_without_lines_there_are_no_runs(path: Path, content: bytes | None) -> None:
+    if content is not None:
+        path.write_bytes(content)
+    assert read_quietly(path) == []
+
+
+def test_the_directory_is_made(tmp_path: Path, run: RunDescription) -> None:
+    JsonlSink(tmp_path / "a" / "b" / "mui.jsonl").open(run)
+    assert len(read_quietly(tmp_path / "a" / "b" / "mui.jsonl")) == 1
+
+
+def test_runs_in_one_file_stay_apart(tmp_path: Path, path: Path, run: RunDescription, report: MUIReport) -> None:
+    for id_, start_step, steps in [("first", 0, (0, 3)), ("second", 0, (0, 5)), ("first", 3, (6,))]:
+        sink = JsonlSink(path)
+        sink.open(replace(run, id=id_, start_step=start_step))
+        for step in steps:
+            sink.write(make_point(step, report))
+        sink.close()
+    recorded = read_quietly(path)
+    assert [(part.id, list(part.points)) for part in recorded] == [
+        ("first", [0, 3]),
+        ("second", [0, 5]),
+        ("first", [6]),
+    ]
+    assert [part.spent.steps for part in recorded] == [3, 5, 6]
+    headers = [row["run"] for row in map(json.loads, path.read_text().splitlines()) if "run" in row]
+    assert [header["start_step"] for header in headers] == [0, 0, 3]
+
+
+def test_points_that_failed_are_not_among_the_points_but_their_time_counts(
+    path: Path, run: RunDescription, report: MUIReport
+) -> None:
+    sink = JsonlSink(path)
+    sink.open(run)
+    sink.write(make_point(0, report))
+    spent = Spent(4, 9.0, 2.0, 1.5)
+    sink.write(ProbePoint(4, error="RuntimeError: no", spent=spent))
+    (recorded,) = read_quietly(path)
+    assert list(recorded.points) == [0]
+    assert recorded.spent == spent
+    assert json.loads(path.read_text().splitlines()[-1])["error"] == "RuntimeError: no"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"no JSON",
+        pytest.param(b"\0" * 60, id="zeros, as a power cut leaves them"),
+        b"\xff\xfe\xfd",
+        b"null",
+        b"5",
+        b"[1, 2]",
+        b'"run"',
+        b"{}",
+        b'{"run": 1}',
+        b'{"run": {"id": "x"}}',
+        b'{"id": "first", "step": 9}',
+        b'{"id": "first", "step": "nine", "scalars": {}, "spent": {}}',
+        b'{"id": "first", "step": 9, "scalars": 4, "spent": {}}',
+        b'{"id": "first", "step": 9, "scalars": {}, "spent": {"hours": 3}}',
+        b'{"id": "another", "step": 9, "scalars": {}, "spent": {}}',
+    ],
+)
+def test_a_line_that_is_none_of_a_record_is_warned_about_and_left_out(
+    path: Path, run: RunDescription, report: MUIReport, line: bytes
+) -> None:
+    sink = JsonlSink(path)
+    sink.open(run)
+    sink.write(make_point(0, report))
+    whole = read_quietly(path)
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    runs, (complaint,) = read_record(path)
+    assert runs == whole
+    assert complaint.startswith(f"{path}, line 3: expected a run or a point of one")
+    sink.write(make_point(3, report))
+    runs, (complaint,) = read_record(path)
+    assert list(runs[0].points) == [0, 3]
+
+
+def test_a_point_of_no_run_is_left_out_and_said(path: Path, run: RunDescription, report: MUIReport) -> None:
+    sink = JsonlSink(path)
+    sink.write(make_point(0, report))
+    sink.open(run)
+    sink.write(make_point(3, report))
+    (recorded,), (complaint,) = read_record(path)
+    assert list(recorded.points) == [3]
+    assert "line 1: expected a run or a point of one" in complaint
+
+
+def test_wherever_the_last_line_is_torn_the_next_one_is_whole(
+    path: Path, run: RunDescription, report: MUIReport
+) -> None:
+    """As SIGKILL, a power cut or a full disk leave it."""
+    sink = JsonlSink(path)
+    sink.open(run)
+    sink.write(make_point(0, report))
+    before = path.read_bytes()
+    sink.write(ProbePoint(3, error="RuntimeError: é", spent=Spent()))
+    last = path.read_bytes()[len(before) :]
+    for end in range(1, len(last) - 1):
+        path.write_bytes(before + last[:end])
+        for points in ([0], [0, 6]):
+            (recorded,), (complaint,) = read_record(path)
+            assert complaint.startswith(f"{path}, line 3: ")
+            assert complaint.endswith("it is left out.")
+            assert list(recorded.points) == points
+            sink.write(make_point(6, report))
+
+
+def test_a_last_line_that_only_lacks_its_end_is_whole(path: Path, run: RunDescription, report: MUIReport) -> None:
+    sink = JsonlSink(path)
+    sink.open(run)
+    sink.write(make_point(0, report))
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    assert list(read_quietly(path)[0].points) == [0]
+    sink.write(make_point(3, report))
+    assert list(read_quietly(path)[0].points) == [0, 3]
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can grow over so many bytes; what is written beyond is cut, as by a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_and_spoils_nothing(path: Path, run: RunDescription, report: MUIReport) -> None:
+    sink = JsonlSink(path)
+    sink.open(run)
+    sink.write(make_point(0, report))
+    with full_disk(path.stat().st_size + 30):
+        with pytest.raises(OSError, match=r"mui.jsonl: only 30 of \d+ bytes could be written; is the disk full\?"):
+            sink.write(make_point(3, report))
+        with pytest.raises(OSError, match="only 30 of"):
+            sink.write(make_point(6, report))
+    sink.write(make_point(9, report))
+    (recorded,) = read_quietly(path)  # what was cut is taken back
+    assert list(recorded.points) == [0, 9]
+
+
+def test_a_run_whose_description_found_a_full_disk_is_described_with_its_first_point(
+    path: Path, run: RunDescription, report: MUIReport
+) -> None:
+    before, sink = JsonlSink(path), JsonlSink(path)
+    before.open(run)
+    before.write(make_point(0, report))
+    with full_disk(path.stat().st_size + 30), pytest.raises(OSError, match="is the disk full"):
+        sink.open(replace(run, id="second"))
+    sink.write(make_point(3, report))
+    sink.write(make_point(6, report))
+    recorded = read_quietly(path)
+    assert [(part.id, list(part.points)) for part in recorded] == [("first", [0]), ("second", [3, 6])]
+
+
+def test_numbers_that_json_cannot_hold_are_refused_before_anything_is_written(
+    path: Path, run: RunDescription, report: MUIReport
+) -> None:
+    sink = JsonlSink(path)
+    sink.open(run)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        sink.write(ProbePoint(3, report=report, scalars={"mui/loss": float("nan")}))
+    assert path.read_bytes() == before
+
+
+def interrupted(action: Callable[[], None], at: int) -> bool:
+    """Whether Ctrl-C before the bytecode of this number, in whatever function, came before the end of the action."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            count += 1
+            if count > at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    gc.disable()  # what it runs in between is no part of the action, and swallows interrupts
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+        gc.enable()
+    return False
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")  # an interrupt may come before anybody can close it
+@pytest.mark.parametrize("torn", [b"", b'{"step": 1, "sca'])
+def test_an_interrupt_wherever_it_comes_leaves_whole_lines_only(path: Path, run: RunDescription, torn: bytes) -> None:
+    sink = JsonlSink(path)
+    sink.open(run)
+    before = path.read_bytes() + torn
+    point = ProbePoint(3, error="RuntimeError: no")
+    outcomes = []
+    for at in range(100_000):
+        path.write_bytes(before)
+        if not interrupted(lambda: sink.write(point), at):
+            break
+        after = path.read_bytes()
+        assert after.startswith(before)
+        added = after[len(before) :].removeprefix(b"\n") if torn else after[len(before) :]
+        assert not added or (added.endswith(b"\n") and json.loads(added)["step"] == 3)
+        outcomes.append(bool(added))
+    assert len(outcomes) > 200
+    assert (outcomes[0], outcomes[-1]) == (False, True)
