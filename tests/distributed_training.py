@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -103,9 +104,14 @@ def record(directory: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 def _process(rank: int, size: int, directory: Path, work: Callable[..., Any], options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    on_gpus = options.get("device") == "cuda"
+    if on_gpus:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.cuda.set_device(rank)
     if size > 1:
         store = f"file://{directory / 'store'}"
-        distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+        distributed.init_process_group("nccl" if on_gpus else "gloo", init_method=store, rank=rank, world_size=size)
         distributed.barrier()  # whoever has nothing to do must not be gone before the other one has met it
     torch.save(work(rank, directory, **options), result(directory, rank))
 
@@ -146,6 +152,7 @@ def train(
     leaves_out: Mapping[int, int] = {},
     crashes_at: Mapping[int, int] = {},
     wait: float | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> Seen:
     """Train as in a loop of a user's, with DDP.
@@ -160,11 +167,12 @@ def train(
         leaves_out: by rank, a step that the monitor is not told of.
         crashes_at: by rank, a step in which the loop itself fails.
         wait: seconds that processes wait for each other.
+        device: ``"cuda"`` for a GPU each.
         options: of the monitor.
     """
     _wait_for(wait)
     seen = Seen()
-    model = DistributedDataParallel(moe_model()).train()
+    model = DistributedDataParallel(moe_model().to(device)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batches = torch.stack([row["input_ids"] for row in rows(4 * STEPS, seed=rank)]).split(4)
     losses: list[float] = []
@@ -184,7 +192,7 @@ def train(
             for step in range(start_step + 1, n_steps + 1):
                 if crashes_at.get(rank) == step:
                     raise ArithmeticError("a bug in the loop")
-                batch = batches[step % len(batches)]
+                batch = batches[step % len(batches)].to(device)
                 loss = model(input_ids=batch, labels=batch).loss
                 loss.backward()
                 optimizer.step()
@@ -195,8 +203,8 @@ def train(
     if seen.error is None:
         state = optimizer.state_dict()["state"].values()
         seen.trained = Trained(
-            weights={name: parameter.detach() for name, parameter in model.module.named_parameters()},
-            optimizer=[value for entry in state for value in entry.values()],
+            weights={name: parameter.detach().cpu() for name, parameter in model.module.named_parameters()},
+            optimizer=[value.cpu() for entry in state for value in entry.values()],
             losses=losses,
             random=torch.get_rng_state(),
         )

@@ -125,8 +125,9 @@ class SFTTrainer(HFTrainer):
 
 
 class Lightning(Integration):
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
         self.name = name
+        self.options = {"accelerator": "cpu", **options}
 
     def fit(
         self, output_dir: Path, watch: Watch | None, model: nn.Module | None = None, on_step: OnStep | None = None
@@ -158,12 +159,12 @@ class Lightning(Integration):
         trainer = pl.Trainer(
             max_steps=STEPS,
             logger=False,
-            accelerator="cpu",
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=output_dir,
             callbacks=[watch.callback] if watch else [],
+            **self.options,
         )
         trainer.fit(module, DataLoader(rows(), batch_size=4, shuffle=True))
         return trained(module.net, trainer.optimizers[0], losses)

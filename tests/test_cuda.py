@@ -10,6 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 import families
+from distributed_training import launch
+from distributed_training import train as train_with_ddp
+from integrations import Lightning, Watch, make_model, probe_set
 from mui_callback import MUICallback, MUIProbe, ProbeSet
 from mui_callback.experts import grouped
 from mui_callback.sinks.memory import MemorySink
@@ -103,6 +106,52 @@ def test_training_is_the_same_to_the_bit(options: dict[str, Any], tmp_path: Path
     callback = MUICallback(ProbeSet({"a": samples()}), every=2, sinks=[memory], on_error="raise")
     assert_same_to_the_bit(without, train(tmp_path / "with", [callback], **options))
     assert [point.step for point in memory.points] == list(range(0, STEPS + 1, 2))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_training_in_lightning_is_the_same_to_the_bit(precision: str, tmp_path: Path) -> None:
+    way = Lightning("lightning.pytorch", accelerator="gpu", devices=1, precision=precision, deterministic=True)
+    watch = Watch()
+    without = way.fit(tmp_path / "without", None)
+    assert_same_to_the_bit(without, way.fit(tmp_path / "with", watch))
+    assert watch.steps == [0, 3, 6, STEPS]
+    print(f"{precision}: loss {watch.memory.points[-1].scalars['mui/loss']:.4f}")
+
+
+def test_memory_that_runs_out_halves_the_batch(tmp_path: Path) -> None:
+    model, watch = make_model().to("cuda"), Watch({"on_error": "warn"})
+    reference = MUIProbe(model, probe_set()).measure()
+    largest = max(batch.n_positions for batch in MUIProbe(model, probe_set())._batches)
+
+    def exhaust(module: torch.nn.Module, args: Any, options: dict[str, Any]) -> None:
+        if options["input_ids"].numel() > largest // 3:
+            torch.empty(2**45, device="cuda")
+
+    model.register_forward_pre_hook(exhaust, with_kwargs=True)
+    with pytest.warns(UserWarning, match="MUI: out of memory in a probe; going on with batches of"):
+        watch.monitor(model, tmp_path).close()
+    (point,) = watch.memory.points
+    assert point.report.settings.batch_tokens < largest // 3
+    assert point.report.key_neurons() == reference.key_neurons()
+
+
+def fails_at_4(step: int, n_tokens: int) -> None:
+    if step == 4:
+        raise RuntimeError("injected")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_with_a_gpu_each_skip_together_and_train_the_same_to_the_bit(tmp_path: Path) -> None:
+    without = launch(tmp_path / "without", train_with_ddp, device="cuda", is_monitored=False)
+    options = {"every": 2, "sabotage": {1: fails_at_4}}
+    seen = launch(tmp_path / "with", train_with_ddp, device="cuda", **options)
+    for rank in (0, 1):
+        assert seen[rank].error is None
+        assert_same_to_the_bit(without[rank].trained, seen[rank].trained)
+        assert len(seen[rank].warnings) == 1
+    assert [point.step for point in seen[0].points] == [0, 2, 4, 6, STEPS]
+    assert [point.error for point in seen[0].points if point.error] == ["ProbeError: process 1: RuntimeError: injected"]
+    assert not seen[1].points
 
 
 @pytest.mark.parametrize("name", list(ZOO))

@@ -280,3 +280,49 @@ def test_a_parameter_that_is_written_back_as_it_was() -> None:
     block.experts.change = 0.01
     with pytest.raises(ProbeError, match=r"wrote to parameters.*base_layer\.down_proj"):
         probe.measure()
+
+
+def cached_mask(module: nn.Module, args: Any) -> None:
+    """As some models keep what they need again: an expanded tensor, which cannot be written to."""
+    module.mask = torch.ones(1, 4).expand(3, 4)
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_what_cannot_be_written_to_is_no_hindrance(when: str) -> None:
+    module = nn.Linear(4, 4)
+    module.table = np.broadcast_to(np.ones(1), (5,))
+    if when == "before":
+        cached_mask(module, None)
+    module.register_forward_pre_hook(cached_mask)
+    with frozen(module):
+        module(torch.ones(2, 4))
+    assert module.training
+    assert hasattr(module, "mask") == (when == "before")
+
+
+def test_everything_is_restored_though_one_thing_cannot_be() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.BatchNorm1d(4))
+    module[0].mask = torch.ones(1, 4).expand(3, 4)
+    module[1].seen = [1]
+
+    def disturb() -> None:
+        with frozen(module):
+            module[0].mask._base.mul_(2)  # an expanded tensor can only be written to in this way
+            module[1].seen.append(2)
+            module[2].training = True
+            module[2](torch.randn(3, 4))
+
+    with pytest.raises(RuntimeError, match="single memory location"):
+        disturb()
+    assert all(part.training for part in module.modules())
+    assert module[1].seen == [1]
+    assert module[2].num_batches_tracked == 0
+
+
+def test_a_buffer_that_waits_for_a_backward_pass_is_not_touched() -> None:
+    module = nn.Linear(4, 4)
+    module.register_buffer("scale", torch.full((4,), 2.0))
+    loss = (module(torch.ones(2, 4)) * module.scale).sum()
+    with frozen(module):
+        module(torch.ones(2, 4))
+    loss.backward()

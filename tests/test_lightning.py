@@ -5,22 +5,25 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, TensorDataset, default_collate
 from transformers import ByT5Tokenizer
 
 from integrations import make_model, probe_set
 from mui_callback import MemorySink, MUICallback, MUIProbe, ProbeSet
 from mui_callback.errors import NoExpertsError, ProbeSetError, UnsupportedModelError
+from mui_callback.trainers.eval_rows import EvalData, read_tasks
 from plain_moe import PlainLM, build_plain
 from tiny import build
 from training import rows
@@ -144,6 +147,21 @@ def test_optimization_by_hand_with_two_optimizers(tmp_path: Path) -> None:
     assert steps(memory) == [0, 4, 8, 10]  # each batch makes two steps
 
 
+def test_a_checkpoint_that_was_only_validated_says_nothing_of_the_training_that_begins_then(tmp_path: Path) -> None:
+    val = DataLoader(rows(8), batch_size=4)
+    saved = fit(tmp_path, Module(), MUICallback(probe_set(), every=2), val=val, max_steps=6)
+    saved.save_checkpoint(tmp_path / "step=6.ckpt")
+    memory = MemorySink()
+    callback = MUICallback(probe_set(), every=2, sinks=[memory])
+    trainer = pl.Trainer(
+        max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback],
+        enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.validate(Module(), val, ckpt_path=tmp_path / "step=6.ckpt", verbose=False)
+    trainer.fit(Module(), DataLoader(rows(), batch_size=4))
+    assert steps(memory) == [0, 2, 4]
+
+
 def test_a_validation_outside_of_training_is_not_probed(tmp_path: Path) -> None:
     memory = MemorySink()
     callback = MUICallback(probe_set(), on_evaluation=True, sinks=[memory])
@@ -192,13 +210,21 @@ def test_the_record_is_in_the_root_directory(tmp_path: Path) -> None:
     assert len((tmp_path / "mui.jsonl").read_text().splitlines()) == 4
 
 
-def test_the_probe_computes_in_the_precision_of_the_training(tmp_path: Path) -> None:
-    memory = watch(tmp_path, Module(), probe_set=probe_set(), trainer={"precision": "bf16-mixed", "max_steps": 1})
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_probe_computes_in_the_precision_of_the_training(precision: str, tmp_path: Path) -> None:
+    memory = watch(tmp_path, Module(), probe_set=probe_set(), trainer={"precision": precision, "max_steps": 1})
     model, report = make_model(), memory.points[0].report
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = MUIProbe(model, probe_set()).measure()
-    assert report.counts.loss.tolist() == inside.counts.loss.tolist()
-    assert report.counts.loss.tolist() != MUIProbe(model, probe_set()).measure().counts.loss.tolist()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        alike = MUIProbe(model if precision == "bf16-mixed" else model.to(torch.bfloat16), probe_set()).measure()
+    assert report.counts.loss.tolist() == alike.counts.loss.tolist()
+    assert report.counts.loss.tolist() != MUIProbe(make_model(), probe_set()).measure().counts.loss.tolist()
+
+
+def test_a_root_that_is_no_directory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="the record goes to the current directory"):
+        watch(tmp_path, Module(), probe_set=probe_set(), trainer={"default_root_dir": "memory://run", "max_steps": 1})
+    assert (tmp_path / "mui.jsonl").is_file()
 
 
 # Which model
@@ -260,6 +286,25 @@ def test_a_model_deep_inside(tmp_path: Path) -> None:
     assert [layer.path for layer in memory.run.layout.layers] == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
+def test_a_model_in_a_container(tmp_path: Path) -> None:
+    class Contained(Module):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return self.net["lm"](batch["input_ids"]).square().mean()
+
+    module = Contained(nn.ModuleDict({"lm": build_plain("mixtral")}))
+    assert len(watch(tmp_path, module, probe_set=probe_set(), max_length=100).points) == 3
+
+
+def test_data_in_a_module_are_not_copied(tmp_path: Path) -> None:
+    """Nor is a probe hindered by what cannot be written to."""
+    module = Module()
+    (tmp_path / "data.bin").write_bytes(bytes(1000))
+    module.data = np.memmap(tmp_path / "data.bin", mode="r")
+    module.register_buffer("scale", torch.ones(1).expand(10))
+    module.net.model.layers[0].limits = np.broadcast_to(np.ones(1), (5,))
+    assert len(watch(tmp_path, module, probe_set=probe_set()).points) == 3
+
+
 def test_dense_models_beside_are_no_matter(tmp_path: Path) -> None:
     module = module_with(net=make_model(), teacher=nn.Linear(3, 3))
     assert len(watch(tmp_path, module, probe_set=probe_set()).points) == 3
@@ -316,6 +361,11 @@ def masked(ids: Tensor) -> Tensor:
     return labels
 
 
+def collate_masked(batch: list[Tensor]) -> dict[str, Tensor]:
+    ids = torch.stack(batch)
+    return {"input_ids": ids, "labels": torch.stack([masked(row) for row in ids])}
+
+
 KINDS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     "ids": (lambda ids: ids, 17),
     "a tuple of ids": (lambda ids: (ids,), 17),
@@ -343,6 +393,66 @@ def test_validation_data_is_the_default(kind: str, tmp_path: Path) -> None:
     assert report.counts.loss == pytest.approx(MUIProbe(make_model(), alike).measure().counts.loss)
 
 
+def rows_of_lists() -> list[dict[str, list[int]]]:
+    return [{"input_ids": row["input_ids"].tolist(), "labels": row["input_ids"].tolist()} for row in rows(6, seed=5)]
+
+
+def test_rows_of_plain_lists_which_the_default_collator_turns_around() -> None:
+    read = read_tasks({"eval": EvalData(rows_of_lists(), lambda row: default_collate([row]), "eval")}, 4)
+    assert [len(sample.input_ids) for sample in read.tasks["eval"]] == [18] * 4
+
+
+def test_a_batch_sampler_makes_batches_and_so_the_collator_is_used(tmp_path: Path) -> None:
+    data = Rows(lambda ids: ids)
+    val = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, False), collate_fn=collate_masked)
+    memory = watch(tmp_path, Module(), trainer={"val": val, "max_steps": 1})
+    assert memory.points[0].report.tokens == 6 * 8
+
+
+def test_a_collator_that_is_a_method_of_the_module_does_not_copy_it(tmp_path: Path) -> None:
+    class Collating(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = threading.Lock()  # which cannot be copied
+            self.seen: list[int] = []
+
+        def collate(self, batch: list[Tensor]) -> dict[str, Tensor]:
+            self.seen.append(id(self.net))
+            return collate_masked(batch)
+
+    module = Collating()
+    val = DataLoader(Rows(lambda ids: ids), batch_size=2, collate_fn=module.collate)
+    memory = watch(tmp_path, module, trainer={"val": val, "max_steps": 1})
+    assert memory.points[0].report.tokens == 6 * 8
+    assert set(module.seen) == {id(module.net)}
+
+
+def test_batches_of_three_tensors_are_not_taken_for_three_samples(tmp_path: Path) -> None:
+    val = DataLoader(Rows(lambda ids: (ids, torch.ones_like(ids), ids)), batch_size=2)
+    with pytest.raises(ProbeSetError, match="pairs of token ids and labels; got list of 3"):
+        watch(tmp_path, Module(), trainer={"val": val, "num_sanity_val_steps": 0})
+
+
+def test_data_without_a_token_to_score_are_refused(tmp_path: Path) -> None:
+    val = DataLoader(Rows(lambda ids: {"input_ids": ids, "labels": torch.full_like(ids, -100)}), batch_size=2)
+    with pytest.raises(ProbeSetError, match="expected labels of tokens to score, got none in 6 rows"):
+        watch(tmp_path, Module(), trainer={"val": val, "num_sanity_val_steps": 0})
+
+
+def test_data_that_can_be_read_once_are_left_to_the_trainer(tmp_path: Path) -> None:
+    batches = iter([{"input_ids": row["input_ids"][None], "labels": row["labels"][None]} for row in rows(4)])
+    with pytest.raises(ProbeSetError, match="expected rows that can be read again"):
+        watch(tmp_path, Module(), trainer={"val": batches, "num_sanity_val_steps": 0})
+    assert len(list(batches)) == 4
+
+
+def test_so_many_samples_are_taken_however_they_come(tmp_path: Path) -> None:
+    batches = torch.stack([row["input_ids"] for row in rows(6, seed=5)]).view(2, 3, 18)
+    val = DataLoader(TensorDataset(batches), batch_size=None)
+    memory = watch(tmp_path, Module(), eval_samples=2, trainer={"val": val, "max_steps": 1})
+    assert memory.points[0].report.samples == 2
+
+
 def test_pairs_that_are_no_labels_are_refused(tmp_path: Path) -> None:
     val = DataLoader(Rows(lambda ids: (ids, ids.flip(0))), batch_size=2)
     with pytest.raises(
@@ -352,11 +462,7 @@ def test_pairs_that_are_no_labels_are_refused(tmp_path: Path) -> None:
 
 
 def test_each_loader_is_a_task_and_a_collator_is_used(tmp_path: Path) -> None:
-    def collate(batch: list[Tensor]) -> dict[str, Tensor]:
-        ids = torch.stack(batch)
-        return {"input_ids": ids, "labels": torch.stack([masked(row) for row in ids])}
-
-    val = [DataLoader(Rows(lambda ids: ids, n), batch_size=2, collate_fn=collate) for n in (4, 6)]
+    val = [DataLoader(Rows(lambda ids: ids, n), batch_size=2, collate_fn=collate_masked) for n in (4, 6)]
     memory = watch(tmp_path, Module(), eval_samples=5, trainer={"val": val, "max_steps": 1})
     report = memory.points[0].report
     assert report.task_names == ("eval_0", "eval_1")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +16,7 @@ from torch.nn.parallel import DataParallel
 from transformers import ByT5Tokenizer
 
 from integrations import make_model, probe_set
-from mui_callback import MemorySink, MUIMonitor, MUIProbe, ProbeSet
+from mui_callback import MemorySink, MUICallback, MUIMonitor, MUIProbe, ProbeSet
 from mui_callback.errors import ProbeSetError
 from mui_callback.probe.unwrap import unwrapped
 
@@ -78,6 +81,100 @@ def test_a_loop_that_went_on_without_saying_so_is_noticed(tmp_path: Path) -> Non
     made, _ = monitor(tmp_path)
     with pytest.warns(UserWarning, match=r"first step that it is told of is 801.*start_step=800"):
         made.step(801)
+
+
+def test_a_loop_that_counts_from_0_is_told(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path)
+    with pytest.warns(UserWarning, match="step 0 is the untrained model, which was probed before"):
+        made.step(0)
+    assert steps(memory) == [0]
+
+
+def test_a_loop_that_begins_to_count_again_in_each_epoch_is_told_once(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path, on_error="warn", every=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for step in range(1, 5):
+                made.step(step)
+    (warning,) = [str(w.message) for w in caught if "count on from epoch to epoch" in str(w.message)]
+    assert "expected the number of optimizer steps done so far, at least 4, got 1" in warning
+    assert steps(memory) == [0, 3]
+
+
+def test_a_loop_that_goes_back_is_an_error_where_that_is_wanted(tmp_path: Path) -> None:
+    made, _ = monitor(tmp_path)
+    made.step(1)
+    made.step(2)
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        made.step(1)
+
+
+def test_steps_that_were_due_in_between_are_made_up_for(tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path, every=10, at=[5], warmup=True)
+    for step in (1, 3, 6, 9, 12, 15, 18, 21, 22):
+        made.step(step)
+    assert steps(memory) == [0, 1, 3, 6, 9, 12, 21]  # for 1, 2, 4 and 5, 8, 10, 20
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_whole_numbers_of_other_kinds_are_steps(kind: Any, tmp_path: Path) -> None:
+    made, memory = monitor(tmp_path, every=np.int64(2), at=np.array([3]), start_step=kind(0))
+    for step in (1, 2, 3):
+        made.step(kind(step))
+    assert steps(memory) == [0, 2, 3]
+    state = made.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    assert [json.loads(row).get("step") for row in (tmp_path / "mui.jsonl").read_text().splitlines()] == [None, 0, 2, 3]
+
+
+def test_a_step_that_is_no_whole_number_is_refused_at_once(tmp_path: Path) -> None:
+    made, _ = monitor(tmp_path)
+    with pytest.raises(TypeError, match="float"):
+        made.step(1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sinks": MemorySink()}, "sinks: expected a list of sinks"),
+        ({"sinks": [MemorySink]}, "sinks: expected a list of sinks"),
+        ({"tracker": "tensorboard"}, "tracker: expected 'wandb', a sink or None, got 'tensorboard'"),
+        ({"at": 3}, "at: expected a collection of step numbers, got 3"),
+        ({"state": {"epoch": 3}}, "state: expected what MUIMonitor.state_dict"),
+        ({"on_error": "ignore"}, "on_error: expected 'warn' or 'raise', got 'ignore'"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        monitor(tmp_path, **options)
+
+
+def test_a_probe_set_of_the_wrong_kind_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="probe_set: expected a ProbeSet"):
+        MUIMonitor(make_model(), {"a": ["text"]}, output_dir=tmp_path)
+
+
+def test_a_start_that_is_not_that_of_the_state_is_refused(tmp_path: Path) -> None:
+    made, _ = monitor(tmp_path)
+    made.step(1)
+    with pytest.raises(ValueError, match="start_step: expected the step of the state, 1, or none, got 7"):
+        monitor(tmp_path, state=made.state_dict(), start_step=7)
+
+
+def test_a_process_alone_writes_whatever_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    _, memory = monitor(tmp_path)
+    assert steps(memory) == [0]
+
+
+def test_the_arguments_of_the_callback_and_of_the_monitor_have_the_same_defaults() -> None:
+    callback, mine = (inspect.signature(kind.__init__).parameters for kind in (MUICallback, MUIMonitor))
+    shared = callback.keys() & mine.keys() - {"self"}
+    assert len(shared) > 14
+    for name in shared:
+        assert callback[name].default == mine[name].default, name
+        assert callback[name].annotation == mine[name].annotation, name
 
 
 def test_a_loop_that_goes_on_has_no_point_at_step_0(tmp_path: Path) -> None:
@@ -153,4 +250,5 @@ def test_a_module_that_has_more_than_the_model_is_no_wrapper() -> None:
 
     two = Two(make_model())
     assert unwrapped(two) is two
-    assert unwrapped(make_model()) is not None
+    model = make_model()
+    assert unwrapped(model) is model
