@@ -98,6 +98,10 @@ def test_batch_size_does_not_matter(family: str, batch_tokens: int) -> None:
     assert report.key_neurons() == reference.key_neurons()
 
 
+@pytest.mark.skipif(
+    torch.cuda.device_count() > 1,
+    reason="with several GPUs transformers takes DataParallel, which hangs in full determinism: CUDA_VISIBLE_DEVICES=0",
+)
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"torch_compile": True}], ids=["float32", "bf16", "compiled"])
 def test_training_is_the_same_to_the_bit(options: dict[str, Any], tmp_path: Path) -> None:
     options = {**options, "use_cpu": False, "full_determinism": True}

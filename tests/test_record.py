@@ -100,6 +100,18 @@ def test_runs_in_one_file_stay_apart(tmp_path: Path, path: Path, run: RunDescrip
     assert [header["start_step"] for header in headers] == [0, 0, 3]
 
 
+def test_runs_that_are_recorded_at_the_same_time_stay_apart(path: Path, run: RunDescription, report: MUIReport) -> None:
+    sinks = [JsonlSink(path), JsonlSink(path)]
+    for sink, id_ in zip(sinks, ["first", "second"], strict=True):
+        sink.open(replace(run, id=id_))
+    for step in range(6):
+        sinks[step % 2].write(make_point(step, report))
+    assert [(part.id, list(part.points), part.spent.steps) for part in read_quietly(path)] == [
+        ("first", [0, 2, 4], 4),
+        ("second", [1, 3, 5], 5),
+    ]
+
+
 def test_points_that_failed_are_not_among_the_points_but_their_time_counts(
     path: Path, run: RunDescription, report: MUIReport
 ) -> None:
@@ -119,6 +131,7 @@ def test_points_that_failed_are_not_among_the_points_but_their_time_counts(
     [
         b"no JSON",
         pytest.param(b"\0" * 60, id="zeros, as a power cut leaves them"),
+        pytest.param(b"[" * 100_000, id="brackets"),
         b"\xff\xfe\xfd",
         b"null",
         b"5",
@@ -127,6 +140,8 @@ def test_points_that_failed_are_not_among_the_points_but_their_time_counts(
         b"{}",
         b'{"run": 1}',
         b'{"run": {"id": "x"}}',
+        b'{"run": {"tasks": [], "probe_set": "", "settings": {}, "layers": []}}',
+        b'{"step": 9, "scalars": {}, "spent": {}}',
         b'{"id": "first", "step": 9}',
         b'{"id": "first", "step": "nine", "scalars": {}, "spent": {}}',
         b'{"id": "first", "step": 9, "scalars": 4, "spent": {}}',
@@ -158,6 +173,12 @@ def test_a_point_of_no_run_is_left_out_and_said(path: Path, run: RunDescription,
     (recorded,), (complaint,) = read_record(path)
     assert list(recorded.points) == [3]
     assert "line 1: expected a run or a point of one" in complaint
+
+
+def test_a_record_that_cannot_be_read_raises(path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        read_record(path)
 
 
 def test_wherever_the_last_line_is_torn_the_next_one_is_whole(

@@ -19,15 +19,19 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 
+from distributed_training import launch
 from integrations import probe_set
 from mui_callback import MemorySink, MUICallback, MUIMonitor, ProbeSet
 from mui_callback.metrics.catalogue import OVERHEAD, key
 from mui_callback.monitoring.history import History, continued
 from mui_callback.monitoring.schedule import Schedule
 from mui_callback.spent import Spent
+from mui_callback.trainers.hf_resume import warn_if_experts_are_not_restored
 from tiny import FAMILIES, build
 from tiny_samples import make_samples
 from training import STEPS, make_trainer, rows
@@ -77,7 +81,7 @@ def nothing_said() -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     said = [str(w.message) for w in caught]
-    assert [words for words in said if "MUI" in words or "mui" in words or "restored" in words] == []
+    assert [words for words in said if "MUI" in words or "mui" in words or "restore" in words] == []
 
 
 # transformers
@@ -254,6 +258,40 @@ def test_what_a_sink_is_told_when_there_is_no_record_of_the_run(tmp_path: Path) 
     assert runs(tmp_path / "new")[0]["start_step"] == 6
 
 
+_UNGUARDED = pytest.mark.xfail(reason="JSON of another shape is no ValueError", strict=True)
+NO_STATES = {
+    "torn": '{"step": 3, "pro',
+    "empty": "",
+    "another list": "[]",
+    "another number": "5",
+    "without a history": '{"step": 3}',
+    "of nothing": '{"step": 3, "probed": null, "history": {"run_id": "x", "points": [], "spent": null}}',
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(content, id=name, marks=[_UNGUARDED] if name in ("another number", "of nothing") else [])
+        for name, content in NO_STATES.items()
+    ],
+)
+def test_a_state_that_cannot_be_read_is_made_up_for_by_the_record(content: str, tmp_path: Path) -> None:
+    crash(tmp_path)
+    (tmp_path / "checkpoint-3" / "mui_state.json").write_text(content)
+    assert steps(resume(tmp_path, 3)) == [STEPS]
+    assert len({run["id"] for run in runs(tmp_path)}) == 1
+
+
+def test_the_state_in_a_checkpoint_of_transformers_is_enough(tmp_path: Path) -> None:
+    crash(tmp_path / "old")
+    shutil.copytree(tmp_path / "old" / "checkpoint-6", tmp_path / "new" / "checkpoint-6")
+    second = resume(tmp_path / "new", 6)
+    assert steps(second) == [STEPS]
+    assert runs(tmp_path / "new")[0]["id"] == runs(tmp_path / "old")[0]["id"]
+    assert second.points[0].spent.steps == STEPS
+
+
 # Whether the Trainer restored the experts
 
 
@@ -347,10 +385,17 @@ def test_weights_of_half_precision(tmp_path: Path) -> None:
     assert len(said) == bool(lost)
 
 
-def test_weights_that_are_rounded_when_they_are_loaded_are_no_alarm(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=pytest.mark.xfail(reason="rounding twice is another rounding", strict=True)),
+    ],
+)
+def test_weights_that_are_rounded_when_they_are_loaded_are_no_alarm(dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint, saved = one_step(tmp_path, build("olmoe", intermediate_size=16))
-    rounded = {name: weight.bfloat16() for name, weight in saved.items()}
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    rounded = {name: weight.to(dtype) for name, weight in saved.items()}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     assert go_on(checkpoint, model, rounded) == ([], [])
 
 
@@ -377,6 +422,39 @@ def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
     lost, said = go_on(checkpoint, build("olmoe", seed=5), saved)
     assert len(said) == bool(lost)
     assert go_on(checkpoint, AutoModelForCausalLM.from_pretrained(checkpoint), saved) == ([], [])
+
+
+@pytest.mark.xfail(reason="empty weights are compared", strict=True)
+def test_weights_that_are_elsewhere_are_no_alarm(tmp_path: Path) -> None:
+    """As in DeepSpeed's third stage, where what a module holds between two passes is empty."""
+    checkpoint, _ = one_step(tmp_path, build("olmoe"))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    with nothing_said():
+        warn_if_experts_are_not_restored(model, checkpoint)
+
+
+def look_at_a_part(rank: int, directory: Path, kind: str, checkpoint: Path) -> list[str]:
+    """What the main process says of a sharded model; the other one does not come to look."""
+    model = build("olmoe")
+    if kind == "FSDP":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    else:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if rank == 0:
+            warn_if_experts_are_not_restored(model, checkpoint)
+    return [str(w.message) for w in caught if "restore" in str(w.message)]
+
+
+@pytest.mark.xfail(reason="the weights of a sharded model are asked for, in one process alone", strict=True)
+@pytest.mark.parametrize("kind", ["FSDP", "fully_shard"])
+def test_a_model_that_is_sharded_is_not_looked_at(kind: str, tmp_path: Path) -> None:
+    build("olmoe").save_pretrained(tmp_path / "checkpoint-1")
+    said = launch(tmp_path, look_at_a_part, kind=kind, checkpoint=tmp_path / "checkpoint-1")
+    assert said == [[], []]
 
 
 class Spoil(TrainerCallback):
@@ -554,6 +632,22 @@ def test_a_checkpoint_that_is_saved_when_training_is_over_holds_the_state(saved:
     assert runs(tmp_path / "new")[0]["id"] == runs(tmp_path)[0]["id"]
 
 
+@pytest.mark.xfail(reason="a state of the step before is taken for that of another training", strict=True)
+def test_a_checkpoint_that_is_saved_before_the_callback_hears_of_the_step(tmp_path: Path) -> None:
+    """By a callback that comes first, say; its state is that of the step before."""
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    first, _ = watched()
+    fit(tmp_path / "old", [Save(), first])
+    second, _ = watched()
+    fit(tmp_path / "new", [second], tmp_path / "early.ckpt")
+    assert runs(tmp_path / "new")[0]["id"] == runs(tmp_path / "old")[0]["id"]
+
+
 def test_a_state_that_was_not_used_is_forgotten(tmp_path: Path) -> None:
     class Refuse(pl.Callback):
         def on_fit_start(self, *args: Any) -> None:
@@ -622,6 +716,27 @@ def test_a_loop_that_says_where_it_starts_goes_on_from_the_record(model: PreTrai
     assert steps(second) == [8, 9]
     assert logged(tmp_path) == [0, 2, 4, 6, 8, 9]
     assert [run["start_step"] for run in runs(tmp_path)] == [0, 3]
+
+
+def test_a_loop_without_a_state_goes_on_with_the_run_that_was_probed_alike(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    loop(model, tmp_path, range(1, 6), closed=False)
+    loop(model, tmp_path, range(1, 6), closed=False, top_fraction=0.05)
+    with nothing_said():
+        _, third = loop(model, tmp_path, range(4, 7), start_step=3)
+    assert steps(third) == [6]
+    first, other, last = runs(tmp_path)
+    assert first["id"] == last["id"] != other["id"]
+
+
+def test_a_record_that_cannot_be_read_does_not_keep_training_from_going_on(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "mui.jsonl").mkdir()
+    with pytest.warns(UserWarning, match="logged before are not known: IsADirectoryError"):
+        _, memory = loop(model, tmp_path, range(4, 7), start_step=3)
+    assert steps(memory) == [4, 6]
 
 
 def test_a_loop_that_says_nothing_of_where_it_goes_on_is_told(model: PreTrainedModel, tmp_path: Path) -> None:
