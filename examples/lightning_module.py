@@ -79,7 +79,8 @@ def main(output_dir: str = "mui-example", steps: int = 300) -> None:
         DataLoader(rows[1000:], batch_size=32, shuffle=True, collate_fn=collate),
         DataLoader(rows[:1000], batch_size=32, collate_fn=collate),
     )
-    print(f"MUI and more at every 100 steps: {output_dir}/mui.jsonl and {trainer.logger.log_dir}/metrics.csv")
+    print(f"MUI and more at every 100 steps: {output_dir}/mui.jsonl, and in {trainer.logger.log_dir}/metrics.csv,")
+    print("where Lightning counts steps from 0.")
 
 
 if __name__ == "__main__":

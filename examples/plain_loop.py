@@ -1,6 +1,6 @@
 """A hand-written MoE language model in plain torch, and a training loop that is watched by `MUIMonitor`.
 
-Runs on a laptop CPU in well under a minute:
+Runs on a laptop CPU in less than a minute:
 
     python examples/plain_loop.py
 
@@ -114,6 +114,9 @@ def main(output_dir: str = "mui-example", steps: int = 400, every: int = 80) -> 
             monitor.step(step)
     print("step  loss   MUI %  shared %  effective experts")
     for point in memory.points:
+        if point.error is not None:
+            print(f"{point.step:4} {point.error}")
+            continue
         seen = point.scalars
         shared, experts = 100 * seen["mui/shared_share"], seen["mui/effective_experts"]
         print(f"{point.step:4} {seen['mui/loss']:5.2f} {100 * seen['mui/mui']:7.1f} {shared:9.1f} {experts:18.1f}")

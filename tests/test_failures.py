@@ -167,6 +167,7 @@ def test_after_three_failures_in_a_row_it_stops_and_says_so(without: Trained, tm
     rows = [json.loads(line) for line in (tmp_path / "mui.jsonl").read_text().splitlines()][1:]
     assert [row["step"] for row in rows] == watch.steps
     assert [row.get("error") for row in rows] == errors(watch)
+    assert all("in fail\n    raise RuntimeError" in row["traceback"] for row in rows if "error" in row)
     assert watch.memory.closed
 
 

@@ -212,12 +212,15 @@ def test_the_record_is_in_the_root_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_the_probe_computes_in_the_precision_of_the_training(precision: str, tmp_path: Path) -> None:
-    memory = watch(tmp_path, Module(), probe_set=probe_set(), trainer={"precision": precision, "max_steps": 1})
-    model, report = make_model(), memory.points[0].report
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-        alike = MUIProbe(model if precision == "bf16-mixed" else model.to(torch.bfloat16), probe_set()).measure()
-    assert report.counts.loss.tolist() == alike.counts.loss.tolist()
-    assert report.counts.loss.tolist() != MUIProbe(make_model(), probe_set()).measure().counts.loss.tolist()
+    module, mixed = Module(), precision == "bf16-mixed"
+    first, last = watch(
+        tmp_path, module, probe_set=probe_set(), trainer={"precision": precision, "max_steps": 1}
+    ).points
+    for model, point in ((make_model(), first), (module.net, last)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            alike = MUIProbe(model if mixed else model.to(torch.bfloat16), probe_set()).measure()
+        assert point.report.counts.loss.tolist() == alike.counts.loss.tolist()
+    assert first.report.counts.loss.tolist() != MUIProbe(make_model(), probe_set()).measure().counts.loss.tolist()
 
 
 def test_a_root_that_is_no_directory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

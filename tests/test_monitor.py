@@ -19,6 +19,7 @@ from integrations import make_model, probe_set
 from mui_callback import MemorySink, MUICallback, MUIMonitor, MUIProbe, ProbeSet
 from mui_callback.errors import ProbeSetError
 from mui_callback.probe.unwrap import unwrapped
+from mui_callback.sinks.base import ProbePoint
 
 
 def monitor(directory: Path, **options: Any) -> tuple[MUIMonitor, MemorySink]:
@@ -218,6 +219,16 @@ def test_the_share_of_time_spent_is_logged(tmp_path: Path) -> None:
         assert spent.probing > point.report.seconds
     assert memory.points[2].spent.probing > memory.points[1].spent.probing + memory.points[2].report.seconds
     assert [point.spent.steps for point in memory.points] == [0, 1, 2]
+
+
+def test_points_are_short_to_look_at(tmp_path: Path) -> None:
+    _, memory = monitor(tmp_path)
+    (point,) = memory.points
+    loss = f"{point.scalars['mui/loss']:.4g}"
+    assert repr(point) == f"ProbePoint(step=0, MUIReport(a, b: 8 samples, mui=0.1094, loss={loss}))"
+    assert repr(memory) == f"MemorySink(1 points, the last one: {point!r})"
+    assert len(repr(point.report.pooled)) < 200
+    assert repr(ProbePoint(3, error="OSError: gone")) == "ProbePoint(step=3, error='OSError: gone')"
 
 
 # What is wrapped around a model

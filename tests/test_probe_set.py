@@ -677,7 +677,7 @@ def test_builtin_tasks_and_sizes() -> None:
     }
     for task, samples in probe_set.tasks.items():
         assert len({sample.id for sample in samples}) == len(samples), task
-        assert all(sample.source.startswith(f"{task}.jsonl:") for sample in samples)
+        assert all(sample.source.startswith(f"built-in {task}.jsonl:") for sample in samples)
     assert all(sample.prompt == "" and sample.response.count(". ") >= 2 for sample in _builtin("english"))
 
 

@@ -49,7 +49,7 @@ class SampleTable:
     """UTF-8 bytes of each choice, or its tokens where the text is not known."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MUIReport:
     """What one probe pass found.
 
@@ -65,6 +65,10 @@ class MUIReport:
     """Fingerprint of the probe set."""
     seconds: float
     """Duration of the pass."""
+
+    def __repr__(self) -> str:
+        mui, loss = (f"{value:.4g}" if value is not None else "None" for value in (self.pooled.mui, self.pooled.loss))
+        return f"MUIReport({', '.join(self.task_names)}: {self.samples} samples, mui={mui}, loss={loss})"
 
     @cached_property
     def tasks(self) -> Mapping[str, TaskReport]:

@@ -32,7 +32,7 @@ class PredictionSums:
     """Those whose best choice is the answer."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TaskReport:
     """The counts of one task, or of several pooled, and every metric that follows from them.
 
@@ -52,6 +52,9 @@ class TaskReport:
     predictions: PredictionSums
     key_expert_frequency: float
     """η_expert."""
+
+    def __repr__(self) -> str:
+        return f"TaskReport({self.n_samples} samples in {self.layout!r}, mui={self.mui}, loss={self.loss})"
 
     @property
     def layers(self) -> tuple[TaskReport, ...]:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from operator import index
 from pathlib import Path
+from traceback import format_exception
 from typing import Any, Literal, get_args
 
 import torch
@@ -261,7 +262,8 @@ class RunMonitor:
             )
 
     def _failed_point(self, step: int, error: Exception) -> ProbePoint:
-        return ProbePoint(step, error=described(error), spent=self._pace.spent)
+        where = "".join(format_exception(error))
+        return ProbePoint(step, error=described(error), traceback=where, spent=self._pace.spent)
 
     def _stop(self, message: str) -> None:
         self._is_probing = False

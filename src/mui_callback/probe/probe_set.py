@@ -196,7 +196,7 @@ class ProbeSet:
         tasks = {}
         for task in BUILTIN_TASKS:
             with (folder / f"{task}.jsonl").open("rb") as lines:
-                samples = read_jsonl(lines, f"{task}.jsonl", task)
+                samples = read_jsonl(lines, f"built-in {task}.jsonl", task)
             tasks[task] = [sample for sample in samples if sample.prompt or not only_with_prompt]
         return cls({task: samples for task, samples in tasks.items() if samples})
 

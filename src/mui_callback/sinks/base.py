@@ -36,7 +36,7 @@ class RunDescription:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProbePoint:
     """One probe of a training run, at one step: a report, or the reason why there is none."""
 
@@ -44,11 +44,17 @@ class ProbePoint:
     """Optimizer steps done."""
     report: MUIReport | None = None
     error: str | None = None
-    """What went wrong, where the probe failed."""
+    """What went wrong, where the probe failed, in a line."""
+    traceback: str = ""
+    """Where it went wrong, if that was in this process."""
     scalars: dict[str, float] = field(default_factory=dict)
     """What is logged, by key; empty where the probe failed."""
     spent: Spent = field(default_factory=Spent)
     """The time that the run has taken up to this point."""
+
+    def __repr__(self) -> str:
+        found = f"error={self.error!r}" if self.report is None else repr(self.report)
+        return f"ProbePoint(step={self.step}, {found})"
 
 
 class Sink(Protocol):

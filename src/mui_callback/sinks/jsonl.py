@@ -22,7 +22,7 @@ class JsonlSink:
     another one with the same ``id``. Each line after it holds the ``id``, ``step``, ``time`` (seconds since the epoch),
     ``spent`` (see `Spent`), ``scalars`` (the logged keys), and under ``tasks`` and ``pooled`` what is too much for a
     tracker: MUI by layer and the ten experts with the highest activated frequency. A failed probe has ``error``
-    instead.
+    and ``traceback`` instead.
 
     Args:
         path: the file; its directory is made if it is not there.
@@ -44,7 +44,7 @@ class JsonlSink:
         """Append the point."""
         row: dict[str, Any] = {"id": self._id, "step": point.step, "time": time.time(), "spent": asdict(point.spent)}
         if point.report is None:
-            row["error"] = point.error
+            row |= {"error": point.error, "traceback": point.traceback}
         else:
             row |= {"scalars": point.scalars, "pooled": _task(point.report.pooled)}
             row["tasks"] = {name: _task(task) for name, task in point.report.tasks.items()}

@@ -13,6 +13,9 @@ class MemorySink:
         self.points: list[ProbePoint] = []
         self.closed = False
 
+    def __repr__(self) -> str:
+        return f"MemorySink({len(self.points)} points, the last one: {self.points[-1] if self.points else None})"
+
     def open(self, run: RunDescription) -> None:
         """Keep the description."""
         self.run = run

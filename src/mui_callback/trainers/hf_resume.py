@@ -67,7 +67,7 @@ def _find_lost(model: nn.Module, checkpoint: Path) -> _Lost | None:
             (known[name] for names in mine.values() for name in names),
             _load((name for names in theirs.values() for name in names), files),
         ):
-            return _Lost(mine[layer][0], theirs[layer][0])
+            return _Lost(max(mine[layer], key=lambda name: known[name].numel()), theirs[layer][0])
     return None
 
 

@@ -63,9 +63,8 @@ class LightningEvents(TrainingEvents):
             self._step_in_precision(trainer, last=_is_last(trainer, pl_module))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Probe beside the Trainer's evaluation."""
-        if not trainer.sanity_checking:
-            self._step_in_precision(trainer, evaluated=True)
+        """Probe beside the Trainer's evaluation; sanity checks come before `on_train_start`, so nothing happens."""
+        self._step_in_precision(trainer, evaluated=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Probe the last step if nobody knew that it was the last; close the sinks and let go of the model."""
