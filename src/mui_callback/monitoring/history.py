@@ -69,6 +69,8 @@ def continued(
         ValueError: the state is none.
     """
     remembered = History.from_dict(state.get("history", state)) if state else None
+    if state and not isinstance(state.get("probed"), Mapping):
+        raise ValueError(f"expected the state of a monitor, as state_dict() gives it, got {state!r:.80}")
     if remembered is None and (start_step == 0 or not recorded):
         return History(uuid4().hex[:12]), []
     run_id = remembered.run_id if remembered else _run_to_go_on_with(probed, start_step, recorded).id

@@ -57,15 +57,20 @@ class _Lost(NamedTuple):
 
 
 def _find_lost(model: nn.Module, checkpoint: Path) -> _Lost | None:
-    files, known = _files_of_weights(checkpoint), model.state_dict()
+    files = _files_of_weights(checkpoint)
+    if not files or _is_sharded(model):
+        return None
+    known = model.state_dict()
     mine, theirs = _by_layer(name for name in known if name not in files), _by_layer(files.keys() - known.keys())
     both = sorted(mine.keys() & theirs.keys())
     for layer in sorted({both[0], both[len(both) // 2], both[-1]} if both else ()):
-        is_restored = _same((known[name] for name in mine[layer]), _load(theirs[layer], files))
+        dtype = _coarsest([known[name] for name in mine[layer]], _load(theirs[layer], files))
+        is_restored = _same((known[name] for name in mine[layer]), _load(theirs[layer], files), dtype)
         # Some names have another number before that of the layer. All weights together have none.
         if not is_restored and not _same(
             (known[name] for names in mine.values() for name in names),
             _load((name for names in theirs.values() for name in names), files),
+            dtype,
         ):
             return _Lost(max(mine[layer], key=lambda name: known[name].numel()), theirs[layer][0])
     return None
@@ -92,17 +97,29 @@ def _load(names: Iterable[str], files: dict[str, Path]) -> Iterable[Tensor]:
             yield file.get_tensor(name)
 
 
-def _same(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether a process has parts of the weights only, so that to ask for them is to wait for the others."""
+    wrapped = any("FullyShardedDataParallel" in type(module).__name__ for module in model.modules())
+    return wrapped or any(type(p) is not nn.Parameter or p.numel() == 0 for p in model.parameters())
+
+
+def _coarsest(*weights: Iterable[Tensor]) -> torch.dtype:
+    """The dtype with the fewest digits, in which weights agree that were saved or loaded in another one."""
+    dtypes = {weight.dtype for group in weights for weight in group if weight.dtype.is_floating_point}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def _same(mine: Iterable[Tensor], theirs: Iterable[Tensor], dtype: torch.dtype) -> bool:
     """Whether weights are the same, to the precision of bfloat16, but for how they are split, turned and joined."""
-    return _sums(mine) == _sums(theirs)
+    return _sums(mine, dtype) == _sums(theirs, dtype)
 
 
-def _sums(weights: Iterable[Tensor]) -> tuple[int, int]:
+def _sums(weights: Iterable[Tensor], dtype: torch.dtype) -> tuple[int, int]:
     """Of the bits of all numbers as bfloat16, and of their squares: exact, whatever the order."""
     total = [0, 0]
     for weight in weights:
         for part in torch.split(weight.detach().flatten(), _AT_ONCE):
-            bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int64)
+            bits = part.to(dtype).to(torch.bfloat16).view(torch.int16).to(torch.int64)
             total[0] += int(bits.sum())
             total[1] += int(bits.square().sum())
     return total[0], total[1]

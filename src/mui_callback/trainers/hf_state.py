@@ -34,7 +34,9 @@ def read_state(checkpoint: Path | None) -> dict[str, Any] | None:
     if checkpoint is None or not (checkpoint / STATE_NAME).is_file():
         return None
     try:
-        state: dict[str, Any] = json.loads((checkpoint / STATE_NAME).read_text())
+        state = json.loads((checkpoint / STATE_NAME).read_text())
+        if not isinstance(state, dict):
+            raise ValueError(f"expected an object, got {state!r:.40}")
     except (OSError, ValueError) as error:
         warn(f"MUI: {checkpoint / STATE_NAME} cannot be read: {described(error)}")
         return None

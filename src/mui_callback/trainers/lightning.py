@@ -39,7 +39,7 @@ class LightningEvents(TrainingEvents):
         self._loggers = tuple(LoggerSink(logger) for logger in trainer.loggers)
         # A checkpoint is also loaded to validate, and says nothing then of the training that begins here.
         state, self._restored = self._restored, None
-        if not state or state.get("step") != trainer.global_step or trainer.global_step == 0:
+        if not state or trainer.global_step == 0 or state.get("step", 0) > trainer.global_step:
             state = None
         self._move_loggers(trainer)
         with trainer.precision_plugin.forward_context():
