@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mui_callback import MemorySink, MUIMonitor, MUIProbe, MUIReport, ProbeSet
 from mui_callback.metrics.catalogue import OVERHEAD, key
 from mui_callback.monitoring import run_monitor
-from mui_callback.monitoring.processes import Processes
+from mui_callback.parallel.processes import Processes
 from mui_callback.probe.samples import TokenSample
 from mui_callback.sinks.base import ProbePoint
 from tiny import VOCAB, build, qwen2_moe

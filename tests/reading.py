@@ -9,13 +9,14 @@ from torch import nn
 
 from mui_callback.experts.discover import find_expert_layers
 from mui_callback.experts.layer import layout_of
+from mui_callback.parallel.shards import Shards
 from mui_callback.probe.batches import make_batches
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead
 from mui_callback.probe.samples import TokenSample
-from mui_callback.scoring.contributions import LayerScores, conserved
+from mui_callback.scoring.contributions import LayerScores
 
 
 def layer_scores(
@@ -43,16 +44,19 @@ def layer_scores(
                     found[layer][sample][int(batch.tokens.order_R[token]), expert, neuron] = value
         if conservation:
             assert scores.output_R is not None
-            assert scores.unmade_R is not None
-            totals[layer].append(conserved(scores, len(batch.tokens.row_R)))
-            outputs[layer].append((scores.output_R - scores.unmade_R).double())
+            assert scores.made_R is not None
+            totals[layer].append(scores.made_R)
+            outputs[layer].append(scores.output_R)
 
     reading = Reading(layers)
     with frozen(model), instrument(reading):
         for host_batch in make_batches(samples, batch_tokens=40):
-            batch = to_device(host_batch, head.weight_VD.device)
-            with reading.batch(batch.tokens, head.rows(batch.tokens.target_R), consume, check=conservation):
+            batch = to_device(host_batch, torch.device("cpu"))
+            readout_RD = head.rows([host_batch.target], Shards(), torch.device("cpu"))
+            with reading.batch(lambda layer, batch=batch: batch.tokens, readout_RD, consume, check=conservation):
                 head.logits(batch)
+    if reading.error is not None:
+        raise reading.error
     if conservation:
         return [torch.cat(parts) for parts in totals], [torch.cat(parts) for parts in outputs]
     return found

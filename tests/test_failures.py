@@ -16,7 +16,7 @@ from torch import nn
 from integrations import INTEGRATIONS, Watch, make_model, probe_set
 from mui_callback import MUIMonitor, MUIProbe
 from mui_callback.errors import ProbeError
-from mui_callback.monitoring.processes import out_of_memory
+from mui_callback.parallel.processes import out_of_memory
 from mui_callback.sinks.base import ProbePoint, RunDescription
 from training import STEPS, Trained, assert_same_to_the_bit
 

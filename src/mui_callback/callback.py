@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mui_callback.monitoring.forgiving import described, warn
+from mui_callback.forgiving import described, warn
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.probe.default import builtin_for, check_probe_set

@@ -33,6 +33,10 @@ class ProbeCounts:
     """Response tokens of the sample that are the model's first choice, ``[N]``."""
     choice_loss: NDArray[np.float64]
     """Σ negative log-likelihood of each choice of each sample, in nats, ``[C]``."""
+    dropped: NDArray[np.int64]
+    """Of `assigned`, those that the capacity of training would drop, ``[L]``."""
+    assigned: NDArray[np.int64]
+    """Pairs of token and expert that routers with a limited capacity chose, over all positions, ``[L]``."""
     not_finite: NDArray[np.int64]
     """Contributions and token losses that were not finite, ``[1]``."""
     identity_error: NDArray[np.float64]

@@ -21,5 +21,9 @@ class ProbeError(MUIError, RuntimeError):
     """A probe pass did not see what it must see to report a right number."""
 
 
+class InterruptedPassError(MUIError, RuntimeError):
+    """A forward pass in which processes exchange tensors was interrupted in one, so that the others wait for it."""
+
+
 class DesynchronizedError(MUIError, RuntimeError):
     """The processes of a distributed run did not come to the same point together."""

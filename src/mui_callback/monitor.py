@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mui_callback.monitoring.forgiving import warn
+from mui_callback.forgiving import warn
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.probe.default import builtin_for, check_probe_set

@@ -25,7 +25,7 @@ from mui_callback.metrics.utilization import BoolArray, IntArray
 from mui_callback.settings import ProbeSettings
 from mui_callback.task_report import PredictionSums, TaskReport
 
-_FORMAT = "mui-report-1"
+_FORMAT = "mui-report-2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,9 @@ class MUIReport:
     counts: ProbeCounts
     probe_set: str
     """Fingerprint of the probe set."""
+    comm_bytes: int
+    """Bytes that processes sent each other for the pass: rows of the head, what the transposed tails carry, candidates,
+    counts and sets. What the forward of the model itself sends is not among them."""
     seconds: float
     """Duration of the pass."""
 
@@ -109,6 +112,13 @@ class MUIReport:
     def not_finite(self) -> int:
         """Contributions that were NaN or infinite."""
         return int(self.counts.not_finite.sum())
+
+    @property
+    def dropped_tokens(self) -> float | None:
+        """Share of pairs of token and expert that routers with a limited capacity would have dropped, had the probe not
+        let them pass; None without such routers."""
+        assigned = int(self.counts.assigned.sum())
+        return int(self.counts.dropped.sum()) / assigned if assigned else None
 
     @property
     def broken_samples(self) -> int:
@@ -158,6 +168,7 @@ class MUIReport:
             "settings": asdict(self.settings),
             "sample_ids": self.sample_table.id,
             "probe_set": self.probe_set,
+            "comm_bytes": self.comm_bytes,
             "seconds": self.seconds,
         }
         arrays = {f"counts.{field.name}": getattr(self.counts, field.name) for field in fields(ProbeCounts)}
@@ -200,6 +211,7 @@ class MUIReport:
             sample_table=SampleTable(id=tuple(header["sample_ids"]), **part("samples.")),
             counts=ProbeCounts(**part("counts.")),
             probe_set=header["probe_set"],
+            comm_bytes=header["comm_bytes"],
             seconds=header["seconds"],
         )
 

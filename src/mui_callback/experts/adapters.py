@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from mui_callback.errors import UnsupportedModelError
 from mui_callback.experts.called import CalledExperts
 from mui_callback.experts.down import DownProjection, LinearDown, StackedDown
+from mui_callback.experts.expert_parallelism import Spread
+from mui_callback.parallel.weights import whole_shape
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def unregister_adapter(adapter: Adapter) -> None:
     _adapters.remove(adapter)
 
 
-def adapted(path: str, module: nn.Module) -> tuple[CalledExperts, tuple[CalledExperts, ...]] | None:
+def adapted(path: str, module: nn.Module, spread: Spread) -> tuple[CalledExperts, tuple[CalledExperts, ...]] | None:
     """Routed and shared experts of a module, if one of the adapters knows it.
 
     Raises:
@@ -88,7 +90,9 @@ def adapted(path: str, module: nn.Module) -> tuple[CalledExperts, tuple[CalledEx
         if not routed:
             raise UnsupportedModelError(f"{path}: adapter {name} names no routed experts")
         downs = [_down(path, paths, part) for part in routed]
-        experts = CalledExperts(path, downs, _modules(routed), is_routed=True, identities=block.identities)
+        experts = CalledExperts(
+            path, downs, _modules(routed), is_routed=True, identities=block.identities, spread=spread
+        )
         shared = tuple(
             CalledExperts(path, [_down(path, paths, part)], _modules([part]), is_routed=False, width=experts.width)
             for part in block.shared
@@ -117,4 +121,4 @@ def dbrx(module: nn.Module) -> MoEBlock | None:
     weight, n_experts = getattr(mlp, "w2", None), getattr(mlp, "moe_num_experts", None)
     if not isinstance(mlp, nn.Module) or not isinstance(weight, Tensor) or not isinstance(n_experts, int):
         return None
-    return MoEBlock(StackedWeight(mlp, weight, n_experts, weight.shape[0] // n_experts))
+    return MoEBlock(StackedWeight(mlp, weight, n_experts, whole_shape(weight)[0] // n_experts))

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from mui_callback.experts.expert_parallelism import Spread
 from mui_callback.experts.tail import Tail
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens
 
@@ -30,8 +31,12 @@ class Experts(Protocol):
         """Modules in which nothing is recorded until the down projection is reached: the experts, as far as known."""
 
     @property
+    def spread(self) -> Spread:
+        """Which of them are in this process."""
+
+    @property
     def n_experts(self) -> int:
-        """Number of experts."""
+        """Number of experts, those of other processes included."""
 
     @property
     def width(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.down import DownProjection, Product, StackedDown
+from mui_callback.experts.expert_parallelism import NOT_SPREAD, Spread
 from mui_callback.experts.tail import Cut, Tail, add_inner
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, contributions, only_finite
 
@@ -34,6 +35,7 @@ class CalledExperts:
         is_routed: whether tokens are sent to them; if not, every position passes through each of them, in order.
         width: neurons that make an expert, where a down projection holds several side by side.
         identities: modules beside the experts that pass tokens on as they are ("zero experts").
+        spread: which experts of the layer these are, where each process has some.
 
     Raises:
         UnsupportedModelError: the experts have different widths.
@@ -48,12 +50,14 @@ class CalledExperts:
         is_routed: bool,
         width: int | None = None,
         identities: Sequence[nn.Module] = (),
+        spread: Spread = NOT_SPREAD,
     ) -> None:
         self.path = path
         self.downs = tuple(downs)
         self.modules = tuple(modules)
         self.is_routed = is_routed
         self.identities = tuple(identities)
+        self.spread = spread
         down_widths = {down.width for down in downs}
         if len(down_widths) != 1:
             raise UnsupportedModelError(
@@ -61,7 +65,9 @@ class CalledExperts:
             )
         self.down_width = down_widths.pop()
         self.width = width if width and self.down_width % width == 0 else self.down_width
-        self.n_downs = sum(down.n_experts for down in self.downs)
+        n_local = sum(down.n_experts for down in self.downs)
+        self.n_downs = spread.total(n_local)
+        self.first_down = spread.first(n_local)
 
     @property
     def layout(self) -> str:
@@ -96,6 +102,8 @@ class _Call:
 
     @property
     def expert_S(self) -> Tensor:
+        if self.product.expert_S is not None:
+            return self.first_expert + self.product.expert_S
         n_rows, device = self.cut.value_SD.shape[0], self.cut.value.device
         experts = torch.arange(self.first_expert, self.first_expert + self.product.n_experts, device=device)
         return experts.repeat_interleave(n_rows // self.product.n_experts)
@@ -125,7 +133,7 @@ class CalledRecorder:
                 stack.enter_context(module.register_forward_hook(_resume))
             for module in self.experts.identities:
                 stack.enter_context(module.register_forward_hook(self._pass))
-            first = 0
+            first = self.experts.first_down
             for down in self.experts.downs:
                 stack.enter_context(down.read(partial(self._take, first)))
                 first += down.n_experts

@@ -11,12 +11,16 @@ from mui_callback.errors import NoExpertsError, UnsupportedModelError
 from mui_callback.experts.adapters import adapted
 from mui_callback.experts.base import Experts
 from mui_callback.experts.dense import find_dense_layers
+from mui_callback.experts.expert_parallelism import find_spread
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.experts.lists import find_list, find_stacked_parameter, has_router
 from mui_callback.experts.paths import is_inside, is_numbered, language_model_modules, layer_numbers, outside
 from mui_callback.experts.shared import SHARED_NAMES, find_shared_experts, has_shared
 from mui_callback.experts.stacked import StackedExperts, has_stacked_layout
 from mui_callback.layout import LayerShape
+
+_BESIDE_RESIDUAL = ".deepspeed_moe"
+"""What DeepSpeed's MoE holds its routed experts in, beside the MLP of a residual MoE."""
 
 
 def find_expert_layers(model: nn.Module, *, dense: bool = False) -> tuple[ExpertLayer, ...]:
@@ -76,12 +80,12 @@ def _candidates(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLaye
     for path, module in modules.items():
         if any(is_inside(path, other) for other in claimed):
             continue
-        told = adapted(path, module)
+        told = adapted(path, module, find_spread(modules, path))
         if told is not None:
             claimed.append(path)
             yield path, _layer(path, module, *told, scope_is_moe=not is_numbered(path))
             continue
-        routed = None if path.rpartition(".")[2] in SHARED_NAMES else _find_routed(path, module)
+        routed = None if path.rpartition(".")[2] in SHARED_NAMES else _find_routed(modules, path, module)
         if routed is None:
             continue
         claimed.append(path)
@@ -90,10 +94,11 @@ def _candidates(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLaye
             yield path, _structured_layer(modules, block_path, module, routed)
 
 
-def _find_routed(path: str, module: nn.Module) -> Experts | None:
+def _find_routed(modules: dict[str, nn.Module], path: str, module: nn.Module) -> Experts | None:
     if has_stacked_layout(module):
-        return StackedExperts(path, module)
-    return find_stacked_parameter(path, module) or find_list(path, module)
+        return StackedExperts(path, module, find_spread(modules, path))
+    spread = find_spread(modules, path)
+    return find_stacked_parameter(path, module, spread) or find_list(path, module, spread)
 
 
 def _block_of(modules: dict[str, nn.Module], path: str, module: nn.Module, routed: Experts) -> str | None:
@@ -116,7 +121,7 @@ def _structured_layer(
     outer_path = outside(block_path)
     scope_path, scope_is_moe = block_path, not is_numbered(block_path)
     # Some keep the shared experts beside the block of the routed ones.
-    if scope_is_moe and has_shared(modules[outer_path]):
+    if scope_is_moe and (has_shared(modules[outer_path]) or block_path.endswith(_BESIDE_RESIDUAL)):
         scope_path, scope_is_moe = outer_path, not is_numbered(outer_path)
     shared = find_shared_experts(scope_path, modules[scope_path], module, routed.width)
     return _layer(block_path, modules[scope_path], routed, shared, scope_is_moe=scope_is_moe)

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.linear import widths
+from mui_callback.parallel.weights import check_readable
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,8 @@ class Product:
     expert: int = 0
     """Number of the expert in its down projection, or of the first of `n_experts` that are the first axis of `act`."""
     n_experts: int = 1
+    expert_S: Tensor | None = None
+    """Number of the expert of each row in its down projection, int64, where the rows are of several experts."""
 
 
 Take = Callable[[Product], Tensor]
@@ -66,7 +69,7 @@ class LinearDown:
                 f"{where}: expected a linear map with in_features and out_features as down projection, "
                 f"got {type(module).__name__}"
             )
-        _check_present(where, getattr(module, "weight", None))
+        check_readable(where, getattr(module, "weight", None))
         self.width = shape[0]
 
     @contextmanager
@@ -111,10 +114,11 @@ class StackedDown:
     def __init__(self, where: str, owner: nn.Module, weight: Tensor, n_experts: int, width: int) -> None:
         self.where = where
         self.owner = owner
-        self.weight = weight
+        self._weight = weight
+        self._name = next((name for name, own in owner.named_parameters() if own is weight), None)
         self.n_experts = n_experts
         self.width = width
-        _check_present(where, weight)
+        check_readable(where, weight)
 
     @contextmanager
     def read(self, take: Take) -> Iterator[None]:
@@ -131,6 +135,11 @@ class StackedDown:
             with on_call, self.owner.register_forward_hook(after):
                 yield
 
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is now: whatever spreads weights over processes puts another in its place."""
+        return self._weight if self._name is None else self.owner.get_parameter(self._name)
+
     def experts_of(self, weight: object) -> tuple[int, int] | None:
         """First expert and number of experts of a part of the weight; None for another tensor."""
         whole = self.weight
@@ -144,6 +153,10 @@ class StackedDown:
 
 
 _PRODUCTS = (F.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
+_GROUPED = tuple(
+    product for product in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if product is not None
+)
+"""Products of rows that are sorted by expert, each with the weight of its own."""
 
 
 class _ProductReader(TorchFunctionMode):
@@ -161,9 +174,13 @@ class _ProductReader(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        experts = self.down.experts_of(args[1]) if func in _PRODUCTS and len(args) > 1 else None
+        is_grouped = func in _GROUPED
+        is_product = (is_grouped or func in _PRODUCTS) and len(args) > 1
+        experts = self.down.experts_of(args[1]) if is_product else None
         if experts is None:
             return func(*args, **(kwargs or {}))
+        if is_grouped:
+            return self._grouped(func, args, kwargs or {})
         if args[0].shape[-1] != self.down.width or (experts[1] > 1 and args[0].shape[0] != experts[1]):
             raise ProbeError(
                 f"{self.down.where}: expected products of one expert at a time, [..., {self.down.width}], or of all "
@@ -176,12 +193,12 @@ class _ProductReader(TorchFunctionMode):
         bias = args[2] if func is F.linear and len(args) > 2 else (kwargs or {}).get("bias")
         return self.take(Product(act, out, bias, *experts))
 
-
-def _check_present(where: str, weight: object) -> None:
-    if weight is None:
-        return
-    if isinstance(weight, Tensor) and (weight.numel() == 0 or type(weight.data).__name__ == "DTensor"):
-        raise UnsupportedModelError(
-            f"{where}: expected a weight that is whole in this process, got {type(weight.data).__name__} of shape "
-            f"{tuple(weight.shape)}. Experts that are sharded over processes cannot be probed."
-        )
+    def _grouped(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        ends = kwargs["offs"] if "offs" in kwargs else args[2]
+        act = args[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = func(act, *args[1:], **kwargs)
+        rows = torch.arange(len(act), device=act.device, dtype=ends.dtype)
+        # rows behind the last end are of nobody
+        expert_S = torch.searchsorted(ends, rows, right=True).clamp(max=self.down.n_experts - 1)
+        return self.take(Product(act, out, None, expert_S=expert_S))

@@ -9,6 +9,7 @@ from torch import nn
 
 from mui_callback.experts.base import Experts
 from mui_callback.layout import ExpertLayout, LayerShape
+from mui_callback.parallel.peers import Peers
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class ExpertLayer:
     """Whether the output of `scope` is the output of the MoE layer. If not, `scope` is a decoder layer: its MoE layer
     ends where the outputs of all experts have come together and another module takes them, or with the decoder layer,
     whose output holds more than that of the experts."""
+
+    @property
+    def peers(self) -> Peers:
+        """The processes that its routed experts are spread over."""
+        return self.experts[0].spread.peers
 
     @property
     def layout(self) -> str:

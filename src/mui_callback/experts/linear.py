@@ -6,6 +6,7 @@ from torch import nn
 
 from mui_callback.errors import UnsupportedModelError
 from mui_callback.experts.norms import is_norm
+from mui_callback.parallel.weights import whole_shape
 
 _DOWN_NAMES = ("down_proj", "output_linear", "fc2", "fc_out", "w2", "c_proj", "wo", "dense_4h_to_h")
 """Names of down projections, for MLPs whose shapes leave it open."""
@@ -23,12 +24,12 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
         return n_in, n_out
     parameters = dict(module.named_parameters())
     weight, bias = parameters.pop("weight", None), parameters.pop("bias", None)
-    if weight is None or weight.dim() != 2 or parameters or isinstance(module, nn.Embedding):
+    if weight is None or len(whole_shape(weight)) != 2 or parameters or isinstance(module, nn.Embedding):
         return None
-    rows, columns = weight.shape
+    rows, columns = whole_shape(weight)
     if bias is None:
         return columns, rows
-    is_transposed = len(bias) == columns != rows or type(module).__name__ == "Conv1D"
+    is_transposed = whole_shape(bias)[0] == columns != rows or type(module).__name__ == "Conv1D"
     return (rows, columns) if is_transposed else (columns, rows)
 
 
@@ -84,4 +85,4 @@ def _owns_nothing_else(mlp: nn.Module, maps: dict[str, nn.Module]) -> bool:
     inside = {id(parameter) for linear in maps.values() for parameter in linear.parameters()}
     norms = [child for child in mlp.modules() if is_norm(child)]
     inside |= {id(parameter) for norm in norms for parameter in norm.parameters()}
-    return all(id(parameter) in inside or parameter.numel() == 1 for parameter in mlp.parameters())
+    return all(id(parameter) in inside or whole_shape(parameter).numel() == 1 for parameter in mlp.parameters())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mui_callback.parallel.weights import whole_shape
+
 
 def channel_scale(out: Tensor, x: Tensor) -> Tensor:
     """What a norm scaled each channel of its input by, float32 in the shape of both.
@@ -19,5 +21,5 @@ def channel_scale(out: Tensor, x: Tensor) -> Tensor:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm: named so, and without a matrix."""
-    has_matrix = any(parameter.dim() > 1 for parameter in module.parameters())
+    has_matrix = any(len(whole_shape(parameter)) > 1 for parameter in module.parameters())
     return "norm" in type(module).__name__.lower() and not has_matrix

@@ -11,6 +11,7 @@ from mui_callback.experts.called import CalledExperts
 from mui_callback.experts.down import DownProjection, LinearDown, StackedDown
 from mui_callback.experts.linear import down_projection, linear_maps
 from mui_callback.experts.paths import is_attention
+from mui_callback.parallel.weights import whole_shape
 
 SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
 """Names under which models keep their shared experts."""
@@ -61,8 +62,9 @@ def _candidates(path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module, b
 
 def _down_of(path: str, module: nn.Module, *, is_named: bool) -> DownProjection | None:
     stacked = getattr(module, "down_proj", None)
-    if is_named and isinstance(stacked, Tensor) and stacked.dim() == 3:
-        return StackedDown(f"{path}.down_proj", module, stacked, stacked.shape[0], stacked.shape[2])
+    if is_named and isinstance(stacked, Tensor) and len(whole_shape(stacked)) == 3:
+        n_experts, _, width = whole_shape(stacked)
+        return StackedDown(f"{path}.down_proj", module, stacked, n_experts, width)
     down = down_projection(path, module)
     if down is not None:
         return LinearDown(path, down)

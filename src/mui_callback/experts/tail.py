@@ -22,10 +22,13 @@ from torch.utils.hooks import RemovableHandle
 from mui_callback.errors import ProbeError
 from mui_callback.experts.linear import is_linear
 from mui_callback.experts.norms import channel_scale, is_norm
+from mui_callback.parallel.peers import Peers
 from mui_callback.scoring.contributions import ScoredTokens
 
 _BASE = 16
 """Of the digits that are sent through a tail."""
+_SLACK = 0.02
+"""Relative difference of two channels of a codeword that rounding can explain, in 16 bits too."""
 
 
 @dataclass(eq=False)
@@ -52,16 +55,23 @@ class Cut:
 class Tail:
     """The tail of one layer in one forward pass.
 
+    Where experts are spread over processes, the tail holds the collectives that carry their outputs back, and so does
+    its transpose: all of the processes have to make the same calls.
+
     Args:
         where: the layer, for messages.
+        peers: the processes that the tail reaches over.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, peers: Peers) -> None:
         self.where = where
+        self.peers = peers
         self.clear()
 
     def clear(self) -> None:
         """Forget the last forward pass."""
+        self.complaint: str | None = None
+        """What is wrong with where its rows come from; to be raised when no process waits for another."""
         self.cuts: list[Cut] = []
         self.constants: list[tuple[Cut, Tensor]] = []
         """Biases ``[D]`` of linear maps in the tail, and where they were added; no neuron made them."""
@@ -134,27 +144,41 @@ class Tail:
             cut.readout = readout.detach()
 
     def tokens_of(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
-        """Which scored token each row of each cut goes to: int64 ``[S]``, -1 where none.
+        """Which scored token each row of each cut goes to: int64 ``[S]``, -1 where none. To be called before
+        `transpose`.
 
-        The transposed tail carries the number of the token to the rows, one digit at a time: every digit is sent
-        along a fixed direction, and read off as a multiple of what 1 becomes. Digits are small enough to be exact in
-        half precision, whichever the tail computes in. To be called before `transpose`.
+        The transposed tail carries the number of the token to the rows: as a codeword of signs over the channels, which
+        arrives as it is if all that happens on the way is that rows are moved and weighted. If not, and there is but
+        one process, its digits are sent one after the other. What goes to several tokens is a `complaint`.
+        """
+        n_bits = max(1, (tokens.n_numbers - 1).bit_length())
+        seen = self._sent(out, cuts, _codewords(tokens.numbers(), n_bits, out.shape[-1]))
+        found = [_read_codewords(code_SD, n_bits) for code_SD in seen]
+        if n_bits < out.shape[-1] and all(is_word_S.all() for _, is_word_S in found):
+            return [number_S for number_S, _ in found]
+        if self.peers.is_alone:
+            return self._tokens_by_digits(out, cuts, tokens)
+        self.complaint = (
+            f"{self.where}: what its experts put out is changed in another way than by a weight on its way from other "
+            "processes, so that it cannot be told which token it is for."
+        )
+        return [number_S.where(is_word_S, -1) for number_S, is_word_S in found]
 
-        Raises:
-            ProbeError: a row goes to several tokens.
+    def _tokens_by_digits(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
+        """The same, one digit at a time: every digit is sent along a fixed direction, and read off as a multiple of
+        what 1 becomes. Digits are small enough to be exact in half precision, whichever the tail computes in.
         """
         number_T = tokens.numbers() + 1
         direction_D = torch.arange(out.shape[-1], device=out.device).mul(2654435761).bitwise_right_shift(16) % 2 * 2 - 1
 
         def sent(value_T: Tensor) -> list[Tensor]:
-            sent_TD = value_T.to(out.dtype)[:, None] * direction_D.to(out.dtype)
-            seen = self._seen_from(out, cuts, sent_TD, retain_graph=True)
-            return [grad.reshape(-1, grad.shape[-1]).double() for grad in seen]
+            seen = self._sent(out, cuts, value_T[:, None] * direction_D)
+            return [grad.double() for grad in seen]
 
         ones = sent((number_T > 0).long())
         squares = [one_SD.square().sum(-1) for one_SD in ones]
         numbers = [torch.zeros_like(square_S, dtype=torch.int64) for square_S in squares]
-        weight, largest = 1, len(tokens.position_R)
+        weight, largest = 1, tokens.n_numbers
         while weight <= largest:
             for number_S, one_SD, square_S, digit_SD in zip(
                 numbers, ones, squares, sent(number_T // weight % _BASE), strict=True
@@ -164,13 +188,17 @@ class Tail:
                 is_mixed_S = (digit_S - digit_S.round()).abs() > 0.2
                 is_mixed_S |= rest_S > 0.01 * digit_S.clamp(min=1).square() * square_S
                 if is_mixed_S.any():
-                    raise ProbeError(
+                    self.complaint = (
                         f"{self.where}: an expert's output goes to several tokens at once (as in a soft mixture of "
                         "experts), so no token can be said to have used it."
                     )
                 number_S += digit_S.round().long() * weight
             weight *= _BASE
         return [number_S - 1 for number_S in numbers]
+
+    def _sent(self, out: Tensor, cuts: Sequence[Cut], value_TD: Tensor) -> list[Tensor]:
+        seen = self._seen_from(out, cuts, value_TD.to(out.dtype), retain_graph=True)
+        return [grad.reshape(-1, grad.shape[-1]) for grad in seen]
 
     def is_in_order(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> bool:
         """Whether the rows of each cut are the positions of the batch in order, once or several times over."""
@@ -218,10 +246,26 @@ class Tail:
         return [torch.zeros_like(value) if grad is None else grad for grad, value in zip(seen, values, strict=True)]
 
 
+def _codewords(number_T: Tensor, n_bits: int, width: int) -> Tensor:
+    """One, then the bits of the number over and over again, as signs, int64 ``[T, D]``; zeros for a number of -1."""
+    bits_T1 = number_T[:, None].bitwise_right_shift(torch.arange(width - 1, device=number_T.device) % n_bits) % 2
+    words_TD = torch.nn.functional.pad(bits_T1 * 2 - 1, (1, 0), value=1)
+    return words_TD * (number_T >= 0)[:, None]
+
+
+def _read_codewords(seen_SD: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
+    """The number of each row, -1 for zeros, and whether the row is a codeword or zeros; ``[S]`` each."""
+    first_S1 = seen_SD[:, :1]
+    is_sign_SD = (seen_SD.abs() - first_S1.abs()).abs() <= _SLACK * first_S1.abs()
+    bits_Sb = (seen_SD[:, 1 : 1 + n_bits] * first_S1.sign() > 0).long()
+    number_S = (bits_Sb << torch.arange(bits_Sb.shape[1], device=seen_SD.device)).sum(-1)
+    return number_S.where(first_S1[:, 0] != 0, -1), is_sign_SD.all(-1)
+
+
 def add_inner(sum_R: Tensor, token_S: Tensor, value_SD: Tensor, readout_SD: Tensor) -> None:
     """Add ⟨value, readout⟩ of each row to the sum of its token; rows of token -1 are left out."""
     is_row_S = token_S >= 0
-    inner_S = (value_SD.detach().float() * readout_SD.float()).sum(-1)
+    inner_S = (value_SD.detach().float() * readout_SD.float()).sum(-1).to(sum_R.dtype)
     sum_R.index_add_(0, token_S[is_row_S], inner_S[is_row_S])
 
 

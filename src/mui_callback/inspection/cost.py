@@ -68,7 +68,7 @@ def probe_cost(
         positions=positions,
         passes=len(everything),
         forward_flops=2.0 * _active_weights(model, layers, described) * positions,
-        score_flops=2.0 * LanguageModelHead(model).weight_VD.shape[1] * sum(widths) * scored,
+        score_flops=2.0 * LanguageModelHead(model).shape[1] * sum(widths) * scored,
         score_bytes=4 * max(widths) * max((len(batch.target) for batch in batches), default=0),
         host_bytes=len(encoded.task_names) * (neurons + 24 * experts) + 16 * len(encoded.samples),
     )

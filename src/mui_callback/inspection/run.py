@@ -102,7 +102,7 @@ def _verify(model: nn.Module, tokenizer: Tokenizer | None, settings: ProbeSettin
 
 def _few_tokens(model: nn.Module, tokenizer: Tokenizer | None) -> list[TokenSample]:
     """Two samples: the begin of a text, or random tokens where there is no tokenizer."""
-    vocabulary = LanguageModelHead(model).weight_VD.shape[0]
+    vocabulary = LanguageModelHead(model).shape[0]
     if tokenizer is None:
         ids = np.random.default_rng(0).integers(0, vocabulary, 2 * _VERIFIED_TOKENS)
     else:

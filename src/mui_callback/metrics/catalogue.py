@@ -64,6 +64,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("mass_effective_experts", "exp(H) of contribution mass over experts", "experts", 1, None, Scope.POOLED),
     Metric("mass_top10_share", "Contribution mass that is made by the ten experts with most", "share", 0, 1, Scope.POOLED),
     Metric("dead_experts", "Routed experts that no response token was sent to", "share", 0, 1, Scope.POOLED),
+    Metric("dropped_tokens", "Pairs of token and expert that the router's capacity in training would have dropped; the probe lets all pass", "share", 0, 1, Scope.PROBE),
     Metric("samples", "Samples in the probe", "samples", 0, None, Scope.PROBE),
     Metric("tokens", "Response tokens in the probe", "tokens", 0, None, Scope.PROBE),
     Metric("truncated", "Samples cut because they are longer than the context", "samples", 0, None, Scope.PROBE),
@@ -71,6 +72,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("not_finite", "Contributions and token losses that were NaN or infinite; such a contribution never counts", "entries", 0, None, Scope.PROBE),
     Metric("identity_error", "How far the contributions of a layer are from adding up to its output, relative, at most over layers", "1", 0, None, Scope.PROBE),
     Metric("seconds", "Duration of the probe pass", "s", 0, None, Scope.PROBE),
+    Metric("comm_bytes", "Sent between processes for the probe, over all of them; what the model's own forward sends is not counted", "bytes", 0, None, Scope.PROBE),
     Metric("overhead", "Time in probes since training began, everything that comes with them included, over the time outside of them", "ratio", 0, None, Scope.RUN),
 )  # fmt: skip
 

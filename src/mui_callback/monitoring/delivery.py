@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from mui_callback.monitoring.forgiving import attempt, described, warn
+from mui_callback.forgiving import attempt, described, warn
 from mui_callback.sinks.base import Sink
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mui_callback.monitoring.processes import Processes
 from mui_callback.monitoring.schedule import Schedule
 from mui_callback.monitoring.stopwatch import Stopwatch
+from mui_callback.parallel.processes import Processes
 from mui_callback.spent import Spent
 
 

@@ -16,15 +16,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from mui_callback.errors import DesynchronizedError, ProbeError
+from mui_callback.errors import DesynchronizedError, InterruptedPassError, ProbeError
+from mui_callback.forgiving import described, warn
 from mui_callback.metrics.catalogue import OVERHEAD
 from mui_callback.monitoring.delivery import Delivery
-from mui_callback.monitoring.forgiving import attempt, described, warn
 from mui_callback.monitoring.history import History, continued
 from mui_callback.monitoring.pace import Pace
-from mui_callback.monitoring.processes import Processes, in_words
 from mui_callback.monitoring.schedule import Schedule
 from mui_callback.monitoring.stopwatch import Stopwatch
+from mui_callback.parallel.processes import Processes, in_words
 from mui_callback.probe.freeze import random_state_kept
 from mui_callback.probe.run import MUIProbe
 from mui_callback.report import MUIReport
@@ -79,6 +79,7 @@ class RunMonitor:
         self._failures_in_a_row = 0
         self._processes = Processes()
         self._probe = self._processes.together(make_probe)
+        self._probe.agree()
         run = RunDescription(
             self._probe.probe_set.task_names,
             self._probe.probe_set.fingerprint,
@@ -203,6 +204,9 @@ class RunMonitor:
             report, scalars = self._measure()
         except DesynchronizedError:
             raise
+        except InterruptedPassError as error:
+            self._write(self._failed_point(step, error))
+            raise
         except Exception as error:
             self._fail(step, error)
         else:
@@ -211,30 +215,18 @@ class RunMonitor:
     def _measure(self) -> tuple[MUIReport, dict[str, float]]:
         """One report, and what of it is logged; with smaller batches if memory runs out in any process."""
         while True:
-            measured, error = attempt(self._measure_once)
-            failures = self._processes.gather_failures(error)
-            if not failures:
-                assert measured is not None
-                return measured
-            can_halve = all(failure.out_of_memory for failure in failures) and self._probe.halve_batches()
-            # A process whose samples are single already has none to halve, which matters if it is the one that failed.
-            if self._processes.gather_failures(None if can_halve else error):
-                raise error or ProbeError(in_words(failures))
-            error = None  # its traceback holds the tensors of the pass
+            outcome = self._probe.try_measure()
+            if outcome.report is not None:
+                return _usable(outcome.report), outcome.report.scalars()
+            failures = outcome.failures
+            if not all(failure.out_of_memory for failure in failures) or not self._probe.halve_batches():
+                raise outcome.error or ProbeError(in_words(failures))
+            del outcome  # the traceback of its error holds the tensors of the pass
             torch.cuda.empty_cache()
             warn(
                 f"MUI: out of memory in a probe; going on with batches of {self._probe.settings.batch_tokens} tokens "
                 f"({in_words(failures)})"
             )
-
-    def _measure_once(self) -> tuple[MUIReport, dict[str, float]]:
-        report = self._probe.measure()
-        if report.broken_samples:
-            raise ProbeError(
-                f"the loss of {report.broken_samples} of {report.samples} samples is NaN or infinite: the model puts "
-                "out no usable logits"
-            )
-        return report, report.scalars()
 
     def _succeed(self, step: int, report: MUIReport, scalars: dict[str, float]) -> None:
         self._failures_in_a_row = 0
@@ -279,6 +271,15 @@ class RunMonitor:
         error = self._delivery.tell(action)
         if self.on_error == "raise":
             self._processes.raise_everywhere(error)
+
+
+def _usable(report: MUIReport) -> MUIReport:
+    if report.broken_samples:
+        raise ProbeError(
+            f"the loss of {report.broken_samples} of {report.samples} samples is NaN or infinite: the model puts "
+            "out no usable logits"
+        )
+    return report
 
 
 def check_on_error(on_error: str) -> None:

@@ -45,8 +45,28 @@ class Batch:
 
     @property
     def n_scored_max(self) -> int:
-        """The largest number of scored tokens of a row, 1 or more."""
-        return int(self.order.max()) + 1
+        """The largest number of scored tokens of a row; 0 in a stand-in."""
+        return int(self.order.max(initial=-1)) + 1
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether there is nothing to score."""
+        return not len(self.target)
+
+    def stand_in(self) -> "Batch":
+        """The first sequence with nothing to score: for a process without samples that others need to go on."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return Batch(
+            input_ids=self.input_ids[:1],
+            attention_mask=self.attention_mask[:1],
+            encoder_ids=None if self.encoder_ids is None else self.encoder_ids[:1],
+            encoder_mask=None if self.encoder_mask is None else self.encoder_mask[:1],
+            sample=self.sample[:1],
+            flat_position=nothing,
+            row=nothing,
+            order=nothing,
+            target=nothing,
+        )
 
 
 def make_batches(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int) -> list[Batch]:
@@ -65,6 +85,39 @@ def make_batches(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: i
     """
     if batch_tokens < 1:
         fail("batch_tokens", "1 or more tokens", batch_tokens)
+    return [_pad([sequences[index] for index in pack], pack) for pack in _packs(sequences, batch_tokens)]
+
+
+def make_rounds(
+    sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int, n_shards: int
+) -> list[tuple[Batch, ...]]:
+    """Batches for several shards that run them at the same time, one each in a round.
+
+    Batches are as small as the number of rounds allows, so that no shard waits long for another.
+
+    Args:
+        sequences: See `make_batches`.
+        batch_tokens: See `make_batches`.
+        n_shards: Batches of a round; those that are wanting in the last one are stand-ins.
+    """
+    packs = _packs(sequences, batch_tokens)
+    if n_shards > 1:
+        n_rounds = -(-len(packs) // n_shards)
+        low, high = 1, batch_tokens  # a limit of `high` does
+        while low < high:
+            middle = (low + high) // 2
+            if len(_packs(sequences, middle)) <= n_rounds * n_shards:
+                high = middle
+            else:
+                low = middle + 1
+        packs = _packs(sequences, high)
+    batches = [_pad([sequences[index] for index in pack], pack) for pack in packs]
+    batches += [batches[0].stand_in()] * (-len(batches) % n_shards) if batches else []
+    return [tuple(batches[first : first + n_shards]) for first in range(0, len(batches), n_shards)]
+
+
+def _packs(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int) -> list[list[int]]:
+    """The sequences of each batch."""
     scored = [index for index, sequence in enumerate(sequences) if sequence.scored.any()]
     packs: list[list[int]] = []
     widths: tuple[int, ...] = ()
@@ -77,7 +130,7 @@ def make_batches(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: i
         else:
             packs.append([index])
             widths = lengths
-    return [_pad([sequences[index] for index in pack], pack) for pack in packs]
+    return packs
 
 
 def _lengths(sequence: TokenSample | TokenChoice) -> tuple[int, int]:

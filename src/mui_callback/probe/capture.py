@@ -3,6 +3,9 @@
 `instrument` attaches the recorders of all experts. When the last expert of a layer has run, its contributions are
 computed and handed on, and nothing of it is kept. In between, from the entry of the layer to its output, autograd
 records what happens outside of the experts (see `experts.tail`), and nothing else is recorded.
+
+What goes wrong in reading does not interrupt the forward pass of the model, in which other processes may wait for this
+one: the first error is kept, to be raised when the pass is over.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mui_callback.errors import ProbeError
 from mui_callback.experts.layer import ExpertLayer
+from mui_callback.forgiving import attempt
+from mui_callback.parallel.weights import KeptWhole
 from mui_callback.probe.score_layer import LayerReader
 from mui_callback.scoring.contributions import LayerScores, ScoredTokens
 
 LayerConsumer = Callable[[int, LayerScores], None]
 """Takes the position of a layer and its contributions to one batch."""
+LayerTokens = Callable[[int], ScoredTokens]
+"""The scored tokens of a batch, numbered as they meet in the layer at a position."""
 
 
 class Reading:
@@ -30,30 +37,32 @@ class Reading:
 
     Args:
         layers: the layers of the model.
+        counts: see `LayerReader`.
     """
 
-    def __init__(self, layers: tuple[ExpertLayer, ...]) -> None:
+    def __init__(self, layers: tuple[ExpertLayer, ...], *, counts: bool = True) -> None:
         self.layers = layers
+        self.counts = counts
+        self.error: Exception | None = None
+        """The first thing that went wrong."""
         self._batch: _Batch | None = None
 
     @contextmanager
     def batch(
-        self, tokens: ScoredTokens, readout_RD: Tensor, consume: LayerConsumer, *, check: bool = False
+        self, tokens: LayerTokens, readout_RD: Tensor, consume: LayerConsumer, *, check: bool = False
     ) -> Iterator[None]:
-        """Every layer is read once inside, and handed to `consume`.
+        """Every layer is read once inside, and handed to `consume`; if not, `error` says why.
 
         Args:
-            tokens: the scored tokens of the batch that the model runs inside.
+            tokens: the scored tokens of the batch that the model runs inside, by layer.
             readout_RD: unembedding rows of their targets.
             consume: takes what was read of each layer.
-            check: also hand over what the identity needs, ``LayerScores.output_R`` and ``unmade_R``, and make sure
-                that what follows the experts of each layer is linear.
-
-        Raises:
-            ProbeError: a layer did not run, or ran twice.
+            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``, and make sure that
+                what follows the experts of each layer is linear.
         """
-        readout_TD = readout_RD.new_zeros(tokens.n_rows * tokens.length, readout_RD.shape[1])
-        readout_TD[tokens.position_R] = readout_RD
+        own = tokens(0)
+        readout_TD = readout_RD.new_zeros(own.n_rows * own.length, readout_RD.shape[1])
+        readout_TD[own.position_R] = readout_RD
         batch = self._batch = _Batch(tokens, readout_TD, consume, check, set(range(len(self.layers))))
         try:
             yield
@@ -61,23 +70,33 @@ class Reading:
             self._batch = None
         if batch.not_read:
             paths = ", ".join(self.layers[index].shape.path for index in sorted(batch.not_read))
-            raise ProbeError(f"expected every MoE layer to run in a forward pass of the model; {paths} did not.")
+            self.note(ProbeError(f"expected every MoE layer to run in a forward pass of the model; {paths} did not."))
+
+    def note(self, error: Exception | None) -> None:
+        """Keep an error, if it is the first one."""
+        self.error = self.error or error
 
     def take(self, index: int, reader: LayerReader, out: Tensor, *, is_output: bool) -> None:
         """Score what one layer left, if a batch is being read; see `LayerReader.scores`."""
+        _, error = attempt(lambda: self._take(index, reader, out, is_output=is_output))
+        self.note(error)
+
+    def _take(self, index: int, reader: LayerReader, out: Tensor, *, is_output: bool) -> None:
         batch, layer = self._batch, self.layers[index]
         if batch is None:
             return
         if index not in batch.not_read:
             raise ProbeError(f"expected every MoE layer to run once in a forward pass; {layer.shape.path} ran twice.")
         batch.not_read.remove(index)
-        scores = reader.scores(out, batch.readout_TD, batch.tokens, is_output=is_output, check=batch.check)
-        batch.consume(index, scores)
+        tokens = batch.tokens(index)
+        scores = reader.scores(out, batch.readout_TD, tokens, is_output=is_output, check=batch.check)
+        if self.error is None:
+            batch.consume(index, scores)
 
 
 @dataclass
 class _Batch:
-    tokens: ScoredTokens
+    tokens: LayerTokens
     readout_TD: Tensor
     """Unembedding row of the token that each position predicts, zero where none is scored."""
     consume: LayerConsumer
@@ -102,7 +121,8 @@ class _LayerCapture:
         self.index = index
         self.layer = layer
         self.reading = reading
-        self.reader = LayerReader(layer)
+        self.reader = LayerReader(layer, counts=reading.counts)
+        self.whole = KeptWhole([module for module in layer.scope.modules() if module is not layer.scope])
         self.is_open = False
         self.recording = ExitStack()
 
@@ -111,8 +131,10 @@ class _LayerCapture:
         """All hooks of this layer."""
         scope = self.layer.scope
         with ExitStack() as stack:
+            stack.enter_context(self.whole.possible())
             stack.enter_context(scope.register_forward_pre_hook(self._enter))
-            stack.enter_context(scope.register_forward_hook(self._leave))
+            # before the hooks of those who spread the weights of the layer again
+            stack.enter_context(scope.register_forward_hook(self._leave, prepend=True))
             if not self.layer.scope_is_moe:
                 for child in scope.children():
                     stack.enter_context(child.register_forward_pre_hook(self._join))
@@ -125,6 +147,7 @@ class _LayerCapture:
 
     def _enter(self, scope: nn.Module, args: Any) -> None:
         self.reader.clear()
+        self.whole.begin()
         self.is_open = True
         # Forwards that are meant for no_grad overwrite what autograd saves. What it saves for linear operations are
         # factors; if one of those is overwritten, contributions do not add up.
@@ -146,20 +169,22 @@ class _LayerCapture:
         self._close(self._hidden_states(out), is_output=self.layer.scope_is_moe)
         return tree_map_only(Tensor, Tensor.detach, out)
 
-    def _hidden_states(self, out: Any) -> Tensor:
+    def _hidden_states(self, out: Any) -> Tensor | None:
         """Of all that a module returns, the first tensor that was made of its experts' outputs."""
         tensors = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
         made = [part for part in tensors if part.requires_grad and self.reader.has_joined(part)]
-        if not tensors:
-            raise ProbeError(f"{self.layer.shape.path}: expected a tensor among its outputs, got {type(out).__name__}")
-        return (made or tensors)[0]
+        return next(iter(made or tensors), None)
 
-    def _close(self, out: Tensor, *, is_output: bool) -> None:
+    def _close(self, out: Tensor | None, *, is_output: bool) -> None:
         torch.set_grad_enabled(False)
         self.recording.close()
         self.is_open = False
-        self.reading.take(self.index, self.reader, out, is_output=is_output)
+        if out is None:
+            self.reading.note(ProbeError(f"{self.layer.shape.path}: expected a tensor among its outputs, got none"))
+        else:
+            self.reading.take(self.index, self.reader, out, is_output=is_output)
         self.reader.clear()
+        self.whole.end()
 
 
 def _as_it_is(saved: Tensor) -> Tensor:

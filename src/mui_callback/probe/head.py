@@ -5,7 +5,7 @@ Shapes: B samples, T positions, R scored tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mui_callback.errors import ProbeError, UnsupportedModelError
+from mui_callback.parallel.rows import rows_of
+from mui_callback.parallel.shards import Shards
+from mui_callback.parallel.weights import check_readable, whole_shape
 from mui_callback.probe.call import ModelCall
 from mui_callback.probe.device_batch import DeviceBatch
+from mui_callback.probe.samples import IntArray
 from mui_callback.scoring.contributions import ScoredTokens, relative_error
 
 _ROWS_AT_ONCE = 1024
@@ -34,14 +38,16 @@ class LanguageModelHead:
         head = _find_head(model)
         weight = getattr(head, "weight", None)
         is_plain = isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
-        if not isinstance(head, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2 or not is_plain:
+        is_matrix = isinstance(weight, Tensor) and len(whole_shape(weight)) == 2
+        if not isinstance(head, nn.Module) or not isinstance(weight, Tensor) or not is_plain or not is_matrix:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: expected a language-model head, from get_output_embeddings() or as one "
                 f"module named {', '.join(_NAMES)}, with a plain floating-point weight [vocabulary, width]; "
                 f"got {type(head).__name__}."
             )
         self.module = head
-        self.error = torch.full((), -1.0, dtype=torch.float32, device=weight.device)
+        check_readable("language-model head", weight)
+        self.error = torch.full((), -1.0, dtype=torch.float32)
         """Relative difference, in the last forward that was checked, between the targets' logits as the head computed
         them and ⟨hidden state, W_head[y]⟩ plus its bias; -1 if the head did not run as a module."""
         self.under_autocast = False
@@ -49,24 +55,39 @@ class LanguageModelHead:
         self._call = ModelCall(model)
 
     @property
+    def shape(self) -> torch.Size:
+        """V and D."""
+        return whole_shape(self.weight_VD)
+
+    @property
     def weight_VD(self) -> Tensor:
-        """W_head, ``[V, D]``."""
+        """W_head, ``[V, D]``, or what of it is in this process at present."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight
 
-    def rows(self, target_R: Tensor) -> Tensor:
-        """W_head[y] of each target, ``[R, D]``: a gather, never a product with the vocabulary."""
-        return self.weight_VD.detach()[target_R]
+    def rows(self, targets: Sequence[IntArray], shards: Shards, device: torch.device) -> Tensor:
+        """W_head[y] of each target of this process, ``[R, D]``: a gather, never a product with the vocabulary.
 
-    def logits(self, inputs: DeviceBatch, *, check: bool = False) -> Tensor:
+        Where the head is spread over processes, all of them make this call, and get no more than their rows.
+
+        Args:
+            targets: by shard, the targets of all processes.
+            shards: which of them are whose.
+            device: where the rows are wanted.
+        """
+        by_rank = [targets[shard] for shard in shards.shard_of]
+        return rows_of(self.weight_VD, by_rank, shards.rank, device, shards.traffic)
+
+    def logits(self, inputs: DeviceBatch, readout_RD: Tensor | None = None) -> Tensor:
         """Run the model and return the logits that predict the scored tokens, ``[R, V]``.
 
         The head is given those positions only, so the logits of prompt and padding are never computed; what the
-        model does to its logits afterwards (scaling, capping) applies as always. With `check`, `error` is set.
+        model does to its logits afterwards (scaling, capping) applies as always. With the rows of the targets, `error`
+        is set.
         """
         tokens, input_ids = inputs.tokens, inputs.input_ids
-        with self._keep_only(tokens, check=check):
+        with self._keep_only(tokens, readout_RD):
             output = self._call(inputs.model_inputs)
         logits = _logits_of(output)
         if logits.shape[:2] == (1, tokens.position_R.shape[0]):
@@ -79,28 +100,33 @@ class LanguageModelHead:
         )
 
     @contextmanager
-    def _keep_only(self, tokens: ScoredTokens, *, check: bool) -> Iterator[None]:
+    def _keep_only(self, tokens: ScoredTokens, readout_RD: Tensor | None) -> Iterator[None]:
+        bias: list[Tensor] = []
+
         def keep(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
             hidden = args[0] if args else next(iter(options.values()))
+            own = getattr(module, "bias", None)
+            if own is not None:  # here, where whoever spreads it has made it whole
+                bias.append(own.detach()[tokens.target_R])
             if hidden.shape[:-1] == (tokens.n_rows, tokens.length):
                 hidden = hidden.flatten(0, 1)[tokens.position_R].unsqueeze(0)
             return (hidden, *args[1:]), options if args else {}
 
         def compare(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            assert readout_RD is not None
             self.under_autocast = torch.is_autocast_enabled(out.device.type)
             hidden_RD, out_RV = args[0].flatten(0, -2), out.flatten(0, -2)
             if len(hidden_RD) == tokens.n_rows * tokens.length:
                 hidden_RD, out_RV = hidden_RD[tokens.position_R], out_RV[tokens.position_R]
             if len(hidden_RD) != len(tokens.position_R):
                 return
-            expected_R = (hidden_RD.float() * self.rows(tokens.target_R).float()).sum(-1)
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                expected_R += bias[tokens.target_R].float()
+            expected_R = (hidden_RD.float() * readout_RD.float()).sum(-1)
+            for part_R in bias:
+                expected_R += part_R.float()
             self.error = relative_error(out_RV.gather(1, tokens.target_R[:, None])[:, 0].float(), expected_R)
 
         handles = [self.module.register_forward_pre_hook(keep, with_kwargs=True)]
-        if check:
+        if readout_RD is not None:
             handles.append(self.module.register_forward_hook(compare))
         try:
             yield
@@ -124,7 +150,7 @@ def _find_head(model: nn.Module) -> nn.Module | None:
 
 def token_losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (nats, float32) and whether the target is the highest logit, ``[R]`` each."""
-    losses, correct = [], []
+    losses, correct = [logits_RV.new_zeros(0, dtype=torch.float32)], [logits_RV.new_zeros(0, dtype=torch.bool)]
     for logits, target in zip(torch.split(logits_RV, _ROWS_AT_ONCE), torch.split(target_R, _ROWS_AT_ONCE), strict=True):
         losses.append(torch.nn.functional.cross_entropy(logits.float(), target, reduction="none"))
         correct.append(logits.argmax(-1) == target)

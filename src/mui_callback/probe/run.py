@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from mui_callback.counts import ProbeCounts
-from mui_callback.errors import UnsupportedModelError
+from mui_callback.errors import InterruptedPassError, ProbeError, UnsupportedModelError
+from mui_callback.experts.capacity import Capacities, let_all_pass
 from mui_callback.experts.discover import find_expert_layers
 from mui_callback.experts.layer import layout_of
-from mui_callback.probe.batches import Batch, make_batches
+from mui_callback.forgiving import attempt, described
+from mui_callback.parallel.processes import Failure, Processes, in_words
+from mui_callback.parallel.replicas import agreed
+from mui_callback.parallel.shards import Shards
+from mui_callback.parallel.weights import engines_at_rest
+from mui_callback.probe.batches import Batch, make_rounds
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
@@ -21,11 +29,14 @@ from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.model_config import context_length, decoder_start
 from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.rounds import Round
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
 from mui_callback.report import MUIReport, SampleTable
 from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.settings import ProbeSettings
+
+Rounds = Sequence[tuple[Batch, ...]]
 
 
 class MUIProbe:
@@ -70,8 +81,11 @@ class MUIProbe:
         self.probe_set = probe_set
         with frozen(self.model):  # some weights are computed when they are looked at
             self.layers = find_expert_layers(self.model, dense=dense)
-            vocab_size = LanguageModelHead(self.model).weight_VD.shape[0]
+            vocab_size = LanguageModelHead(self.model).shape[0]
         self.layout = layout_of(self.layers)
+        self._processes: Processes | None = None
+        exchanges_tokens = any(not layer.peers.is_alone for layer in self.layers)
+        self._shards = Shards.of(self.model, exchanges_tokens=exchanges_tokens)
         self._device = _common_device(self.model)
         self.settings = replace(settings, max_length=max_length or context_length(self.model))
         self._encoded = encode(
@@ -86,9 +100,8 @@ class MUIProbe:
 
     def halve_batches(self) -> bool:
         """Go on with batches of half the size, so that a pass needs less memory; False if each is a single sample."""
-        largest = max(
-            (batch.n_positions for batch in (*self._batches, *self._choice_batches) if len(batch.sample) > 1), default=1
-        )
+        batches = [batch for rounds in (self._rounds, self._choice_rounds) for batch in chain.from_iterable(rounds)]
+        largest = max((batch.n_positions for batch in batches if len(batch.sample) > 1), default=1)
         if largest > 1:
             self._make_batches(largest // 2)
         return largest > 1
@@ -101,24 +114,74 @@ class MUIProbe:
     def measure(self) -> MUIReport:
         """Run the probe set through the model and count.
 
+        In a distributed run all processes make this call; the samples are dealt out to them, and each returns the
+        report of the whole.
+
         Raises:
             ProbeError: the experts did not run in a way that can be read: their contributions do not add up to the
-                output of their layer, or some did not run at all.
+                output of their layer, or some did not run at all. Or another process failed.
+            DesynchronizedError: not all processes made this call.
+            InterruptedPassError: the model failed in the middle of a forward pass in which the processes wait for each
+                other, so that they cannot go on.
         """
+        outcome = self.try_measure()
+        if outcome.report is None:
+            raise outcome.error or ProbeError(in_words(outcome.failures))
+        return outcome.report
+
+    def try_measure(self) -> Outcome:
+        """The same, where it is to be known of every process whether it failed.
+
+        Raises:
+            DesynchronizedError: see `measure`, as the following.
+            InterruptedPassError: …
+        """
+        if self._processes is None:
+            self.agree()
+        assert self._processes is not None
         self.wait_for_device()
         start = time.perf_counter()
-        counts, rounding = self._count(self._batches, self._choice_batches)
-        n_tokens = int(self._sample_table.n_tokens.sum())
-        Verification.of(self.layout, counts, n_tokens, rounding).raise_if_wrong()
-        return MUIReport(
+        sent = self._sent
+        passed, error = attempt(lambda: self._pass(self._rounds, self._choice_rounds))
+        if isinstance(error, InterruptedPassError):
+            raise error
+        failures = self._processes.gather_failures(error)
+        if failures or passed is None:
+            return Outcome(error=error, failures=failures)
+        counts = passed.counts
+        counts.merge(self._shards.world)
+        n_bytes = torch.tensor([self._sent - sent, float(passed.is_coarse)], dtype=torch.float64, device=self._device)
+        self._shards.world.add(n_bytes)
+        report = MUIReport(
             layout=self.layout,
             task_names=self._encoded.task_names,
             settings=self.settings,
             probe_set=self.probe_set.fingerprint,
             sample_table=self._sample_table,
-            counts=counts,
+            counts=counts.to_host(),
+            comm_bytes=int(n_bytes[0]),
             seconds=time.perf_counter() - start,
         )
+        found = Verification.of(
+            self.layout, report.counts, report.tokens, ROUNDING if n_bytes[1] else ROUNDING_OF_FLOAT32
+        )
+        if found.complaints:
+            wrong = ProbeError(found.complaints[0])
+            return Outcome(error=wrong, failures=[Failure(0, found.complaints[0], out_of_memory=False)])
+        return Outcome(report)
+
+    def agree(self) -> None:
+        """Make sure that all processes probe one model with one probe set; a process alone has nothing to do.
+
+        Processes that train models of their own probe them by themselves.
+
+        Raises:
+            UnsupportedModelError: they have different layers.
+            ProbeSetError: they have different probe sets.
+            DesynchronizedError: not all of them made this call.
+        """
+        self._processes = Processes()
+        self._shards = agreed(self._processes, self._shards, self.model, self._apart, self._described())
 
     def verify(self, *, rounding: float | None = None) -> Verification:
         """Run the first batch only, and say how well every layer conserves its output.
@@ -129,20 +192,41 @@ class MUIProbe:
         Raises:
             ProbeError: the experts did not run in a way that can be read at all.
         """
-        first = self._batches[:1]
-        counts, explained = self._count(first, [])
-        n_tokens = sum(len(batch.target) for batch in first)
+        first = self._rounds[:1]
+        passed = self._pass(first, [])
+        n_tokens = sum(len(batch.target) for batch in chain.from_iterable(first))
+        explained = ROUNDING if passed.is_coarse else ROUNDING_OF_FLOAT32
+        counts = passed.counts.to_host()
         return Verification.of(self.layout, counts, n_tokens, explained if rounding is None else rounding)
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "probe set": [self.probe_set.fingerprint, asdict(self.settings), len(self._encoded.samples)],
+            "layers": [[asdict(layer) for layer in self.layout.layers], len(list(self.model.parameters()))],
+        }
+
+    @property
+    def _apart(self) -> list[nn.Module]:
+        """Modules whose weights differ from process to process."""
+        spread = [layer.experts[0] for layer in self.layers if not layer.peers.is_alone]
+        return [module for experts in spread for module in experts.modules]
+
+    @property
+    def _sent(self) -> int:
+        """Bytes that this process has sent in all probes so far."""
+        return self._shards.traffic.sent + sum(layer.peers.traffic.sent for layer in self.layers)
 
     def _make_batches(self, batch_tokens: int) -> None:
         self.settings = replace(self.settings, batch_tokens=batch_tokens)
-        self._batches = make_batches(self._encoded.samples, batch_tokens)
-        self._choice_batches = make_batches(self._encoded.choices, batch_tokens)
+        self._rounds = make_rounds(self._encoded.samples, batch_tokens, self._shards.n)
+        self._choice_rounds = make_rounds(self._encoded.choices, batch_tokens, self._shards.n)
 
-    def _count(self, batches: list[Batch], choice_batches: list[Batch]) -> tuple[ProbeCounts, float]:
-        """The counts of a pass, and the relative error of the identity that its precision explains."""
+    def _pass(self, rounds: Rounds, choice_rounds: Rounds) -> _Passed:
+        """What this process counts in a pass."""
         self._device = _common_device(self.model)
-        with frozen(self.model):
+        capacities = Capacities(self.layers)
+        with frozen(self.model), engines_at_rest(self.model):
+            let_all_pass(self.model)
             head = LanguageModelHead(self.model)  # found anew: a resized vocabulary has another one
             counts = DeviceCounts(
                 self.layout,
@@ -152,29 +236,92 @@ class MUIProbe:
                 top_fraction=self.settings.top_fraction,
                 device=self._device,
             )
-            self._run_samples(batches, head, counts)
-            self._run_choices(choice_batches, head, counts)
+            try:
+                self._run_samples(rounds, head, counts, capacities)
+                self._run_choices(choice_rounds, head, counts)
+            except _ReadingError as error:
+                raise error.reason from error.reason.__cause__
+            except Exception as error:
+                if self._shards.in_step:
+                    raise InterruptedPassError(
+                        f"process {self._shards.rank} of {self._shards.world.n} failed in a forward pass in which the "
+                        "processes exchange tensors, so that the others wait for it in vain and nothing can go on "
+                        f"({described(error)})."
+                    ) from error
+                raise
             counts.head_error.copy_(head.error)
-            is_coarse = head.under_autocast or _has_16_bits(self.model)
-            return counts.to_host(), ROUNDING if is_coarse else ROUNDING_OF_FLOAT32
+            return _Passed(counts, head.under_autocast or _has_16_bits(self.model))
 
-    def _run_samples(self, batches: list[Batch], head: LanguageModelHead, counts: DeviceCounts) -> None:
-        reading = Reading(self.layers)
+    def _run_samples(
+        self, rounds: Rounds, head: LanguageModelHead, counts: DeviceCounts, capacities: Capacities
+    ) -> None:
+        reading = Reading(self.layers, counts=self._shards.counts)
         with instrument(reading):
-            for number, batch in enumerate(batches):
-                inputs = to_device(batch, self._device)
-                batch_counts = counts.batch(inputs.tokens, inputs.sample_B)
-                readout_RD = head.rows(inputs.tokens.target_R)
-                is_first = number == 0
-                with reading.batch(inputs.tokens, readout_RD, batch_counts.add_layer, check=is_first):
-                    logits_RV = head.logits(inputs, check=is_first)
-                batch_counts.add_predictions(*token_losses(logits_RV, inputs.tokens.target_R))
+            for number, batches in enumerate(rounds):
+                if batches[self._shards.own].is_stand_in and not self._shards.in_step:
+                    continue
+                self._run_round(batches, number == 0, reading, head, counts, capacities)
+        if reading.error is not None:
+            raise _ReadingError(reading.error)
 
-    def _run_choices(self, batches: list[Batch], head: LanguageModelHead, counts: DeviceCounts) -> None:
-        for batch in batches:
-            inputs = to_device(batch, self._device)
-            loss_R, _ = token_losses(head.logits(inputs), inputs.tokens.target_R)
-            counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
+    def _run_round(
+        self,
+        batches: tuple[Batch, ...],
+        is_first: bool,
+        reading: Reading,
+        head: LanguageModelHead,
+        counts: DeviceCounts,
+        capacities: Capacities,
+    ) -> None:
+        now = Round.of(batches, self._shards, self.layers, self._device)
+        inputs = now.inputs
+        batch_counts = counts.batch(inputs.tokens, inputs.sample_B, now.meetings)
+        readout_RD = head.rows([batch.target for batch in batches], self._shards, self._device)
+        is_token_T = inputs.attention_mask.flatten().bool() & (not batches[self._shards.own].is_stand_in)
+        with (
+            reading.batch(now.tokens, readout_RD, batch_counts.add_layer, check=is_first),
+            capacities.counted(is_token_T, counts.add_dropped),
+        ):
+            logits_RV = head.logits(inputs, readout_RD if is_first else None)
+        batch_counts.finish()
+        if self._shards.counts:
+            _, error = attempt(lambda: batch_counts.add_predictions(*token_losses(logits_RV, inputs.tokens.target_R)))
+            reading.note(error)
+
+    def _run_choices(self, rounds: Rounds, head: LanguageModelHead, counts: DeviceCounts) -> None:
+        for batches in rounds:
+            if batches[self._shards.own].is_stand_in and not self._shards.in_step:
+                continue
+            inputs = to_device(batches[self._shards.own], self._device)
+            logits_RV = head.logits(inputs)
+            if self._shards.counts:
+                loss_R, _ = token_losses(logits_RV, inputs.tokens.target_R)
+                counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a pass in all processes."""
+
+    report: MUIReport | None = None
+    """None if it failed in one of them."""
+    error: Exception | None = None
+    """What it failed with in this one."""
+    failures: Sequence[Failure] = ()
+
+
+@dataclass(frozen=True)
+class _Passed:
+    counts: DeviceCounts
+    is_coarse: bool
+    """Whether the forward pass was in 16 bits."""
+
+
+class _ReadingError(Exception):
+    """What was read is wrong, but every forward pass was made to its end."""
+
+    def __init__(self, reason: Exception) -> None:
+        self.reason = reason
 
 
 def _common_device(model: nn.Module) -> torch.device:

@@ -13,7 +13,8 @@ from mui_callback.errors import ProbeError
 from mui_callback.experts.base import Recorder
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.experts.tail import Cut, Tail, add_inner
-from mui_callback.scoring.contributions import LayerScores, ScoredTokens
+from mui_callback.forgiving import attempt
+from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens, add_conserved
 
 
 class LayerReader:
@@ -21,16 +22,23 @@ class LayerReader:
 
     Args:
         layer: the layer.
+        counts: whether this process counts what it sees of experts that others have as well. Not if another one has
+            the same batch.
     """
 
-    def __init__(self, layer: ExpertLayer) -> None:
+    def __init__(self, layer: ExpertLayer, *, counts: bool = True) -> None:
         self.layer = layer
-        self.tail = Tail(f"layer {layer.shape.layer} ({layer.shape.path})")
+        self.tail = Tail(f"layer {layer.shape.layer} ({layer.shape.path})", layer.peers)
         self.recorders: list[Recorder] = []
+        self._counted: list[Recorder] = []
         first_neuron = 0
         for experts in layer.experts:
-            self.recorders.append(experts.recorder(self.tail, first_neuron))
+            recorder = experts.recorder(self.tail, first_neuron)
+            self.recorders.append(recorder)
+            if counts or not experts.spread.peers.is_alone:
+                self._counted.append(recorder)
             first_neuron += experts.n_experts * experts.width
+        self._counts = counts
 
     def clear(self) -> None:
         """Forget the last forward pass."""
@@ -50,18 +58,73 @@ class LayerReader:
     def scores(
         self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, is_output: bool, check: bool = False
     ) -> LayerScores:
-        """The contributions of all neurons of the layer to the scored tokens.
+        """The contributions of the neurons of the layer that are in this process, to the scored tokens that meet here.
+
+        Where experts are spread over processes, all of them make this call, and what goes wrong in one is raised after
+        the last collective.
 
         Args:
             out: where the tail ends, ``[…, D]`` of T positions.
             readout_TD: unembedding row of the token that each position predicts, zero where none is scored.
             tokens: the scored tokens.
             is_output: whether `out` is the output of the experts alone; if not, there is a residual in it.
-            check: also compute what the conservation identity compares them with, and make sure the tail is linear.
+            check: also compute what the conservation identity compares, and make sure the tail is linear.
 
         Raises:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
         """
+        self._check_output(out, readout_TD, tokens)
+        for recorder in self.recorders:
+            recorder.check_complete(tokens)
+        if is_output and check:
+            self._note_own_bias(out)
+        with self.layer.peers.counting():
+            for recorder in self.recorders:
+                recorder.locate(out, tokens, check=check)
+            token_of_constant = self.tail.tokens_of_constants(out, tokens)
+            self.tail.transpose(out, readout_TD, check=check)
+        with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+            parts, error = attempt(lambda: self._parts(tokens))
+            if not check:
+                if error is not None:
+                    raise error
+                return LayerScores(parts or ())
+            made, output, unmade = sums = torch.zeros(3, tokens.n_numbers, dtype=torch.float64, device=out.device)
+            if error is None:
+                _, error = attempt(lambda: self._add_up(parts or (), made, output, unmade, tokens, is_output=is_output))
+            if is_output and self._counts:
+                add_inner(output, tokens.numbers(), out.detach().reshape(readout_TD.shape), readout_TD)
+                for (cut, value), token_S in zip(self.tail.constants, token_of_constant, strict=True):
+                    add_inner(unmade, token_S, value, cut.readout_SD)
+            self.layer.peers.add(sums)
+            if error is not None:
+                raise error
+            own = slice(tokens.first, tokens.first + len(tokens.position_R))
+            return LayerScores(parts or (), made[own], (output - unmade)[own])
+
+    def _parts(self, tokens: ScoredTokens) -> tuple[ExpertScores, ...]:
+        if self.tail.complaint is not None:
+            raise ProbeError(self.tail.complaint)
+        return tuple(recorder.scores(tokens) for recorder in self._counted)
+
+    def _add_up(
+        self,
+        parts: tuple[ExpertScores, ...],
+        made_R: Tensor,
+        output_R: Tensor,
+        unmade_R: Tensor,
+        tokens: ScoredTokens,
+        *,
+        is_output: bool,
+    ) -> None:
+        for part in parts:
+            add_conserved(made_R, part)
+        for recorder in self._counted:
+            recorder.add_unmade(unmade_R, tokens)
+            if not is_output:
+                recorder.add_output(output_R, tokens)
+
+    def _check_output(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens) -> None:
         shapes = ((tokens.n_rows, tokens.length), (1, tokens.n_rows * tokens.length), (tokens.n_rows * tokens.length,))
         if out.shape[:-1] not in shapes or out.shape[-1] != readout_TD.shape[1]:
             raise ProbeError(
@@ -69,29 +132,6 @@ class LayerReader:
                 f"{tokens.n_rows} samples of {tokens.length} positions and the width of the language-model head, got "
                 f"{list(out.shape)}. Models that have the positions first cannot be probed."
             )
-        for recorder in self.recorders:
-            recorder.check_complete(tokens)
-        if is_output and check:
-            self._note_own_bias(out)
-        for recorder in self.recorders:
-            recorder.locate(out, tokens, check=check)
-        token_of_constant = self.tail.tokens_of_constants(out, tokens)
-        self.tail.transpose(out, readout_TD, check=check)
-        with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-            parts = tuple(recorder.scores(tokens) for recorder in self.recorders)
-            if not check:
-                return LayerScores(parts)
-            output_R = torch.zeros(len(tokens.position_R), dtype=torch.float32, device=out.device)
-            unmade_R = torch.zeros_like(output_R)
-            for recorder in self.recorders:
-                recorder.add_unmade(unmade_R, tokens)
-                if not is_output:
-                    recorder.add_output(output_R, tokens)
-            if is_output:
-                add_inner(output_R, tokens.numbers(), out.detach().reshape(readout_TD.shape), readout_TD)
-                for (cut, value), token_S in zip(self.tail.constants, token_of_constant, strict=True):
-                    add_inner(unmade_R, token_S, value, cut.readout_SD)
-            return LayerScores(parts, output_R, unmade_R)
 
     def _note_own_bias(self, out: Tensor) -> None:
         bias = getattr(self.layer.scope, "bias", None)

@@ -16,30 +16,47 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class ScoredTokens:
-    """The response tokens of a batch, ordered by sample and position.
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """Response tokens of some samples, ordered by sample and position.
 
-    ``position_R`` is where token y_t is predicted, as an index into the flattened ``[B · T]`` positions; ``row_R``
-    the sample in the batch; ``order_R`` the token's number inside its sample's response.
+    ``row_R`` is the sample of each token, ``order_R`` its number inside its sample's response.
     """
 
-    position_R: Tensor
     row_R: Tensor
     order_R: Tensor
-    target_R: Tensor
     n_rows: int
     """B."""
     n_orders: int
     """Scored tokens of the longest response."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredTokens(Responses):
+    """The response tokens of a batch, and where they are predicted.
+
+    ``position_R`` is where token y_t is predicted, as an index into the flattened ``[B · T]`` positions.
+    """
+
+    position_R: Tensor
+    target_R: Tensor
     length: int
     """T, the padded length of the batch."""
+    first: int = 0
+    """Number of the first of them, where tokens of several processes meet in a layer."""
+    n_met: int | None = None
+    """Scored tokens that meet there; None if they are these."""
+
+    @property
+    def n_numbers(self) -> int:
+        """How many numbers there are: tokens have the numbers 0 … n - 1."""
+        return len(self.position_R) if self.n_met is None else self.n_met
 
     def numbers(self) -> Tensor:
         """The number of the scored token that each position predicts, int64 ``[B · T]``; -1 where none is scored."""
         n_positions, device = self.n_rows * self.length, self.position_R.device
         numbers = torch.full((n_positions,), -1, dtype=torch.int64, device=device)
-        numbers[self.position_R] = torch.arange(len(self.position_R), device=device)
+        numbers[self.position_R] = self.first + torch.arange(len(self.position_R), device=device)
         return numbers
 
 
@@ -69,10 +86,12 @@ class LayerScores:
     """All contributions of one layer to the response tokens of one batch."""
 
     parts: tuple[ExpertScores, ...]
+    made_R: Tensor | None = None
+    """Σ f over all neurons of the layer, those of other processes included, float64 ``[R]`` of the tokens of this
+    process; only where it was asked for."""
     output_R: Tensor | None = None
-    """⟨output of the MoE layer, readout⟩ of each token, float32 ``[R]``; only where it was asked for."""
-    unmade_R: Tensor | None = None
-    """What no neuron made of it: output biases, experts that pass their input on."""
+    """What that must be equal to: ⟨output of the layer, readout⟩, less what no neuron made of it (output biases,
+    experts that pass their input on)."""
 
 
 def contributions(act_SW: Tensor, projected_SW: Tensor, weight_S: Tensor | None = None) -> Tensor:
@@ -93,27 +112,34 @@ def only_finite(score_SW: Tensor) -> tuple[Tensor, Tensor]:
     return score_SW.masked_fill_(~is_finite_SW, float("-inf")), (~is_finite_SW).sum()
 
 
-def conserved(scores: LayerScores, n_tokens: int) -> Tensor:
-    """Σ f over all neurons of the layer for each token, float64 ``[R]``.
+def add_conserved(sum_R: Tensor, part: ExpertScores) -> None:
+    """Add Σ f over the neurons of some experts to the sum of each token, float64 ``[R]``.
 
-    Equal to ``output_R - unmade_R`` up to rounding, for any architecture, exactly when the right tensors were read.
+    Over all neurons of the layer that is ⟨output, readout⟩ less what no neuron made, up to rounding, for any
+    architecture, exactly when the right tensors were read.
     """
-    total_R = torch.zeros(n_tokens, dtype=torch.float64, device=scores.parts[0].score_SW.device)
-    for part in scores.parts:
-        row_sum_S = part.score_SW.masked_fill(part.score_SW == float("-inf"), 0).sum(-1, dtype=torch.float64)
-        total_R.index_add_(0, part.token_S, row_sum_S)
-    return total_R
+    row_sum_S = part.score_SW.masked_fill(part.score_SW == float("-inf"), 0).sum(-1, dtype=torch.float64)
+    sum_R.index_add_(0, part.token_S, row_sum_S)
+
+
+def rank_in_token(token_S: Tensor, expert_S: Tensor) -> Tensor:
+    """The number of each row among those of its token, by expert, int64 ``[S]``."""
+    by_expert = expert_S.argsort(stable=True)
+    order_S = by_expert[token_S[by_expert].argsort(stable=True)]
+    sorted_S = token_S[order_S]
+    rank_S = torch.empty_like(order_S)
+    rank_S[order_S] = torch.arange(len(order_S), device=order_S.device) - torch.searchsorted(sorted_S, sorted_S)
+    return rank_S
 
 
 def identity_error(scores: LayerScores) -> Tensor:
-    """‖Σ f - (output - unmade)‖ / ‖output - unmade‖ over the tokens, float64 scalar.
+    """‖Σ f - output‖ / ‖output‖ over the tokens of this process, float64 scalar.
 
     Tokens whose output is not finite are left out. NaN where the output is zero.
     """
+    assert scores.made_R is not None
     assert scores.output_R is not None
-    assert scores.unmade_R is not None
-    expected_R = (scores.output_R - scores.unmade_R).double()
-    return relative_error(conserved(scores, len(expected_R)), expected_R)
+    return relative_error(scores.made_R, scores.output_R)
 
 
 def relative_error(found_R: Tensor, expected_R: Tensor) -> Tensor:

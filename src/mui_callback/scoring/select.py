@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mui_callback.scoring.contributions import LayerScores, ScoredTokens
+from mui_callback.scoring.contributions import LayerScores, Responses
 from mui_callback.scoring.topk import Candidates, merge_candidates, top_entries
 
 
@@ -12,7 +12,7 @@ def key_entries_per_sample(n_neurons: int, top_fraction: float) -> int:
     return max(1, int(top_fraction * n_neurons + 1e-9))
 
 
-def select_key_entries(scores: LayerScores, tokens: ScoredTokens, n_neurons: int, k: int) -> Candidates:
+def select_key_entries(scores: LayerScores, tokens: Responses, n_neurons: int, k: int) -> Candidates:
     """The k highest contributions of each sample over all (position, expert, neuron) of one layer.
 
     One neuron may fill several entries, so a sample has at most k key neurons in a layer. This is the ``topk`` rule of

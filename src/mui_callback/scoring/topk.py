@@ -30,6 +30,12 @@ class Candidates:
     score: Tensor
     place: Tensor
 
+    @classmethod
+    def none(cls, n_samples: int, k: int, device: torch.device) -> Candidates:
+        """No entries."""
+        score = torch.full((n_samples, k), NOTHING, dtype=torch.float32, device=device)
+        return cls(score, torch.zeros_like(score, dtype=torch.int64))
+
 
 def ordered_topk(score_BM: Tensor, k: int) -> Tensor:
     """Indices, int64 ``[B, min(k, M)]``, of the k highest float32 scores; the lower index wins a tie.
@@ -71,8 +77,7 @@ def top_entries(
         k: entries kept of each sample.
     """
     if score_SW.shape[0] == 0:
-        empty = score_SW.new_full((n_samples, k), NOTHING)
-        return Candidates(empty, torch.zeros_like(empty, dtype=torch.int64))
+        return Candidates.none(n_samples, k, score_SW.device)
     width = score_SW.shape[1]
     chunk = min(_CHUNK, width)
     padded_SW = torch.nn.functional.pad(score_SW, (0, -width % chunk), value=NOTHING)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mui_callback.monitoring.forgiving import described, warn
+from mui_callback.forgiving import described, warn
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _AT_ONCE = 2**22

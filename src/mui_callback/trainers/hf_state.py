@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mui_callback.monitoring.forgiving import described, warn
+from mui_callback.forgiving import described, warn
 
 STATE_NAME = "mui_state.json"
 """Name of the file in the directory of a checkpoint."""

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mui_callback.monitoring.forgiving import warn
+from mui_callback.forgiving import warn
 from mui_callback.sinks.base import ProbePoint, RunDescription
 from mui_callback.trainers.base import Training, TrainingEvents
 from mui_callback.trainers.lightning_eval_data import eval_probe_set

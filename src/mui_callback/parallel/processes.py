@@ -7,7 +7,7 @@ way of the collectives of the training, and whoever waits in vain is told so. On
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 from torch import distributed
 
 from mui_callback.errors import DesynchronizedError, ProbeError
-from mui_callback.monitoring.forgiving import attempt, described
+from mui_callback.forgiving import attempt, described
 
 _T = TypeVar("_T")
 
@@ -177,7 +177,7 @@ class Processes:
             ) from error
 
 
-def in_words(failures: list[Failure]) -> str:
+def in_words(failures: Sequence[Failure]) -> str:
     """All of them, in one line."""
     return "; ".join(map(str, failures))
 

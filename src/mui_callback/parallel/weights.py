@@ -1,0 +1,174 @@
+"""Weights that are spread over processes: what they are like when whole, and how to keep them whole for a while.
+
+Two kinds are known: parameters of ZeRO stage 3 (DeepSpeed partitions the flat parameter and marks it with ``ds_…``
+attributes) and of FSDP2 (`torch.distributed.fsdp.fully_shard` makes DTensors of them). In both, hooks of modules make
+them whole before a forward and spread them again after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mui_callback.errors import UnsupportedModelError
+
+_PIN = "mui-callback"
+"""Stands for one more module that uses a parameter of ZeRO, so that it is not let go."""
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """The shape that a weight has when it is whole."""
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
+
+
+def is_dtensor(weight: object) -> bool:
+    """Whether it is a DTensor, or a parameter that holds one."""
+    return isinstance(weight, Tensor) and hasattr(weight, "placements") and hasattr(weight, "device_mesh")
+
+
+def is_zero3(weight: object) -> bool:
+    """Whether ZeRO stage 3 takes care of it, partitioned at present or not."""
+    return hasattr(weight, "ds_shape") and hasattr(weight, "ds_status")
+
+
+def is_apart(weight: Tensor) -> bool:
+    """Whether only a part of it is in this process at present."""
+    return is_dtensor(weight) or (is_zero3(weight) and weight.numel() != whole_shape(weight).numel())
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether weights are made whole by hooks, so that processes exchange them in each forward."""
+    return any(is_zero3(weight) for weight in model.parameters()) or any(_fsdp_modules(model.modules()))
+
+
+class KeptWhole:
+    """Keeps the weights of some modules whole from when a forward has made them so.
+
+    Args:
+        modules: the modules; what is inside of them must be among them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        inside = list(modules)
+        self._fsdp = list(_fsdp_modules(inside))
+        parameters = {id(weight): weight for module in inside for weight in module.parameters(recurse=False)}
+        self._zero3: list[Any] = [weight for weight in parameters.values() if is_zero3(weight)]
+
+    def begin(self) -> None:
+        """From now on, until `end`."""
+        for weight in self._zero3:
+            weight.ds_active_sub_modules.add(_PIN)
+
+    def end(self) -> None:
+        """Let go of them; nothing happens if they are not kept."""
+        for weight in self._zero3:
+            if _PIN not in weight.ds_active_sub_modules:
+                continue
+            weight.ds_active_sub_modules.discard(_PIN)
+            if not weight.ds_persist and not weight.ds_active_sub_modules and weight.ds_status.name == "AVAILABLE":
+                weight.partition()
+        for module in self._fsdp:
+            module.reshard()
+
+    @contextmanager
+    def possible(self) -> Iterator[None]:
+        """While this lasts, `begin` and `end` may be called."""
+        with ExitStack() as stack:
+            stack.callback(self.end)
+            for module in self._fsdp:
+                stack.enter_context(_staying_whole(module))
+            yield
+
+
+@contextmanager
+def engines_at_rest(model: nn.Module) -> Iterator[None]:
+    """What FSDP2 and ZeRO prepare in a forward for its backward pass is left out: there will be none.
+
+    Weights that are whole at the end without having been at the beginning are spread again.
+    """
+    with ExitStack() as stack:
+        for module in _fsdp_modules(model.modules()):
+            if any(is_dtensor(weight) for weight in module.parameters()):
+                stack.callback(module.reshard)
+            for handle in _without_grad(module):
+                stack.enter_context(handle)
+        for owner in model.modules():
+            # Attributes of modules are restored by whoever freezes them.
+            for name in {"pre_bwd_fn", "post_bwd_fn"} & vars(owner).keys():
+                setattr(owner, name, _Nothing)
+        yield
+
+
+class _Nothing:
+    """In the place of an autograd function that calls ZeRO in a backward pass."""
+
+    @staticmethod
+    def apply(tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def _without_grad(module: nn.Module) -> Iterator[Any]:
+    """Hooks around those of FSDP2, which prepare a backward pass if gradients are recorded."""
+    modes: list[bool] = []
+
+    def off(*_: Any) -> None:
+        modes.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def back(*_: Any) -> None:
+        torch.set_grad_enabled(modes.pop())
+
+    yield module.register_forward_pre_hook(off, prepend=True)
+    yield module.register_forward_pre_hook(back)
+    yield module.register_forward_hook(off, prepend=True)
+    yield module.register_forward_hook(back)
+
+
+@contextmanager
+def _staying_whole(module: Any) -> Iterator[None]:
+    """A module of FSDP2 does not spread its weights when its forward ends."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch before 2.12 has one
+        groups = [group for group in (state._fsdp_param_group,) if group is not None]
+    before = [(group, group.post_forward_mesh_info) for group in groups]
+    automatic = getattr(state, "_auto_reshard_after_forward", None)
+    module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for group, mesh_info in before:
+            group.post_forward_mesh_info = mesh_info
+        if automatic is not None:
+            state._auto_reshard_after_forward = automatic
+
+
+def _fsdp_modules(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:  # torch before 2.6, or built without torch.distributed
+        return iter(())
+    return (module for module in modules if isinstance(module, FSDPModule))
+
+
+def check_readable(where: str, weight: object) -> None:
+    """Make sure that a weight will be there, whole and with a dtype to compute with, when its module runs.
+
+    Raises:
+        UnsupportedModelError: it will not.
+    """
+    if not isinstance(weight, Tensor):
+        return
+    if is_zero3(weight):
+        return
+    if weight.numel() == 0:
+        raise UnsupportedModelError(
+            f"{where}: expected a weight of this process, or of ZeRO stage 3 or FSDP2, got an empty "
+            f"{type(weight.data).__name__} of shape {tuple(weight.shape)}. Other ways to spread weights over processes "
+            "(FSDP1) cannot be probed."
+        )
