@@ -179,6 +179,8 @@ class Mixture:
     expert: Expert = GatedMLP
     is_residual: bool = False
     """Whether an MLP beside the experts takes part in the output."""
+    is_one_sided: bool = False
+    """Whether all tokens go to the first half of the experts."""
 
 
 class Routed(nn.Module):
@@ -211,7 +213,24 @@ class Routed(nn.Module):
 def routed_lm(mixture: Mixture) -> nn.Module:
     """A decoder whose first layer is dense."""
     torch.manual_seed(0)
-    return drawn(_decoder(partial(Routed, mixture)), seed=0)
+    model = drawn(_decoder(partial(Routed, mixture)), seed=0)
+    return one_sided(model) if mixture.is_one_sided else model
+
+
+def one_sided(model: nn.Module) -> nn.Module:
+    """Let all routers prefer the first half of the experts, whatever the token: of two rows of opposite signs one is
+    positive, and those of the other half are zero."""
+    for name, weight in model.named_parameters():
+        if name.endswith((".router.weight", ".gate.weight")):
+            with torch.no_grad():
+                half = len(weight) // 2
+                weight[1:half:2] = -weight[0 : half - 1 : 2]
+                weight[half:] = 0
+    return model
+
+
+def _one_sided(reference: Callable[[], nn.Module]) -> nn.Module:
+    return one_sided(reference())
 
 
 def build_deepspeed_moe(mixture: Mixture, *, ep_size: int, stage: int) -> Trainee:
@@ -297,6 +316,7 @@ _LISTED = partial(build_plain, "qwen2")
 _DEEPSEEK = partial(build, "deepseek_v3")
 _OLMOE = partial(build, "olmoe")
 _QWEN3 = partial(build, "qwen3_moe")
+_ONE_SIDED = partial(_one_sided, partial(build, "qwen3_moe", num_experts=8))
 _ALL = (
     _backend("ddp", build_ddp, _QWEN),
     _backend("accelerate", build_accelerate, _QWEN),
@@ -316,6 +336,9 @@ _ALL = (
     _backend("autoep_olmoe", build_deepspeed, _OLMOE, stage=1, **_auto_ep(preset_model="qwen3_moe")),
     _backend("autoep_zero3", build_deepspeed, _DEEPSEEK, stage=3, **_auto_ep()),
     _backend("hf_ep_all_to_all", build_hf_ep, _QWEN3, ep_size=2, fsdp_size=2, ep_implementation="all_to_all"),
+    _deepspeed_moe("moe_k1_one_sided", Mixture(1, is_one_sided=True)),
+    _backend("hf_ep_one_sided", build_hf_ep, _ONE_SIDED, ep_size=2, fsdp_size=2, ep_implementation="all_to_all"),
+    _backend("autoep_one_sided", build_deepspeed, partial(_one_sided, _DEEPSEEK), stage=2, **_auto_ep()),
     _backend("hf_ep_efsdp2", build_hf_ep, _QWEN3, size=4, ep_size=2, fsdp_size=4),
     replace(
         _backend("hf_ep_all_reduce", build_hf_ep, _QWEN3, ep_size=2, tp_size=2, ep_implementation="all_reduce"),

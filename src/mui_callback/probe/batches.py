@@ -45,28 +45,13 @@ class Batch:
 
     @property
     def n_scored_max(self) -> int:
-        """The largest number of scored tokens of a row; 0 in a stand-in."""
+        """The largest number of scored tokens of a row; 0 where there are none."""
         return int(self.order.max(initial=-1)) + 1
 
     @property
     def is_stand_in(self) -> bool:
         """Whether there is nothing to score."""
         return not len(self.target)
-
-    def stand_in(self) -> "Batch":
-        """The first sequence with nothing to score: for a process without samples that others need to go on."""
-        nothing = np.zeros(0, dtype=np.int64)
-        return Batch(
-            input_ids=self.input_ids[:1],
-            attention_mask=self.attention_mask[:1],
-            encoder_ids=None if self.encoder_ids is None else self.encoder_ids[:1],
-            encoder_mask=None if self.encoder_mask is None else self.encoder_mask[:1],
-            sample=self.sample[:1],
-            flat_position=nothing,
-            row=nothing,
-            order=nothing,
-            target=nothing,
-        )
 
 
 def make_batches(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int) -> list[Batch]:
@@ -83,9 +68,7 @@ def make_batches(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: i
     Raises:
         ProbeSetError: If `batch_tokens` is less than 1, or a decoder's sequence has no start token yet.
     """
-    if batch_tokens < 1:
-        fail("batch_tokens", "1 or more tokens", batch_tokens)
-    return [_pad([sequences[index] for index in pack], pack) for pack in _packs(sequences, batch_tokens)]
+    return [batch for (batch,) in make_rounds(sequences, batch_tokens, 1)]
 
 
 def make_rounds(
@@ -93,38 +76,32 @@ def make_rounds(
 ) -> list[tuple[Batch, ...]]:
     """Batches for several shards that run them at the same time, one each in a round.
 
-    Batches are as small as the number of rounds allows, so that no shard waits long for another.
+    The batches of a round have one shape: no shard waits for another, and routers whose capacity depends on the
+    number of tokens have the same one everywhere. Rows that are wanting for it repeat a sequence, with nothing to
+    score; so does a whole batch where there are fewer sequences than shards.
 
     Args:
         sequences: See `make_batches`.
         batch_tokens: See `make_batches`.
-        n_shards: Batches of a round; those that are wanting in the last one are stand-ins.
+        n_shards: Batches of a round.
+
+    Raises:
+        ProbeSetError: See `make_batches`.
     """
-    packs = _packs(sequences, batch_tokens)
-    if n_shards > 1:
-        n_rounds = -(-len(packs) // n_shards)
-        low, high = 1, batch_tokens  # a limit of `high` does
-        while low < high:
-            middle = (low + high) // 2
-            if len(_packs(sequences, middle)) <= n_rounds * n_shards:
-                high = middle
-            else:
-                low = middle + 1
-        packs = _packs(sequences, high)
-    batches = [_pad([sequences[index] for index in pack], pack) for pack in packs]
-    batches += [batches[0].stand_in()] * (-len(batches) % n_shards) if batches else []
-    return [tuple(batches[first : first + n_shards]) for first in range(0, len(batches), n_shards)]
+    if batch_tokens < 1:
+        fail("batch_tokens", "1 or more tokens", batch_tokens)
+    return [_deal(sequences, pack, n_shards) for pack in _packs(sequences, batch_tokens, n_shards)]
 
 
-def _packs(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int) -> list[list[int]]:
-    """The sequences of each batch."""
+def _packs(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int, n_shards: int) -> list[list[int]]:
+    """The sequences of each round."""
     scored = [index for index, sequence in enumerate(sequences) if sequence.scored.any()]
     packs: list[list[int]] = []
     widths: tuple[int, ...] = ()
     for index in sorted(scored, key=lambda index: sum(_lengths(sequences[index]))):
         lengths = _lengths(sequences[index])
         widest = tuple(map(max, widths, lengths))
-        if packs and (len(packs[-1]) + 1) * sum(widest) <= batch_tokens:
+        if packs and -(-(len(packs[-1]) + 1) // n_shards) * sum(widest) <= batch_tokens:
             packs[-1].append(index)
             widths = widest
         else:
@@ -133,18 +110,30 @@ def _packs(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int) ->
     return packs
 
 
+def _deal(sequences: Sequence[TokenSample | TokenChoice], pack: list[int], n_shards: int) -> tuple[Batch, ...]:
+    n_rows = -(-len(pack) // n_shards)
+    lengths = tuple(max(column) for column in zip(*(_lengths(sequences[index]) for index in pack), strict=True))
+    hands = [pack[shard::n_shards] for shard in range(n_shards)]
+    return tuple(_pad(sequences, hand + pack[:1] * (n_rows - len(hand)), len(hand), lengths) for hand in hands)
+
+
 def _lengths(sequence: TokenSample | TokenChoice) -> tuple[int, int]:
     """The number of tokens of the only or the decoder's sequence, and of the encoder's."""
     return len(sequence.input_ids), 0 if sequence.encoder_ids is None else len(sequence.encoder_ids)
 
 
-def _pad(sequences: Sequence[TokenSample | TokenChoice], pack: list[int]) -> Batch:
-    input_ids, attention_mask = _padded([sequence.input_ids for sequence in sequences])
-    scored = _padded([sequence.scored for sequence in sequences])[0].astype(np.bool_)
+def _pad(
+    sequences: Sequence[TokenSample | TokenChoice], pack: list[int], n_scored: int, lengths: tuple[int, ...]
+) -> Batch:
+    """One batch, of whose rows the first `n_scored` are scored."""
+    rows_of = [sequences[index] for index in pack]
+    input_ids, attention_mask = _padded([sequence.input_ids for sequence in rows_of], lengths[0])
+    scored = _padded([sequence.scored for sequence in rows_of], lengths[0])[0].astype(np.bool_)
+    scored[n_scored:] = False
     if scored[:, 0].any():
         raise ProbeSetError("expected sequences as `encode` makes them, got one without the decoder's start token")
-    encoders = [sequence.encoder_ids for sequence in sequences if sequence.encoder_ids is not None]
-    encoder_ids, encoder_mask = _padded(encoders) if encoders else (None, None)
+    encoders = [sequence.encoder_ids for sequence in rows_of if sequence.encoder_ids is not None]
+    encoder_ids, encoder_mask = _padded(encoders, lengths[1]) if encoders else (None, None)
     rows, positions = np.nonzero(scored)
     return Batch(
         input_ids=input_ids,
@@ -159,9 +148,9 @@ def _pad(sequences: Sequence[TokenSample | TokenChoice], pack: list[int]) -> Bat
     )
 
 
-def _padded(rows: Sequence[IntArray | BoolArray]) -> tuple[IntArray, IntArray]:
-    """The rows, and a mask of where they are, of shape [number of rows, length of the longest]."""
-    padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+def _padded(rows: Sequence[IntArray | BoolArray], length: int) -> tuple[IntArray, IntArray]:
+    """The rows, and a mask of where they are, of shape [number of rows, length]."""
+    padded = np.zeros((len(rows), length), dtype=np.int64)
     mask = np.zeros_like(padded)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row

@@ -16,6 +16,10 @@ from torch.nn.modules import module as module_hooks
 
 from mui_callback.errors import ProbeError
 
+_LEARNT = frozenset({"_external_params"})
+"""Attributes that say which weights a module uses that are not its own: ZeRO-3 learns it in the first forward, marks
+the weights, and would gather them no more if it was made to forget."""
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -120,13 +124,13 @@ class _ObjectState:
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
-        self.attributes = dict(vars(owner))
+        self.attributes = {name: value for name, value in vars(owner).items() if name not in _LEARNT}
         self.contents = [restore for value in self.attributes.values() if (restore := _content(value))]
 
     def restore_attributes(self) -> None:
         # What did not change is not touched: compiled code may be guarded by the version of a dict.
         attributes: dict[str, Any] = vars(self.owner)
-        for name in attributes.keys() - self.attributes.keys():
+        for name in attributes.keys() - self.attributes.keys() - _LEARNT:
             del attributes[name]
         for name, value in self.attributes.items():
             if attributes.get(name, self) is not value:
