@@ -151,3 +151,39 @@ def _sabotaged(model: nn.Module, in_reading: bool, in_forward: bool) -> Iterator
 
 def _fail(*args: Any) -> None:
     raise RuntimeError(f"injected in process {distributed.get_rank()}")
+
+
+def probe_after(rank: int, directory: Path, *, name: str, before: str) -> dict[str, Any]:
+    """Probe twice where weights are whole in part, and look at what is left.
+
+    Args:
+        rank: this process.
+        directory: of the launch.
+        name: of the backend.
+        before: ``"evaluated"``, ``"unsharded"`` by hand, or ``"nothing"``.
+    """
+    trainee = BACKENDS[name].build()
+    model: Any = trainee.model
+    trainee.train_step(torch.arange(3, 27).view(2, 12))
+    if before == "evaluated":
+        model.eval()
+        with torch.no_grad():
+            model(torch.arange(3, 27).view(2, 12))
+        model.train()
+    elif before == "unsharded":
+        model.unshard()
+    kinds = {path: type(weight) for path, weight in model.named_parameters()}
+    probe = MUIProbe(model, many(), **SETTINGS)
+    reports = [probe.measure(), probe.measure()]
+    return {
+        "losses": [report.pooled.loss for report in reports],
+        "is as before": kinds == {path: type(weight) for path, weight in model.named_parameters()},
+        "sizes": {path: _size(weight) for path, weight in model.state_dict().items()},
+        "next loss": trainee.train_step(torch.arange(3, 27).view(2, 12)),
+    }
+
+
+def _size(weight: Any) -> int:
+    """Elements that are there to be saved."""
+    whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole.untyped_storage().nbytes() // whole.element_size()

@@ -1,8 +1,10 @@
-"""What has to be so before transformers is imported."""
+"""What has to be so before torch and transformers are imported."""
 
 import os
 import tempfile
 
+# Workers, and the processes that tests start, would get in each other's way with as many threads as there are cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 # The code of remote models is copied to one place by the name of their folder: each worker needs its own.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")
 os.environ["HF_HUB_OFFLINE"] = "1"

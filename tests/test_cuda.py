@@ -125,7 +125,7 @@ def test_training_in_lightning_is_the_same_to_the_bit(precision: str, tmp_path: 
 def test_memory_that_runs_out_halves_the_batch(tmp_path: Path) -> None:
     model, watch = make_model().to("cuda"), Watch({"on_error": "warn"})
     reference = MUIProbe(model, probe_set()).measure()
-    largest = max(batch.n_positions for batch in MUIProbe(model, probe_set())._batches)
+    largest = max(batch.n_positions for (batch,) in MUIProbe(model, probe_set())._rounds)
 
     def exhaust(module: torch.nn.Module, args: Any, options: dict[str, Any]) -> None:
         if options["input_ids"].numel() > largest // 3:

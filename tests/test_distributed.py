@@ -35,6 +35,8 @@ SHORT = 2.0
 REGULAR = [0, 2, 4, 6, STEPS]
 """The steps that are probed."""
 BOTH = (0, 1)
+MEMORY = 40
+"""Tokens of a batch for which there is memory, where it runs out."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,11 @@ def assert_trained_as(without: list[Seen], seen: list[Seen]) -> None:
 def assert_same_counts(first: MUIReport | None, second: MUIReport) -> None:
     assert first is not None
     for field in fields(ProbeCounts):
-        assert np.array_equal(getattr(first.counts, field.name), getattr(second.counts, field.name)), field.name
+        found, expected = (getattr(report.counts, field.name) for report in (first, second))
+        if found.dtype.kind == "f":  # other batches, and added up in another order
+            assert found == pytest.approx(expected, rel=1e-6, abs=1e-6), field.name
+        else:
+            assert np.array_equal(found, expected), field.name
 
 
 # Where all goes well
@@ -175,12 +181,12 @@ def test_three_failures_in_a_row_in_one_stop_probing_in_both(without: list[Seen]
 def test_both_halve_their_batches_if_memory_runs_out_in_one(
     without: list[Seen], monitored: list[Seen], tmp_path: Path
 ) -> None:
-    seen = launch(tmp_path, train, sabotage={1: run_out_of_memory_above(60)})
+    seen = launch(tmp_path, train, sabotage={1: run_out_of_memory_above(MEMORY)})
     assert errors(seen[0]) == [None] * len(REGULAR)
     assert seen[0].passes == seen[1].passes
     sizes = [n_tokens for step, n_tokens in seen[0].passes if step == 0]
-    assert sizes[0] > 60 >= max(sizes[1:])
-    assert max(n_tokens for step, n_tokens in seen[0].passes if step > 0) <= 60  # once and for all
+    assert sizes[0] > MEMORY >= max(sizes[1:])
+    assert max(n_tokens for step, n_tokens in seen[0].passes if step > 0) <= MEMORY  # once and for all
     halved = sizes[0] // 2
     for point in seen[0].points:
         assert point.report is not None
@@ -196,7 +202,7 @@ def test_both_halve_their_batches_if_memory_runs_out_in_one(
 
 
 def test_no_smaller_batches_where_one_fails_for_another_reason(tmp_path: Path) -> None:
-    seen = launch(tmp_path, train, sabotage={0: fail_at(0), 1: run_out_of_memory_above(60)}, n_steps=2)
+    seen = launch(tmp_path, train, sabotage={0: fail_at(0), 1: run_out_of_memory_above(MEMORY)}, n_steps=2)
     assert [step for step, _ in seen[0].passes].count(0) == [step for step, _ in seen[1].passes].count(0) == 1
     assert errors(seen[0])[0] == "RuntimeError: injected"
     assert "can't allocate memory" in seen[1].warnings[0]

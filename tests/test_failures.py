@@ -62,7 +62,7 @@ def errors(watch: Watch) -> list[str | None]:
 
 def test_out_of_memory_halves_the_batch_until_it_fits(without: Trained, tmp_path: Path) -> None:
     model, watch, sizes = make_model(), Watch({"on_error": "warn"}), []
-    whole = MUIProbe(model, probe_set())._batches[0].n_positions
+    whole = MUIProbe(model, probe_set())._rounds[0][0].n_positions
 
     def exhaust(ids: torch.Tensor) -> None:
         sizes.append(ids.numel())
@@ -100,7 +100,7 @@ def test_halving_ends(tmp_path: Path) -> None:
     while probe.halve_batches():
         sizes.append(probe.settings.batch_tokens)
     assert sizes == sorted(set(sizes), reverse=True)
-    assert all(len(batch.sample) == 1 for batch in probe._batches)
+    assert all(len(batch.sample) == 1 for (batch,) in probe._rounds)
 
 
 @pytest.mark.parametrize(

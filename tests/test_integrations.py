@@ -153,7 +153,7 @@ def test_a_crash_in_a_probe_changes_nothing(without: Trained, way: Integration, 
 
 def test_an_interrupt_in_a_probe_leaves_whole_files_and_a_whole_model(way: Integration, tmp_path: Path) -> None:
     watch, model = Watch({"batch_tokens": 30}), make_model()
-    n_batches = len(MUIProbe(model, probe_set(), batch_tokens=30)._batches)
+    n_batches = len(MUIProbe(model, probe_set(), batch_tokens=30)._rounds)
     with (
         raising_in_a_probe(model, KeyboardInterrupt(), at_call=n_batches + 2),  # at step 3
         pytest.raises((KeyboardInterrupt, SystemExit)),

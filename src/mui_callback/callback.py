@@ -11,6 +11,7 @@ from torch import nn
 from mui_callback.forgiving import described, warn
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
+from mui_callback.parallel.processes import Processes
 from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
@@ -173,7 +174,12 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         tokenizer = self.tokenizer or training.tokenizer
         probe_set = self.probe_set
         if probe_set is None:
-            probe_set = self._read_eval_data(training, can_do_without=tokenizer is not None)
+            # Every process reads them, as it may change the data; but some give each process other rows.
+            processes = Processes()
+            has_tokenizer = tokenizer is not None
+            probe_set = processes.of_main(
+                processes.together(lambda: self._read_eval_data(training, can_do_without=has_tokenizer))
+            )
         if probe_set is None:
             probe_set = builtin_for(model, tokenizer, _HINT)
         return MUIProbe(model, probe_set, tokenizer=tokenizer, **asdict(self.settings))

@@ -79,7 +79,7 @@ class RunMonitor:
         self._failures_in_a_row = 0
         self._processes = Processes()
         self._probe = self._processes.together(make_probe)
-        self._probe.agree()
+        self._probe.agree(self._processes)
         run = RunDescription(
             self._probe.probe_set.task_names,
             self._probe.probe_set.fingerprint,

@@ -7,6 +7,7 @@ way of the collectives of the training, and whoever waits in vain is told so. On
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,22 @@ class Processes:
             raise ProbeError(f"process 0: {told['failed']}")
         decided: _T = told["decided"]
         return decided
+
+    def of_main(self, mine: _T) -> _T:
+        """The object of the main process, in every process; it must be one that can be pickled.
+
+        Raises:
+            DesynchronizedError: not all processes came to this call.
+        """
+        if self._store is None:
+            return mine
+        with self._talking() as key:
+            if self.is_main:
+                self._store.set(key, pickle.dumps(mine))
+                return mine
+            self._wait_for(key)
+            theirs: _T = pickle.loads(self._store.get(key))
+            return theirs
 
     def gather_failures(self, error: BaseException | None) -> list[Failure]:
         """The failures of all processes, the same in each; empty if all went well.

@@ -55,7 +55,7 @@ class KeptWhole:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         inside = list(modules)
-        self._fsdp = list(_fsdp_modules(inside))
+        self._fsdp = [module for module in _fsdp_modules(inside) if any(group.is_sharded for group in _groups(module))]
         parameters = {id(weight): weight for module in inside for weight in module.parameters(recurse=False)}
         self._zero3: list[Any] = [weight for weight in parameters.values() if is_zero3(weight)]
 
@@ -93,8 +93,10 @@ def engines_at_rest(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in _fsdp_modules(model.modules()):
-            if any(is_dtensor(weight) for weight in module.parameters()):
+            if any(group.is_sharded for group in _groups(module)):  # of its own: modules inside have theirs
                 stack.callback(module.reshard)
+            else:
+                stack.enter_context(_staying_whole(module))
             for handle in _without_grad(module):
                 stack.enter_context(handle)
         for owner in model.modules():
@@ -132,10 +134,7 @@ def _without_grad(module: nn.Module) -> Iterator[Any]:
 @contextmanager
 def _staying_whole(module: Any) -> Iterator[None]:
     """A module of FSDP2 does not spread its weights when its forward ends."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # torch before 2.12 has one
-        groups = [group for group in (state._fsdp_param_group,) if group is not None]
+    state, groups = module._get_fsdp_state(), _groups(module)
     before = [(group, group.post_forward_mesh_info) for group in groups]
     automatic = getattr(state, "_auto_reshard_after_forward", None)
     module.set_reshard_after_forward(False, recurse=False)
@@ -146,6 +145,15 @@ def _staying_whole(module: Any) -> Iterator[None]:
             group.post_forward_mesh_info = mesh_info
         if automatic is not None:
             state._auto_reshard_after_forward = automatic
+
+
+def _groups(module: Any) -> list[Any]:
+    """The parameters that a module of FSDP2 takes care of."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch before 2.12 has one
+        groups = [group for group in (state._fsdp_param_group,) if group is not None]
+    return list(groups)
 
 
 def _fsdp_modules(modules: Iterable[nn.Module]) -> Iterator[Any]:

@@ -70,7 +70,13 @@ class Reading:
             self._batch = None
         if batch.not_read:
             paths = ", ".join(self.layers[index].shape.path for index in sorted(batch.not_read))
-            self.note(ProbeError(f"expected every MoE layer to run in a forward pass of the model; {paths} did not."))
+            self.note(
+                ProbeError(
+                    f"expected every MoE layer to run in a forward pass of the model; {paths} did not. If something "
+                    "has put other modules in their place since (deepspeed.initialize does, with AutoEP), make the monitor "
+                    "or the probe after that."
+                )
+            )
 
     def note(self, error: Exception | None) -> None:
         """Keep an error, if it is the first one."""

@@ -142,6 +142,8 @@ class MUIProbe:
         self.wait_for_device()
         start = time.perf_counter()
         sent = self._sent
+        if self._shards.in_step:  # whoever has come alone must not begin to exchange tensors
+            self._processes.raise_everywhere(None)
         passed, error = attempt(lambda: self._pass(self._rounds, self._choice_rounds))
         if isinstance(error, InterruptedPassError):
             raise error
@@ -170,17 +172,21 @@ class MUIProbe:
             return Outcome(error=wrong, failures=[Failure(0, found.complaints[0], out_of_memory=False)])
         return Outcome(report)
 
-    def agree(self) -> None:
+    def agree(self, processes: Processes | None = None) -> None:
         """Make sure that all processes probe one model with one probe set; a process alone has nothing to do.
 
-        Processes that train models of their own probe them by themselves.
+        Processes that train models of their own probe them by themselves. Without this call, the first `measure`
+        makes it.
+
+        Args:
+            processes: how they talk to each other.
 
         Raises:
             UnsupportedModelError: they have different layers.
             ProbeSetError: they have different probe sets.
             DesynchronizedError: not all of them made this call.
         """
-        self._processes = Processes()
+        self._processes = processes or Processes()
         self._shards = agreed(self._processes, self._shards, self.model, self._apart, self._described())
 
     def verify(self, *, rounding: float | None = None) -> Verification:
