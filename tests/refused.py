@@ -63,7 +63,7 @@ def _pipeline_module() -> nn.Module:
 
 def _auto_tensor_parallel() -> nn.Module:
     """As DeepSpeed's AutoTP replaces linear maps."""
-    _deepspeed()
+    _deepspeed().init_distributed("gloo")
     from deepspeed.module_inject.layers import LinearLayer
 
     model = build("qwen2_moe")

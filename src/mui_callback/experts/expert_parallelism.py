@@ -36,6 +36,8 @@ class Spread:
 
 
 NOT_SPREAD = Spread()
+_TENSOR_PARALLEL = frozenset({"tp", "tensor_parallel"})
+"""What transformers and Lightning name the dimension of a device mesh in which matrices are divided."""
 
 
 def find_spread(modules: Mapping[str, nn.Module], path: str) -> Spread:
@@ -45,6 +47,8 @@ def find_spread(modules: Mapping[str, nn.Module], path: str) -> Spread:
         UnsupportedModelError: each process has a part of every expert (tensor parallelism).
     """
     group = _group(modules, path)
+    if group is None:
+        _refuse_parts_of_experts(path, modules[path])
     return Spread(Peers(group)) if group is not None else NOT_SPREAD
 
 
@@ -63,6 +67,15 @@ def _group(modules: Mapping[str, nn.Module], path: str) -> Any:
             return module.ep_group
         path = outside(path)
     return None
+
+
+def _refuse_parts_of_experts(path: str, module: nn.Module) -> None:
+    for name, weight in module.named_parameters():
+        if is_dtensor(weight) and not _TENSOR_PARALLEL.isdisjoint(weight.device_mesh.mesh_dim_names or ()):  # type: ignore[attr-defined]
+            raise UnsupportedModelError(
+                f"{path}.{name}: each process has a part of every expert (tensor parallelism), so that no process sees "
+                "whole neurons' contributions. Spread whole experts over processes instead (expert parallelism)."
+            )
 
 
 def _group_of_transformers(path: str, module: nn.Module) -> Any:

@@ -128,6 +128,12 @@ class StackedExperts:
             The output ``[T, D]`` in the dtype of the input, and the rows behind it.
         """
         module, (n_tokens, top_k) = self.module, expert_TK.shape
+        width = module.down_proj.shape[1 if module.is_transposed else 2]
+        if (len(module.down_proj), width) != (self.n_local, self.width):
+            raise ProbeError(
+                f"{self.path}.down_proj: expected {self.n_local} whole experts of {self.width} neurons in this "
+                f"process, got {tuple(module.down_proj.shape)}"
+            )
         expert_S, order_S = expert_TK.flatten().clamp(max=self.n_local - 1).sort(stable=True)
         offsets_E = group_offsets(expert_S, self.n_local)
         row_S = torch.empty_like(order_S)

@@ -73,8 +73,8 @@ class Reading:
             self.note(
                 ProbeError(
                     f"expected every MoE layer to run in a forward pass of the model; {paths} did not. If something "
-                    "has put other modules in their place since (deepspeed.initialize does, with AutoEP), make the monitor "
-                    "or the probe after that."
+                    "has put other modules in their place since (deepspeed.initialize does, with AutoEP), make the "
+                    "monitor or the probe after that."
                 )
             )
 
