@@ -11,7 +11,7 @@ from mui_callback.errors import NoExpertsError, UnsupportedModelError
 from mui_callback.experts.adapters import adapted
 from mui_callback.experts.base import Experts
 from mui_callback.experts.dense import find_dense_layers
-from mui_callback.experts.expert_parallelism import find_spread
+from mui_callback.experts.expert_parallelism import find_spread, refuse_parts_of_experts
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.experts.lists import find_list, find_stacked_parameter, has_router
 from mui_callback.experts.paths import is_inside, is_numbered, language_model_modules, layer_numbers, outside
@@ -88,6 +88,7 @@ def _candidates(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLaye
         routed = None if path.rpartition(".")[2] in SHARED_NAMES else _find_routed(modules, path, module)
         if routed is None:
             continue
+        refuse_parts_of_experts(path, module)
         claimed.append(path)
         block_path = _block_of(modules, path, module, routed)
         if block_path is not None:

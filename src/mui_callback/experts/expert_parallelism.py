@@ -44,11 +44,9 @@ def find_spread(modules: Mapping[str, nn.Module], path: str) -> Spread:
     """How the routed experts at a path are spread over processes.
 
     Raises:
-        UnsupportedModelError: each process has a part of every expert (tensor parallelism).
+        UnsupportedModelError: they are, in a way that is not known.
     """
     group = _group(modules, path)
-    if group is None:
-        _refuse_parts_of_experts(path, modules[path])
     return Spread(Peers(group)) if group is not None else NOT_SPREAD
 
 
@@ -69,7 +67,10 @@ def _group(modules: Mapping[str, nn.Module], path: str) -> Any:
     return None
 
 
-def _refuse_parts_of_experts(path: str, module: nn.Module) -> None:
+def refuse_parts_of_experts(path: str, module: nn.Module) -> None:
+    """Raises `UnsupportedModelError` if each process has a part of every expert of a module (tensor parallelism)."""
+    if getattr(module, "_is_expert_parallel", False):
+        return
     for name, weight in module.named_parameters():
         if is_dtensor(weight) and not _TENSOR_PARALLEL.isdisjoint(weight.device_mesh.mesh_dim_names or ()):  # type: ignore[attr-defined]
             raise UnsupportedModelError(
