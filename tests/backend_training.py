@@ -17,7 +17,7 @@ from backends import BACKENDS, Backend, Trainee
 from distributed_training import output_dir
 from mui_callback import MemorySink, MUIMonitor, MUIProbe, MUIReport, ProbeSet
 from mui_callback.errors import MUIError
-from mui_callback.probe.samples import TokenSample
+from mui_callback.probe.samples import TokenChoice, TokenSample
 from mui_callback.scoring.device_counts import BatchCounts
 from mui_callback.sinks.base import ProbePoint
 from tiny import VOCAB
@@ -29,8 +29,15 @@ SETTINGS: dict[str, Any] = {"batch_tokens": 40, "top_fraction": 0.02}
 
 def many() -> ProbeSet:
     """Nine samples, so that processes get batches of different sizes and not the same number of them."""
-    with_choices = [TokenSample(s.id, s.input_ids, s.scored) for s in make_samples(3, (5, 6, 13, 8, 21))]
+    with_choices = [
+        TokenSample(s.id, s.input_ids, s.scored, choices=_choices(number), answer=number % 3)
+        for number, s in enumerate(make_samples(3, (5, 6, 13, 8, 21)))
+    ]
     return ProbeSet({"a": make_samples(7), "b": with_choices})
+
+
+def _choices(number: int) -> tuple[TokenChoice, ...]:
+    return tuple(TokenChoice(s.input_ids, s.scored) for s in make_samples(number, (6, 9, 4)))
 
 
 def one() -> ProbeSet:

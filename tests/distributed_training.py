@@ -20,12 +20,14 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mui_callback import MemorySink, MUIMonitor, MUIProbe, MUIReport, ProbeSet
+from mui_callback import MemorySink, MUICallback, MUIMonitor, MUIProbe, MUIReport, ProbeSet
+from mui_callback.errors import MUIError
 from mui_callback.metrics.catalogue import OVERHEAD, key
 from mui_callback.monitoring import run_monitor
 from mui_callback.parallel.processes import Processes
 from mui_callback.probe.samples import TokenSample
 from mui_callback.sinks.base import ProbePoint
+from mui_callback.trainers.base import Training
 from tiny import VOCAB, build, qwen2_moe
 from tiny_samples import make_samples
 from training import STEPS, Trained, rows
@@ -229,6 +231,21 @@ def make_monitor(
             model, probed = models.get(rank, moe_model)(), probe_sets.get(rank, probe_set)()
             MUIMonitor(model, probed, output_dir=output_dir(directory, rank), **options)
     return seen
+
+
+def read_eval_data(rank: int, directory: Path, *, fails_in: int | None = None) -> str:
+    """The samples of a callback in a trainer whose eval data are other ones in each process, or what it raises."""
+
+    def read(max_samples: int) -> ProbeSet:
+        if rank == fails_in:
+            raise OSError("the data are gone")
+        return ProbeSet({"eval": make_samples(rank)})
+
+    training = Training(moe_model(), 0, directory, [], tokenizer=None, eval_data=read, state=None)
+    try:
+        return MUICallback()._make_probe(training).probe_set.fingerprint
+    except (OSError, MUIError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def agree_alone(rank: int, directory: Path, *, ranks: tuple[int, ...], seconds: float) -> list[str]:

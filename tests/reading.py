@@ -29,6 +29,7 @@ def layer_scores(
     totals: list[list[torch.Tensor]] = [[] for _ in layers]
     outputs: list[list[torch.Tensor]] = [[] for _ in layers]
     head = LanguageModelHead(model)
+    device = head.weight_VD.device
     batch: Any = None
 
     def consume(layer: int, scores: LayerScores) -> None:
@@ -51,8 +52,8 @@ def layer_scores(
     reading = Reading(layers)
     with frozen(model), instrument(reading):
         for host_batch in make_batches(samples, batch_tokens=40):
-            batch = to_device(host_batch, torch.device("cpu"))
-            readout_RD = head.rows([host_batch.target], Shards(), torch.device("cpu"))
+            batch = to_device(host_batch, device)
+            readout_RD = head.rows([host_batch.target], Shards(), device)
             with reading.batch(lambda layer, batch=batch: batch.tokens, readout_RD, consume, check=conservation):
                 head.logits(batch)
     if reading.error is not None:

@@ -26,6 +26,7 @@ def assert_same_report(whole: MUIReport, parts: MUIReport) -> None:
     assert np.array_equal(parts.counts.routed, whole.counts.routed)
     assert np.array_equal(parts.counts.correct, whole.counts.correct)
     assert parts.counts.loss == pytest.approx(whole.counts.loss, abs=1e-5)
+    assert parts.counts.choice_loss == pytest.approx(whole.counts.choice_loss, abs=1e-5)
     assert parts.counts.mass == pytest.approx(whole.counts.mass, rel=1e-5)
     left_out = {"mui/seconds", "mui/comm_bytes", "mui/dropped_tokens", "mui/identity_error"}
     rates, expected = ({k: v for k, v in report.scalars().items() if k not in left_out} for report in (parts, whole))

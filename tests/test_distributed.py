@@ -20,14 +20,16 @@ from distributed_training import (
     make_monitor,
     output_dir,
     probe,
+    read_eval_data,
     record,
     result,
     run_out_of_memory_above,
     train,
     unfit_probe_set,
 )
-from mui_callback import MUIReport
+from mui_callback import MUIReport, ProbeSet
 from mui_callback.counts import ProbeCounts
+from tiny_samples import make_samples
 from training import STEPS, assert_same_to_the_bit
 
 SHORT = 2.0
@@ -259,6 +261,19 @@ def test_where_training_goes_on_the_record_of_the_main_process_counts_for_both(
         assert list(one.measured) == [*REGULAR, STEPS + 2]
     header = [line["run"]["id"] for line in record(tmp_path) if "run" in line]
     assert header[0] == header[1]
+
+
+# Which samples
+
+
+def test_the_eval_data_of_the_main_process_are_those_of_all(tmp_path: Path) -> None:
+    expected = ProbeSet({"eval": make_samples(0)}).fingerprint
+    assert launch(tmp_path, read_eval_data) == [expected, expected]
+
+
+def test_all_raise_if_one_cannot_read_its_eval_data(tmp_path: Path) -> None:
+    error = "OSError: the data are gone"
+    assert launch(tmp_path, read_eval_data, fails_in=1) == [f"ProbeError: process 1: {error}", error]
 
 
 # When to probe

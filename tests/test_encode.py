@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mui_callback.errors import ProbeSetError
-from mui_callback.probe.batches import make_batches
+from mui_callback.probe.batches import make_batches, make_rounds
 from mui_callback.probe.device_batch import to_device
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode, tokenize
 from mui_callback.probe.probe_set import ProbeSet
@@ -267,6 +267,35 @@ def test_batches_hold_every_scored_token_once(many: list[TokenSample | TokenChoi
         assert {array.dtype for array in vars(batch).values() if array is not None} == {np.dtype(np.int64)}
     assert sorted(found) == sorted(expected)
     assert seen == sorted((i for i, s in enumerate(many) if s.scored.any()), key=lambda i: total_length(many[i]))
+
+
+@given(
+    st.booleans().flatmap(lambda encoder: st.lists(sequences(encoder), max_size=12)),
+    st.integers(1, 40),
+    st.integers(2, 4),
+)
+def test_rounds_deal_out_every_sequence_once(
+    many: list[TokenSample | TokenChoice], batch_tokens: int, n_shards: int
+) -> None:
+    """Whatever is scored in one shard's batches is scored nowhere else, and the batches of a round are of one shape."""
+    found: list[tuple[int, list[int]]] = []
+    for batches in make_rounds(many, batch_tokens, n_shards):
+        assert len(batches) == n_shards
+        assert len({(batch.n_positions, batch.input_ids.shape) for batch in batches}) == 1
+        assert not batches[0].is_stand_in
+        n_rows = len(batches[0].sample)
+        assert batches[0].n_positions <= batch_tokens or n_rows == 1
+        for batch in batches:
+            for row, sample in enumerate(batch.sample.tolist()):
+                sequence = many[sample]
+                n_tokens = len(sequence.input_ids)
+                assert batch.input_ids[row, :n_tokens].tolist() == sequence.input_ids.tolist()
+                assert batch.attention_mask[row].sum() == n_tokens > 0
+                if (batch.row == row).any():
+                    found.append((sample, batch.target[batch.row == row].tolist()))
+            assert batch.is_stand_in == (len(batch.target) == 0)
+    expected = [(i, s.input_ids[s.scored].tolist()) for i, s in enumerate(many) if s.scored.any()]
+    assert sorted(found) == expected
 
 
 def test_batches_are_packed_greedily_by_length() -> None:
