@@ -73,7 +73,7 @@ def _trained_in_torch(model: nn.Module) -> Trainee:
     return Trainee(model.train(), partial(_step, model, optimizer, Tensor.backward))
 
 
-def _tell_environment() -> None:
+def tell_environment() -> None:
     """What a launcher would; and that DeepSpeed, which others import too, is to stay on the CPU."""
     rank, size = str(distributed.get_rank()), str(distributed.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
@@ -88,7 +88,7 @@ def build_ddp(reference: Callable[[], nn.Module]) -> Trainee:
 
 
 def build_accelerate(reference: Callable[[], nn.Module]) -> Trainee:
-    _tell_environment()  # Accelerate takes a process without these for one that is alone
+    tell_environment()  # Accelerate takes a process without these for one that is alone
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -134,7 +134,7 @@ def build_deepspeed(
         parameters: for the optimizer, or groups of them.
         config: of DeepSpeed, beside the usual.
     """
-    deepspeed = _deepspeed()
+    deepspeed = deepspeed_on_cpu()
     model = reference()
     if leaf is not None:
         deepspeed.utils.set_z3_leaf_modules(model, [type(getattr(model.layers[-1], leaf))])
@@ -157,9 +157,9 @@ def _engine_step(engine: Any, input_ids: Tensor) -> float:
     return loss.item()
 
 
-def _deepspeed() -> ModuleType:
+def deepspeed_on_cpu() -> ModuleType:
     """DeepSpeed, on the CPU, without the helper for inference that it would compile for more than a minute."""
-    _tell_environment()
+    tell_environment()
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -278,7 +278,7 @@ def build_hf_ep(reference: Callable[[], PreTrainedModel], **config: Any) -> Trai
     """
     from transformers.distributed import DistributedConfig
 
-    _tell_environment()
+    tell_environment()
     with tempfile.TemporaryDirectory() as own:
         shared = [own]
         distributed.broadcast_object_list(shared)
@@ -311,7 +311,7 @@ def _auto_ep(**options: Any) -> dict[str, Any]:
 
 
 _QWEN = partial(build, "qwen2_moe")
-_ODD_QWEN = partial(build, "qwen2_moe", vocab_size=ODD_VOCAB)
+ODD_QWEN = partial(build, "qwen2_moe", vocab_size=ODD_VOCAB)
 _LISTED = partial(build_plain, "qwen2")
 _DEEPSEEK = partial(build, "deepseek_v3")
 _OLMOE = partial(build, "olmoe")
@@ -320,11 +320,11 @@ _ONE_SIDED = partial(_one_sided, partial(build, "qwen3_moe", num_experts=8))
 _ALL = (
     _backend("ddp", build_ddp, _QWEN),
     _backend("accelerate", build_accelerate, _QWEN),
-    _backend("fsdp2", build_fsdp2, _ODD_QWEN),
-    _backend("fsdp2_nested", build_fsdp2, _ODD_QWEN, is_nested=True),
-    _backend("zero1", build_deepspeed, _ODD_QWEN, stage=1),
-    _backend("zero2", build_deepspeed, _ODD_QWEN, stage=2),
-    _backend("zero3", build_deepspeed, _ODD_QWEN, stage=3),
+    _backend("fsdp2", build_fsdp2, ODD_QWEN),
+    _backend("fsdp2_nested", build_fsdp2, ODD_QWEN, is_nested=True),
+    _backend("zero1", build_deepspeed, ODD_QWEN, stage=1),
+    _backend("zero2", build_deepspeed, ODD_QWEN, stage=2),
+    _backend("zero3", build_deepspeed, ODD_QWEN, stage=3),
     _backend("zero3_list", build_deepspeed, _LISTED, stage=3, leaf="mlp"),
     _deepspeed_moe("moe_k1", Mixture(1, expert=sequential_mlp)),
     _deepspeed_moe("moe_k2", Mixture(2), stage=2),

@@ -10,7 +10,7 @@ import torch
 from torch import distributed, nn
 
 from backend_training import SETTINGS, many
-from backends import _deepspeed, _tell_environment
+from backends import deepspeed_on_cpu, tell_environment
 from mui_callback import MUIProbe, ProbeSet
 from mui_callback.errors import MUIError
 from tiny import build
@@ -20,10 +20,10 @@ from tiny_samples import make_samples
 def refusal(rank: int, directory: Path, *, kind: str) -> str:
     """What a process is told."""
     try:
-        MUIProbe(MODELS[kind](), PROBE_SETS.get(kind, many)(), **SETTINGS).measure()
+        report = MUIProbe(MODELS[kind](), PROBE_SETS.get(kind, many)(), **SETTINGS).measure()
     except MUIError as error:
         return f"{type(error).__name__}: {error}"
-    return "measured"
+    return f"{report.samples} samples, {report.pooled.loss}"
 
 
 def _tensor_parallel_experts() -> nn.Module:
@@ -50,7 +50,7 @@ def _stages() -> nn.Module:
 
 
 def _pipeline_module() -> nn.Module:
-    _deepspeed()
+    deepspeed_on_cpu()
     from deepspeed.pipe import PipelineModule
 
     class Pipeline(PipelineModule):
@@ -63,7 +63,7 @@ def _pipeline_module() -> nn.Module:
 
 def _auto_tensor_parallel() -> nn.Module:
     """As DeepSpeed's AutoTP replaces linear maps."""
-    _deepspeed().init_distributed("gloo")
+    deepspeed_on_cpu().init_distributed("gloo")
     from deepspeed.module_inject.layers import LinearLayer
 
     model = build("qwen2_moe")
@@ -87,7 +87,7 @@ def _from_pretrained(family: str, **config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    _tell_environment()
+    tell_environment()
     with tempfile.TemporaryDirectory() as own:
         shared = [own]
         distributed.broadcast_object_list(shared)

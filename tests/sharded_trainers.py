@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
 from backend_training import SETTINGS, many
-from backends import _ODD_QWEN, _deepspeed, _tell_environment, language_loss
+from backends import ODD_QWEN, deepspeed_on_cpu, language_loss, tell_environment
 from distributed_training import output_dir
 from mui_callback import MemorySink, MUICallback, MUIMonitor
 from tiny import VOCAB
@@ -22,7 +22,7 @@ Seen = dict[str, Any]
 
 def train(rank: int, directory: Path, *, trainer: str, is_probed: bool = True) -> Seen:
     """Train for some steps: the losses of this process, and its points."""
-    _tell_environment()
+    tell_environment()
     torch.manual_seed(0)
     sink = MemorySink()
     losses = TRAINERS[trainer](output_dir(directory, rank), sink, is_probed)
@@ -56,7 +56,7 @@ def in_lightning(directory: Path, sink: MemorySink, is_probed: bool) -> list[flo
 
         def configure_model(self) -> None:
             if self.model is None:
-                self.model = _ODD_QWEN()
+                self.model = ODD_QWEN()
                 _shard(self.model, self.device_mesh["data_parallel"])
 
         def training_step(self, batch: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ def in_transformers(directory: Path, sink: MemorySink, is_probed: bool) -> list[
     """`Trainer(deepspeed=…)`."""
     from transformers import Trainer, TrainingArguments
 
-    model = _ODD_QWEN().train()  # whole: where a config of ZeRO-3 is known, transformers makes parts of models
-    _deepspeed().init_distributed("gloo")
+    model = ODD_QWEN().train()  # whole: where a config of ZeRO-3 is known, transformers makes parts of models
+    deepspeed_on_cpu().init_distributed("gloo")
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     config = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "zero_optimization": zero}
     config["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
@@ -121,7 +121,7 @@ def in_accelerate(directory: Path, sink: MemorySink, is_probed: bool) -> list[fl
         cpu_ram_efficient_loading=False,
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    model: nn.Module = _ODD_QWEN().train()
+    model: nn.Module = ODD_QWEN().train()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     monitor = MUIMonitor(model, many(), every=1, sinks=[sink], output_dir=directory, **SETTINGS) if is_probed else None
     losses = []

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from backends import _deepspeed
+from backends import deepspeed_on_cpu
 from distributed_training import DEADLINE, launch, output_dir, probe_set
 from mui_callback import MemorySink, MUICallback, MUIMonitor
 from mui_callback.sinks.base import ProbePoint
@@ -58,7 +58,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 def train_with_zero3(rank: int, directory: Path, *, checkpoint: Path) -> list[ProbePoint]:
     # On the CPU transformers leaves this to others, and ZeRO would take each process for one that is alone.
-    _deepspeed().init_distributed("gloo")
+    deepspeed_on_cpu().init_distributed("gloo")
     args = TrainingArguments(
         deepspeed=str(CONFIGS / "zero3.json"),
         use_cpu=True,
@@ -79,7 +79,7 @@ def train_with_zero3(rank: int, directory: Path, *, checkpoint: Path) -> list[Pr
 
 def train_with_autoep(rank: int, directory: Path) -> list[ProbePoint]:
     model = build("deepseek_v3")
-    engine, *_ = _deepspeed().initialize(
+    engine, *_ = deepspeed_on_cpu().initialize(
         model=model, model_parameters=model.parameters(), config=str(CONFIGS / "autoep.json")
     )
     torch.manual_seed(rank)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from backend_training import SETTINGS, many
 from distributed_training import launch
+from mui_callback import MUIProbe
 from refused import refusal
+from tiny import build
 
 
 @pytest.mark.parametrize(
@@ -29,4 +32,7 @@ def test_refused(kind: str, message: str, tmp_path: Path) -> None:
 
 
 def test_processes_with_models_of_their_own_probe_them_by_themselves(tmp_path: Path) -> None:
-    assert launch(tmp_path, refusal, kind="own weights") == ["measured", "measured"]
+    alone = [MUIProbe(build("qwen2_moe", seed=rank), many(), **SETTINGS).measure() for rank in range(2)]
+    expected = [f"{report.samples} samples, {report.pooled.loss}" for report in alone]
+    assert launch(tmp_path, refusal, kind="own weights") == expected
+    assert expected[0] != expected[1]

@@ -50,8 +50,8 @@ class LanguageModelHead:
         self.error = torch.full((), -1.0, dtype=torch.float32)
         """Relative difference, in the last forward that was checked, between the targets' logits as the head computed
         them and ⟨hidden state, W_head[y]⟩ plus its bias; -1 if the head did not run as a module."""
-        self.under_autocast = False
-        """Whether the forward that was checked ran in 16 bits whatever the weights are."""
+        self.is_coarse = False
+        """Whether the forward that was checked ran in 16 bits, whatever the weights are."""
         self._call = ModelCall(model)
 
     @property
@@ -114,7 +114,7 @@ class LanguageModelHead:
 
         def compare(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             assert readout_RD is not None
-            self.under_autocast = torch.is_autocast_enabled(out.device.type)
+            self.is_coarse = torch.is_autocast_enabled(out.device.type) or args[0].dtype.itemsize < 4
             hidden_RD, out_RV = args[0].flatten(0, -2), out.flatten(0, -2)
             if len(hidden_RD) == tokens.n_rows * tokens.length:
                 hidden_RD, out_RV = hidden_RD[tokens.position_R], out_RV[tokens.position_R]

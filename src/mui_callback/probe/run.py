@@ -12,31 +12,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from mui_callback.errors import InterruptedPassError, ProbeError, UnsupportedModelError
-from mui_callback.experts.capacity import Capacities, let_all_pass
+from mui_callback.errors import InterruptedPassError, ProbeError
 from mui_callback.experts.discover import find_expert_layers
 from mui_callback.experts.layer import layout_of
-from mui_callback.forgiving import attempt, described
+from mui_callback.forgiving import attempt
 from mui_callback.parallel.processes import Failure, Processes, in_words
 from mui_callback.parallel.replicas import agreed
 from mui_callback.parallel.shards import Shards
-from mui_callback.parallel.weights import engines_at_rest
-from mui_callback.probe.batches import Batch, make_rounds
-from mui_callback.probe.capture import Reading, instrument
-from mui_callback.probe.device_batch import to_device
+from mui_callback.probe.batches import make_rounds
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.freeze import frozen
-from mui_callback.probe.head import LanguageModelHead, token_losses
+from mui_callback.probe.head import LanguageModelHead
 from mui_callback.probe.model_config import context_length, decoder_start
+from mui_callback.probe.passes import Passed, ProbePass, Rounds, common_device
 from mui_callback.probe.probe_set import ProbeSet
-from mui_callback.probe.rounds import Round
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
 from mui_callback.report import MUIReport, SampleTable
-from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.settings import ProbeSettings
-
-Rounds = Sequence[tuple[Batch, ...]]
 
 
 class MUIProbe:
@@ -86,7 +79,7 @@ class MUIProbe:
         self._processes: Processes | None = None
         exchanges_tokens = any(not layer.peers.is_alone for layer in self.layers)
         self._shards = Shards.of(self.model, exchanges_tokens=exchanges_tokens)
-        self._device = _common_device(self.model)
+        self._device = common_device(self.model)
         self.settings = replace(settings, max_length=max_length or context_length(self.model))
         self._encoded = encode(
             probe_set,
@@ -144,7 +137,7 @@ class MUIProbe:
         sent = self._sent
         if self._shards.in_step:  # whoever has come alone must not begin to exchange tensors
             self._processes.raise_everywhere(None)
-        passed, error = attempt(lambda: self._pass(self._rounds, self._choice_rounds))
+        passed, error = attempt(lambda: self._one_pass(self._rounds, self._choice_rounds))
         if isinstance(error, InterruptedPassError):
             raise error
         failures = self._processes.gather_failures(error)
@@ -188,6 +181,7 @@ class MUIProbe:
         """
         self._processes = processes or Processes()
         self._shards = agreed(self._processes, self._shards, self.model, self._apart, self._described())
+        self._make_batches(self.settings.batch_tokens)
 
     def verify(self, *, rounding: float | None = None) -> Verification:
         """Run the first batch only, and say how well every layer conserves its output.
@@ -199,7 +193,7 @@ class MUIProbe:
             ProbeError: the experts did not run in a way that can be read at all.
         """
         first = self._rounds[:1]
-        passed = self._pass(first, [])
+        passed = self._one_pass(first, [])
         n_tokens = sum(len(batch.target) for batch in chain.from_iterable(first))
         explained = ROUNDING if passed.is_coarse else ROUNDING_OF_FLOAT32
         counts = passed.counts.to_host()
@@ -222,87 +216,15 @@ class MUIProbe:
         """Bytes that this process has sent in all probes so far."""
         return self._shards.traffic.sent + sum(layer.peers.traffic.sent for layer in self.layers)
 
+    def _one_pass(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
+        self._device = common_device(self.model)
+        one = ProbePass(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings.top_fraction)
+        return one.run(rounds, choice_rounds)
+
     def _make_batches(self, batch_tokens: int) -> None:
         self.settings = replace(self.settings, batch_tokens=batch_tokens)
         self._rounds = make_rounds(self._encoded.samples, batch_tokens, self._shards.n)
         self._choice_rounds = make_rounds(self._encoded.choices, batch_tokens, self._shards.n)
-
-    def _pass(self, rounds: Rounds, choice_rounds: Rounds) -> _Passed:
-        """What this process counts in a pass."""
-        self._device = _common_device(self.model)
-        capacities = Capacities(self.layers)
-        with frozen(self.model), engines_at_rest(self.model):
-            let_all_pass(self.model)
-            head = LanguageModelHead(self.model)  # found anew: a resized vocabulary has another one
-            counts = DeviceCounts(
-                self.layout,
-                self._encoded.task_of_sample,
-                n_tasks=len(self._encoded.task_names),
-                n_choices=len(self._encoded.choices),
-                top_fraction=self.settings.top_fraction,
-                device=self._device,
-            )
-            try:
-                self._run_samples(rounds, head, counts, capacities)
-                self._run_choices(choice_rounds, head, counts)
-            except _ReadingError as error:
-                raise error.reason from error.reason.__cause__
-            except Exception as error:
-                if self._shards.in_step:
-                    raise InterruptedPassError(
-                        f"process {self._shards.rank} of {self._shards.world.n} failed in a forward pass in which the "
-                        "processes exchange tensors, so that the others wait for it in vain and nothing can go on "
-                        f"({described(error)})."
-                    ) from error
-                raise
-            counts.head_error.copy_(head.error)
-            return _Passed(counts, head.under_autocast or _has_16_bits(self.model))
-
-    def _run_samples(
-        self, rounds: Rounds, head: LanguageModelHead, counts: DeviceCounts, capacities: Capacities
-    ) -> None:
-        reading = Reading(self.layers, counts=self._shards.counts)
-        with instrument(reading):
-            for number, batches in enumerate(rounds):
-                if batches[self._shards.own].is_stand_in and not self._shards.in_step:
-                    continue
-                self._run_round(batches, number == 0, reading, head, counts, capacities)
-        if reading.error is not None:
-            raise _ReadingError(reading.error)
-
-    def _run_round(
-        self,
-        batches: tuple[Batch, ...],
-        is_first: bool,
-        reading: Reading,
-        head: LanguageModelHead,
-        counts: DeviceCounts,
-        capacities: Capacities,
-    ) -> None:
-        now = Round.of(batches, self._shards, self.layers, self._device)
-        inputs = now.inputs
-        batch_counts = counts.batch(inputs.tokens, inputs.sample_B, now.meetings)
-        readout_RD = head.rows([batch.target for batch in batches], self._shards, self._device)
-        is_token_T = inputs.attention_mask.flatten().bool() & (not batches[self._shards.own].is_stand_in)
-        with (
-            reading.batch(now.tokens, readout_RD, batch_counts.add_layer, check=is_first),
-            capacities.counted(is_token_T, counts.add_dropped),
-        ):
-            logits_RV = head.logits(inputs, readout_RD if is_first else None)
-        batch_counts.finish()
-        if self._shards.counts:
-            _, error = attempt(lambda: batch_counts.add_predictions(*token_losses(logits_RV, inputs.tokens.target_R)))
-            reading.note(error)
-
-    def _run_choices(self, rounds: Rounds, head: LanguageModelHead, counts: DeviceCounts) -> None:
-        for batches in rounds:
-            if batches[self._shards.own].is_stand_in and not self._shards.in_step:
-                continue
-            inputs = to_device(batches[self._shards.own], self._device)
-            logits_RV = head.logits(inputs)
-            if self._shards.counts:
-                loss_R, _ = token_losses(logits_RV, inputs.tokens.target_R)
-                counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
 
 
 @dataclass(frozen=True)
@@ -314,33 +236,6 @@ class Outcome:
     error: Exception | None = None
     """What it failed with in this one."""
     failures: Sequence[Failure] = ()
-
-
-@dataclass(frozen=True)
-class _Passed:
-    counts: DeviceCounts
-    is_coarse: bool
-    """Whether the forward pass was in 16 bits."""
-
-
-class _ReadingError(Exception):
-    """What was read is wrong, but every forward pass was made to its end."""
-
-    def __init__(self, reason: Exception) -> None:
-        self.reason = reason
-
-
-def _common_device(model: nn.Module) -> torch.device:
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) != 1 or devices[0].startswith(("mps", "meta")):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: expected all weights on one CPU or CUDA device, got them on {', '.join(devices)}"
-        )
-    return torch.device(devices[0])
-
-
-def _has_16_bits(model: nn.Module) -> bool:
-    return any(p.dtype.itemsize < 4 for p in model.parameters() if p.dtype.is_floating_point)
 
 
 def _sample_table(encoded: EncodedProbeSet) -> SampleTable:

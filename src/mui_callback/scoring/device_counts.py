@@ -46,6 +46,7 @@ class DeviceCounts:
         device: torch.device,
     ) -> None:
         self.layout = layout
+        self.device = device
         self.n_tasks = n_tasks
         self.task_of_sample = torch.from_numpy(task_of_sample).to(device)
         self.k = [key_entries_per_sample(layer.n_neurons, top_fraction) for layer in layout.layers]

@@ -1,0 +1,170 @@
+"""One process' part of a probe: its batches go through the frozen model, and counts come out.
+
+Where processes exchange tensors in the forward pass of the model, all of them make the same number of passes, and what
+goes wrong with reading one is raised after the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mui_callback.errors import InterruptedPassError, UnsupportedModelError
+from mui_callback.experts.capacity import Capacities, let_all_pass
+from mui_callback.experts.layer import ExpertLayer
+from mui_callback.forgiving import attempt, described
+from mui_callback.layout import ExpertLayout
+from mui_callback.parallel.shards import Shards
+from mui_callback.parallel.weights import engines_at_rest
+from mui_callback.probe.batches import Batch
+from mui_callback.probe.capture import Reading, instrument
+from mui_callback.probe.device_batch import to_device
+from mui_callback.probe.encode import EncodedProbeSet
+from mui_callback.probe.freeze import frozen
+from mui_callback.probe.head import LanguageModelHead, token_losses
+from mui_callback.probe.rounds import Round
+from mui_callback.scoring.device_counts import DeviceCounts
+
+Rounds = Sequence[tuple[Batch, ...]]
+"""What all shards run, one batch each at a time."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a process counted."""
+
+    counts: DeviceCounts
+    is_coarse: bool
+    """Whether the forward pass was in 16 bits."""
+
+
+@dataclass(frozen=True)
+class ProbePass:
+    """Everything that a pass needs.
+
+    Args:
+        model: the model, whose experts are in `layers`.
+        layers: the layers that are read.
+        layout: their numbering.
+        encoded: the samples.
+        shards: which of them are whose.
+        top_fraction: see `ProbeSettings`.
+    """
+
+    model: nn.Module
+    layers: tuple[ExpertLayer, ...]
+    layout: ExpertLayout
+    encoded: EncodedProbeSet
+    shards: Shards
+    top_fraction: float
+
+    def run(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
+        """What this process counts.
+
+        Args:
+            rounds: batches of samples.
+            choice_rounds: batches of their choices.
+
+        Raises:
+            InterruptedPassError: the model failed where other processes wait for this one.
+            Exception: whatever else went wrong.
+        """
+        capacities = Capacities(self.layers)
+        with frozen(self.model), engines_at_rest(self.model):
+            let_all_pass(self.model)
+            head = LanguageModelHead(self.model)  # found anew: a resized vocabulary has another one
+            counts = DeviceCounts(
+                self.layout,
+                self.encoded.task_of_sample,
+                n_tasks=len(self.encoded.task_names),
+                n_choices=len(self.encoded.choices),
+                top_fraction=self.top_fraction,
+                device=common_device(self.model),
+            )
+            running = _Running(self, head, counts, Reading(self.layers, counts=self.shards.counts), capacities)
+            try:
+                running.samples(rounds)
+                running.choices(choice_rounds)
+            except Exception as error:
+                if self.shards.in_step:
+                    raise InterruptedPassError(
+                        f"process {self.shards.rank} of {self.shards.world.n} failed in a forward pass in which the "
+                        "processes exchange tensors, so that the others wait for it in vain and nothing can go on "
+                        f"({described(error)})."
+                    ) from error
+                raise
+            if running.reading.error is not None:
+                raise running.reading.error
+            counts.head_error.copy_(head.error)
+            return Passed(counts, head.is_coarse or _has_16_bits(self.model))
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A pass that is under way."""
+
+    of: ProbePass
+    head: LanguageModelHead
+    counts: DeviceCounts
+    reading: Reading
+    capacities: Capacities
+
+    def samples(self, rounds: Rounds) -> None:
+        """Read the layers in every batch; what goes wrong in that is kept."""
+        with instrument(self.reading):
+            for number, batches in enumerate(rounds):
+                if self._takes_part(batches):
+                    self._read(batches, is_first=number == 0)
+
+    def choices(self, rounds: Rounds) -> None:
+        """Only the losses are wanted."""
+        shards, counts = self.of.shards, self.counts
+        for batches in rounds:
+            if self._takes_part(batches):
+                inputs = to_device(batches[shards.own], counts.device)
+                logits_RV = self.head.logits(inputs)
+                if shards.counts:
+                    loss_R, _ = token_losses(logits_RV, inputs.tokens.target_R)
+                    counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
+
+    def _takes_part(self, batches: tuple[Batch, ...]) -> bool:
+        """Whether this process makes a forward pass: not without samples, unless others need it."""
+        return self.of.shards.in_step or not batches[self.of.shards.own].is_stand_in
+
+    def _read(self, batches: tuple[Batch, ...], *, is_first: bool) -> None:
+        shards, counts = self.of.shards, self.counts
+        now = Round.of(batches, shards, self.of.layers, counts.device)
+        tokens = now.inputs.tokens
+        batch_counts = counts.batch(tokens, now.inputs.sample_B, now.meetings)
+        readout_RD = self.head.rows([batch.target for batch in batches], shards, counts.device)
+        is_token_T = now.inputs.attention_mask.flatten().bool() & (not batches[shards.own].is_stand_in)
+        with (
+            self.reading.batch(now.tokens, readout_RD, batch_counts.add_layer, check=is_first),
+            self.capacities.counted(is_token_T, counts.add_dropped),
+        ):
+            logits_RV = self.head.logits(now.inputs, readout_RD if is_first else None)
+        batch_counts.finish()
+        if shards.counts:
+            _, error = attempt(lambda: batch_counts.add_predictions(*token_losses(logits_RV, tokens.target_R)))
+            self.reading.note(error)
+
+
+def common_device(model: nn.Module) -> torch.device:
+    """The device of all weights.
+
+    Raises:
+        UnsupportedModelError: there are several.
+    """
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1 or devices[0].startswith(("mps", "meta")):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected all weights on one CPU or CUDA device, got them on {', '.join(devices)}"
+        )
+    return torch.device(devices[0])
+
+
+def _has_16_bits(model: nn.Module) -> bool:
+    return any(p.dtype.itemsize < 4 for p in model.parameters() if p.dtype.is_floating_point)
