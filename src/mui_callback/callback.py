@@ -59,7 +59,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         moe_model: the model to probe, or its path in what the trainer trains (``"student"``), where that holds more
             than one language model with experts.
         on_error: ``"warn"``: a probe that fails is recorded as failed, with a warning, and training goes on; after
-            three in a row no more are made. ``"raise"``: its exception ends training, in every process.
+            three in a row no more are made. ``"raise"``: its exception ends training, in every process. Where the model
+            itself fails in a forward pass in which processes exchange tensors, training ends in any case.
         top_fraction: see `ProbeSettings`, as the four that follow.
         key_expert_frequency: η_expert.
         batch_tokens: positions in a forward pass; halved if memory runs out.

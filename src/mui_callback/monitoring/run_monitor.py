@@ -115,6 +115,8 @@ class RunMonitor:
 
         Raises:
             TypeError: the step is no whole number.
+            InterruptedPassError: the model failed in a forward pass in which processes wait for each other, so that
+                training cannot go on either.
             Exception: with ``on_error="raise"``, whatever went wrong.
         """
         step = index(step)

@@ -36,6 +36,7 @@ class MUIProbe:
     """Measures a probe set on a language model with MoE layers, as often as wanted.
 
     The model is used as it is, in whatever state of training; nothing about it is different afterwards.
+    In a distributed run every process has a probe of the same samples, and measures at the same time (see `measure`).
 
     Args:
         model: a causal language model or an encoder-decoder, of transformers or plain torch, whose experts can be found
@@ -52,7 +53,8 @@ class MUIProbe:
 
     Raises:
         NoExpertsError: the model has no MoE layer, and `dense` is off.
-        UnsupportedModelError: its experts or its head cannot be read, or its weights are on several devices.
+        UnsupportedModelError: its experts or its head cannot be read, its weights are on several devices, or they are
+            divided among processes in a way that is not known.
         ProbeSetError: the samples do not fit the tokenizer or the model.
         ValueError: an argument is out of its range.
     """
