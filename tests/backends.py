@@ -341,6 +341,10 @@ _ALL = (
     _backend("autoep_one_sided", build_deepspeed, partial(_one_sided, _DEEPSEEK), stage=2, **_auto_ep()),
     _backend("hf_ep_efsdp2", build_hf_ep, _QWEN3, size=4, ep_size=2, fsdp_size=4),
     replace(
+        _backend("hf_ep_shared", build_hf_ep, _QWEN, ep_size=2, tp_size=2, ep_implementation="all_reduce"),
+        is_same_batch=True,
+    ),
+    replace(
         _backend("hf_ep_all_reduce", build_hf_ep, _QWEN3, ep_size=2, tp_size=2, ep_implementation="all_reduce"),
         is_same_batch=True,
     ),

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from backend_training import SETTINGS, many
-from backends import deepspeed_on_cpu, tell_environment
+from backend_training import SETTINGS, many, one
+from backends import BACKENDS, deepspeed_on_cpu, tell_environment
 from mui_callback import MUIProbe, ProbeSet
 from mui_callback.errors import MUIError
+from mui_callback.experts.tail import Tail
 from tiny import build
 from tiny_samples import make_samples
 
@@ -40,6 +41,33 @@ def _tensor_parallel_attention() -> nn.Module:
     for layer in model.model.layers:
         parallelize_module(layer.self_attn, init_device_mesh("cpu", (2,)), {**plan, "o_proj": RowwiseParallel()})
     return model
+
+
+def _tensor_parallel_attention_and_fsdp() -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = build("qwen2_moe")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    plan = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
+    for layer in model.model.layers:
+        parallelize_module(layer.self_attn, mesh["model"], {**plan, "o_proj": RowwiseParallel()})
+        fully_shard(layer, mesh=mesh["data"])
+    return fully_shard(model, mesh=mesh["data"])
+
+
+def _tensor_parallel_shared_experts() -> nn.Module:
+    return _from_pretrained("deepseek_v3", ep_size=2, tp_size=2, ep_implementation="all_reduce")
+
+
+def _two_models() -> nn.Module:
+    """Two processes train one, and two another."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("models", "data"))
+    return fully_shard(build("qwen2_moe", seed=distributed.get_rank() // 2), mesh=mesh["data"])
 
 
 def _stages() -> nn.Module:
@@ -104,6 +132,9 @@ def _from_pretrained(family: str, **config: Any) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "tensor-parallel experts": _tensor_parallel_experts,
     "tensor-parallel attention": _tensor_parallel_attention,
+    "tensor-parallel attention and FSDP2": _tensor_parallel_attention_and_fsdp,
+    "tensor-parallel shared experts": _tensor_parallel_shared_experts,
+    "two models": _two_models,
     "AutoTP": _auto_tensor_parallel,
     "stages": _stages,
     "PipelineModule": _pipeline_module,
@@ -111,3 +142,52 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "other samples": lambda: build("qwen2_moe"),
 }
 PROBE_SETS: dict[str, Callable[[], ProbeSet]] = {"other samples": _other_samples}
+
+
+def train_apart(rank: int, directory: Path) -> list[str]:
+    """Losses of a probe where processes begin with the same weights and train on without each other."""
+    model = build("qwen2_moe")
+    probe = MUIProbe(model, many(), **SETTINGS)
+    losses = [str(probe.measure().pooled.loss)]
+    with torch.no_grad():
+        model.lm_head.weight += rank
+    return [*losses, str(probe.measure().pooled.loss), str(MUIProbe(model, many(), **SETTINGS).measure().pooled.loss)]
+
+
+def alone(rank: int) -> str:
+    """The last of them, in one process."""
+    model = build("qwen2_moe")
+    with torch.no_grad():
+        model.lm_head.weight += rank
+    return str(MUIProbe(model, many(), **SETTINGS).measure().pooled.loss)
+
+
+def probe_sharded_later(rank: int, directory: Path) -> float | None:
+    """The loss of a probe that was made before the model was spread, of fewer samples than processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = build("qwen2_moe")
+    probe = MUIProbe(model, one(), **SETTINGS)
+    before = probe.measure().pooled.loss
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    after = probe.measure().pooled.loss
+    assert before is not None
+    return after - before if after is not None else None
+
+
+def fail_in_the_transpose(rank: int, directory: Path) -> str:
+    """What a process is told if memory runs out in one where those that share experts exchange tensors."""
+    trainee = BACKENDS["moe_k2"].build()
+    probe = MUIProbe(trainee.model, many(), **SETTINGS)
+    if rank == 1:
+        Tail.transpose = _run_out_of_memory
+    try:
+        probe.measure()
+    except MUIError as error:
+        return f"{type(error).__name__}: {error}"
+    return "measured"
+
+
+def _run_out_of_memory(*args: Any, **options: Any) -> None:
+    raise MemoryError("no memory")

@@ -69,7 +69,7 @@ def in_lightning(directory: Path, sink: MemorySink, is_probed: bool) -> list[flo
 
     module = Module()
     lightning.Trainer(
-        strategy=ModelParallelStrategy(process_group_backend="gloo"),
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
         plugins=[TorchElasticEnvironment()],
         accelerator="cpu",
         devices=distributed.get_world_size(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from pathlib import Path
 
@@ -430,3 +431,18 @@ def test_the_config_says_it_first() -> None:
     model = build("olmoe")
     model.position = nn.Embedding(7, 4)
     assert context_length(model) == model.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_nothing_of_a_pass_is_kept(family: str) -> None:
+    """Tensors that hold each other in a circle through autograd would never be freed."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(held) is torch.Tensor for held in gc.get_objects())
+
+    probe = MUIProbe(build(family), probe_set())
+    probe.measure()
+    before = tensors()
+    probe.measure()
+    assert tensors() == before

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mui_callback.counts import n_bytes, unpack, unpack_layers
+from mui_callback.experts.tail import _codewords, _read_codewords
 from mui_callback.scoring.contributions import contributions
 from mui_callback.scoring.device_counts import pack
 from mui_callback.scoring.select import key_entries_per_sample
@@ -109,3 +110,15 @@ def test_contributions_are_products_in_float32() -> None:
     act = act.float()
     contributions(act, projected)
     assert act.tolist() == [[2.0, -3.0]]  # the input is left as it was
+
+
+@given(st.lists(st.integers(-1, 300), min_size=1, max_size=20), st.sampled_from([0.25, -3.0, 1e-3]))
+def test_codewords_are_read_whatever_their_weight(numbers: list[int], weight: float) -> None:
+    number_T = torch.tensor(numbers)
+    n_bits = 9
+    words = _codewords(number_T, n_bits, 24).bfloat16() * weight
+    found, is_word = _read_codewords(words, n_bits)
+    assert found.tolist() == numbers
+    assert is_word.all()
+    mixed = words + _codewords(number_T + 1, n_bits, 24).bfloat16() * weight  # of two tokens at once
+    assert not _read_codewords(mixed, n_bits)[1][number_T >= 0].any()

@@ -51,6 +51,10 @@ def find_expert_layers(model: nn.Module, *, dense: bool = False) -> tuple[Expert
             else f"{type(model).__name__} has no MLP that can be probed: looked among its {len(modules)} modules for "
             "MoE layers, and in each decoder layer for linear maps to neurons and back."
         )
+    for _, layer in found:
+        for experts in layer.experts:
+            for module in experts.modules:
+                refuse_parts_of_experts(experts.path, module)
     numbers = layer_numbers(model, [layer.shape.path for _, layer in found])
     layers = tuple(
         replace(layer, shape=replace(layer.shape, layer=number))
@@ -88,7 +92,6 @@ def _candidates(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLaye
         routed = None if path.rpartition(".")[2] in SHARED_NAMES else _find_routed(modules, path, module)
         if routed is None:
             continue
-        refuse_parts_of_experts(path, module)
         claimed.append(path)
         block_path = _block_of(modules, path, module, routed)
         if block_path is not None:

@@ -44,6 +44,16 @@ def rows_of(weight: Tensor, wanted: Sequence[Rows], rank: int, device: torch.dev
     return _Spread.of(weight, device, traffic).rows([wanted[other] for other in _ranks(weight)], wanted[rank])
 
 
+def check_rows(weight: Tensor) -> None:
+    """Make sure that rows of a matrix can be read when it is spread over processes.
+
+    Raises:
+        UnsupportedModelError: it is, or will be, in a way that is not known.
+    """
+    if is_apart(weight):
+        _group(weight)
+
+
 @dataclass(frozen=True)
 class _Spread:
     """A matrix whose elements, row by row, are dealt out to processes one stretch after the other."""

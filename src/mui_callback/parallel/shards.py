@@ -9,7 +9,7 @@ from torch import distributed, nn
 
 from mui_callback.errors import UnsupportedModelError
 from mui_callback.parallel.peers import Peers, Traffic
-from mui_callback.parallel.weights import is_dtensor, is_spread
+from mui_callback.parallel.weights import fsdp_weights, is_dtensor, is_spread, spread_over
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Shards:
         _refuse_pipelines(model)
         world = Peers(distributed.group.WORLD, traffic)
         shard_of = _by_batch(model, world)
+        _refuse_other_worlds(model, world)
         in_step = exchanges_tokens or is_spread(model) or max(shard_of) + 1 < world.n
         return cls(shard_of, world.index, in_step, traffic, world)
 
@@ -89,16 +90,31 @@ def _refuse_pipelines(model: nn.Module) -> None:
         )
 
 
+def _refuse_other_worlds(model: nn.Module, world: Peers) -> None:
+    """Weights that are spread are spread over all processes, if these train one model."""
+    ranks = spread_over(model)
+    if ranks and len(ranks) < world.n:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected a model that all {world.n} processes train together, got one whose "
+            f"weights are spread over {len(ranks)} of them ({', '.join(map(str, sorted(ranks)))}). Several models in "
+            "one run cannot be probed."
+        )
+
+
 def _refuse_tensor_parallelism(model: nn.Module) -> None:
     """Without FSDP, a weight that is a DTensor is a part of a matrix that several processes multiply with."""
     for path, module in model.named_modules():
         if getattr(module, "is_tp_parallel", False):  # as DeepSpeed's layers say it
             raise _tensor_parallel(path, type(module).__name__)
-    if is_spread(model):
-        return
-    for path, weight in model.named_parameters():
-        if is_dtensor(weight) and any(not placement.is_replicate() for placement in weight.placements):  # type: ignore[attr-defined]
-            raise _tensor_parallel(path, "DTensor")
+    of_fsdp = set(fsdp_weights(model))
+    for path, module in model.named_modules():
+        if getattr(module, "_is_expert_parallel", False):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            # FSDP divides a weight in one dimension of its mesh, and may copy it in another.
+            n_divisions = sum(not placement.is_replicate() for placement in getattr(weight, "placements", ()))
+            if is_dtensor(weight) and n_divisions > ((module, name) in of_fsdp):
+                raise _tensor_parallel(f"{path}.{name}", "DTensor")
 
 
 def _tensor_parallel(path: str, kind: str) -> UnsupportedModelError:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from mui_callback.errors import UnsupportedModelError
 
@@ -44,6 +44,53 @@ def is_apart(weight: Tensor) -> bool:
 def is_spread(model: nn.Module) -> bool:
     """Whether weights are made whole by hooks, so that processes exchange them in each forward."""
     return any(is_zero3(weight) for weight in model.parameters()) or any(_fsdp_modules(model.modules()))
+
+
+def fsdp_weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The weights that FSDP2 takes care of, by module and name: loading a checkpoint puts others in their place."""
+    groups = [group for module in _fsdp_modules(model.modules()) for group in _groups(module)]
+    places = [weight._module_info for group in groups for weight in group.fsdp_params]
+    return [(place.module, place.param_name) for place in places]
+
+
+def spread_over(model: nn.Module) -> set[int]:
+    """Ranks of the processes that weights are spread over, by FSDP2 or ZeRO-3."""
+    of_fsdp = [getattr(module, name) for module, name in fsdp_weights(model)]
+    spread = [weight for weight in (*of_fsdp, *model.parameters()) if is_dtensor(weight) or is_zero3(weight)]
+    return {rank for weight in spread for rank in group_ranks(weight) if len(group_ranks(weight)) > 1}
+
+
+def group_ranks(weight: Any) -> list[int]:
+    """Ranks of the processes that have a part or a copy of a weight that is spread."""
+    if is_zero3(weight):
+        ranks: list[int] = distributed.get_process_group_ranks(weight.ds_process_group)
+        return ranks
+    whole: list[int] = weight.device_mesh.mesh.flatten().tolist()
+    return whole
+
+
+def common_device(model: nn.Module) -> torch.device:
+    """The device that a model computes on; weights that are spread may wait elsewhere.
+
+    Raises:
+        UnsupportedModelError: there are several.
+    """
+    devices = sorted({str(_device(weight)) for weight in model.parameters()})
+    if len(devices) != 1 or devices[0].startswith(("mps", "meta")):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected all weights on one CPU or CUDA device, got them on {', '.join(devices)}"
+        )
+    return torch.device(devices[0])
+
+
+def _device(weight: Any) -> torch.device:
+    on_gpu = False
+    if is_dtensor(weight):
+        on_gpu = weight.device_mesh.device_type == "cuda"
+    elif is_zero3(weight):
+        on_gpu = distributed.get_backend(weight.ds_process_group) == "nccl"
+    device: torch.device = weight.device
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu and device.type == "cpu" else device
 
 
 class KeptWhole:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mui_callback.errors import ProbeError
+from mui_callback.errors import InterruptedPassError, ProbeError
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.forgiving import attempt
 from mui_callback.parallel.weights import KeptWhole
@@ -85,6 +85,8 @@ class Reading:
     def take(self, index: int, reader: LayerReader, out: Tensor, *, is_output: bool) -> None:
         """Score what one layer left, if a batch is being read; see `LayerReader.scores`."""
         _, error = attempt(lambda: self._take(index, reader, out, is_output=is_output))
+        if isinstance(error, InterruptedPassError):
+            raise error
         self.note(error)
 
     def _take(self, index: int, reader: LayerReader, out: Tensor, *, is_output: bool) -> None:
@@ -96,8 +98,7 @@ class Reading:
         batch.not_read.remove(index)
         tokens = batch.tokens(index)
         scores = reader.scores(out, batch.readout_TD, tokens, is_output=is_output, check=batch.check)
-        if self.error is None:
-            batch.consume(index, scores)
+        batch.consume(index, scores)
 
 
 @dataclass
@@ -156,8 +157,9 @@ class _LayerCapture:
         self.whole.begin()
         self.is_open = True
         # Forwards that are meant for no_grad overwrite what autograd saves. What it saves for linear operations are
-        # factors; if one of those is overwritten, contributions do not add up.
-        self.recording.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+        # factors; if one of those is overwritten, contributions do not add up. (Detached: an operation that held its
+        # own output would never be freed.)
+        self.recording.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is))
         # Functions inside that are decorated with no_grad give back the mode that they found.
         torch.set_grad_enabled(self.layer.scope_is_moe)
 

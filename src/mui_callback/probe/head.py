@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mui_callback.errors import ProbeError, UnsupportedModelError
-from mui_callback.parallel.rows import rows_of
+from mui_callback.parallel.rows import check_rows, rows_of
 from mui_callback.parallel.shards import Shards
 from mui_callback.parallel.weights import check_readable, whole_shape
 from mui_callback.probe.call import ModelCall
@@ -47,6 +47,7 @@ class LanguageModelHead:
             )
         self.module = head
         check_readable("language-model head", weight)
+        check_rows(weight)
         self.error = torch.full((), -1.0, dtype=torch.float32)
         """Relative difference, in the last forward that was checked, between the targets' logits as the head computed
         them and ⟨hidden state, W_head[y]⟩ plus its bias; -1 if the head did not run as a module."""

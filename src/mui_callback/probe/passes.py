@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from mui_callback.errors import InterruptedPassError, UnsupportedModelError
+from mui_callback.errors import InterruptedPassError
 from mui_callback.experts.capacity import Capacities, let_all_pass
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.forgiving import attempt, described
 from mui_callback.layout import ExpertLayout
 from mui_callback.parallel.shards import Shards
-from mui_callback.parallel.weights import engines_at_rest
+from mui_callback.parallel.weights import common_device, engines_at_rest
 from mui_callback.probe.batches import Batch
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
@@ -89,7 +88,7 @@ class ProbePass:
                 running.samples(rounds)
                 running.choices(choice_rounds)
             except Exception as error:
-                if self.shards.in_step:
+                if self.shards.in_step and not isinstance(error, InterruptedPassError):
                     raise InterruptedPassError(
                         f"process {self.shards.rank} of {self.shards.world.n} failed in a forward pass in which the "
                         "processes exchange tensors, so that the others wait for it in vain and nothing can go on "
@@ -150,20 +149,6 @@ class _Running:
         if shards.counts:
             _, error = attempt(lambda: batch_counts.add_predictions(*token_losses(logits_RV, tokens.target_R)))
             self.reading.note(error)
-
-
-def common_device(model: nn.Module) -> torch.device:
-    """The device of all weights.
-
-    Raises:
-        UnsupportedModelError: there are several.
-    """
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) != 1 or devices[0].startswith(("mps", "meta")):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: expected all weights on one CPU or CUDA device, got them on {', '.join(devices)}"
-        )
-    return torch.device(devices[0])
 
 
 def _has_16_bits(model: nn.Module) -> bool:

@@ -12,19 +12,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from mui_callback.errors import InterruptedPassError, ProbeError
+from mui_callback.errors import InterruptedPassError, ProbeError, UnsupportedModelError
 from mui_callback.experts.discover import find_expert_layers
 from mui_callback.experts.layer import layout_of
-from mui_callback.forgiving import attempt
+from mui_callback.forgiving import attempt, warn
 from mui_callback.parallel.processes import Failure, Processes, in_words
-from mui_callback.parallel.replicas import agreed
+from mui_callback.parallel.replicas import check_same, have_one_model
 from mui_callback.parallel.shards import Shards
+from mui_callback.parallel.weights import common_device, is_spread
 from mui_callback.probe.batches import make_rounds
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead
 from mui_callback.probe.model_config import context_length, decoder_start
-from mui_callback.probe.passes import Passed, ProbePass, Rounds, common_device
+from mui_callback.probe.passes import Passed, ProbePass, Rounds
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
@@ -79,8 +80,6 @@ class MUIProbe:
             vocab_size = LanguageModelHead(self.model).shape[0]
         self.layout = layout_of(self.layers)
         self._processes: Processes | None = None
-        exchanges_tokens = any(not layer.peers.is_alone for layer in self.layers)
-        self._shards = Shards.of(self.model, exchanges_tokens=exchanges_tokens)
         self._device = common_device(self.model)
         self.settings = replace(settings, max_length=max_length or context_length(self.model))
         self._encoded = encode(
@@ -91,7 +90,7 @@ class MUIProbe:
             decoder_start=decoder_start(self.model),
         )
         self._sample_table = _sample_table(self._encoded)
-        self._make_batches(batch_tokens)
+        self._find_shards()
 
     def halve_batches(self) -> bool:
         """Go on with batches of half the size, so that a pass needs less memory; False if each is a single sample."""
@@ -131,14 +130,14 @@ class MUIProbe:
             DesynchronizedError: see `measure`, as the following.
             InterruptedPassError: …
         """
-        if self._processes is None:
-            self.agree()
+        if self._processes is None or is_spread(self.model) != self._is_spread:
+            self.agree(self._processes)
+        else:
+            self._alone_if_models_differ(self._processes)
         assert self._processes is not None
         self.wait_for_device()
         start = time.perf_counter()
         sent = self._sent
-        if self._shards.in_step:  # whoever has come alone must not begin to exchange tensors
-            self._processes.raise_everywhere(None)
         passed, error = attempt(lambda: self._one_pass(self._rounds, self._choice_rounds))
         if isinstance(error, InterruptedPassError):
             raise error
@@ -182,8 +181,10 @@ class MUIProbe:
             DesynchronizedError: not all of them made this call.
         """
         self._processes = processes or Processes()
-        self._shards = agreed(self._processes, self._shards, self.model, self._apart, self._described())
-        self._make_batches(self.settings.batch_tokens)
+        self._find_shards()
+        if not self._shards.world.is_alone:
+            check_same(self._processes, self._shards.rank, self._described())
+            self._alone_if_models_differ(self._processes)
 
     def verify(self, *, rounding: float | None = None) -> Verification:
         """Run the first batch only, and say how well every layer conserves its output.
@@ -200,6 +201,25 @@ class MUIProbe:
         explained = ROUNDING if passed.is_coarse else ROUNDING_OF_FLOAT32
         counts = passed.counts.to_host()
         return Verification.of(self.layout, counts, n_tokens, explained if rounding is None else rounding)
+
+    def _find_shards(self) -> None:
+        self._is_spread = is_spread(self.model)
+        self._use(Shards.of(self.model, exchanges_tokens=any(not layer.peers.is_alone for layer in self.layers)))
+
+    def _use(self, shards: Shards) -> None:
+        self._shards = shards
+        self._make_batches(self.settings.batch_tokens)
+
+    def _alone_if_models_differ(self, processes: Processes) -> None:
+        if self._shards.world.is_alone or have_one_model(processes, self.model, self._apart):
+            return
+        if self._shards.in_step:
+            raise UnsupportedModelError(
+                "expected weights that are not spread over processes to be the same in all of them, but they differ"
+            )
+        if processes.is_main:
+            warn("MUI: the processes train models of their own; each probes its own, and that of process 0 is logged.")
+        self._use(Shards())
 
     def _described(self) -> dict[str, Any]:
         return {

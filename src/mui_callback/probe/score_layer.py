@@ -5,15 +5,18 @@ Shapes: T positions of the batch (flattened), R scored tokens, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from mui_callback.errors import ProbeError
+from mui_callback.errors import InterruptedPassError, ProbeError
 from mui_callback.experts.base import Recorder
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.experts.tail import Cut, Tail, add_inner
-from mui_callback.forgiving import attempt
+from mui_callback.forgiving import attempt, described
 from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens, add_conserved
 
 
@@ -78,7 +81,7 @@ class LayerReader:
             recorder.check_complete(tokens)
         if is_output and check:
             self._note_own_bias(out)
-        with self.layer.peers.counting():
+        with self._together():
             for recorder in self.recorders:
                 recorder.locate(out, tokens, check=check)
             token_of_constant = self.tail.tokens_of_constants(out, tokens)
@@ -101,6 +104,20 @@ class LayerReader:
                 raise error
             own = slice(tokens.first, tokens.first + len(tokens.position_R))
             return LayerScores(parts or (), made[own], (output - unmade)[own])
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Where the processes that share the experts send each other tensors, so that none may stop alone."""
+        try:
+            with self.layer.peers.counting():
+                yield
+        except Exception as error:
+            if self.layer.peers.is_alone:
+                raise
+            raise InterruptedPassError(
+                f"{self.tail.where}: a process failed where those that share its experts exchange tensors, so that the "
+                f"others wait for it in vain and nothing can go on ({described(error)})."
+            ) from error
 
     def _parts(self, tokens: ScoredTokens) -> tuple[ExpertScores, ...]:
         if self.tail.complaint is not None:
