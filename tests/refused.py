@@ -10,10 +10,11 @@ import torch
 from torch import distributed, nn
 
 from backend_training import SETTINGS, many, one
-from backends import BACKENDS, deepspeed_on_cpu, tell_environment
-from mui_callback import MUIProbe, ProbeSet
+from backends import BACKENDS, deepspeed_on_cpu, language_loss, tell_environment
+from mui_callback import MUICallback, MUIProbe, ProbeSet
 from mui_callback.errors import MUIError
 from mui_callback.experts.tail import Tail
+from mui_callback.trainers.base import Training
 from tiny import build
 from tiny_samples import make_samples
 
@@ -100,6 +101,14 @@ def _auto_tensor_parallel() -> nn.Module:
     return model
 
 
+def _sequence_parallel() -> nn.Module:
+    deepspeed_on_cpu().init_distributed("gloo")
+    from deepspeed.runtime.sequence_parallel.parallel_state_sp import initialize_sequence_parallel
+
+    initialize_sequence_parallel(2)
+    return build("qwen2_moe")
+
+
 def _own_weights() -> nn.Module:
     """Each process trains a model of its own."""
     return build("qwen2_moe", seed=distributed.get_rank())
@@ -136,6 +145,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tensor-parallel shared experts": _tensor_parallel_shared_experts,
     "two models": _two_models,
     "AutoTP": _auto_tensor_parallel,
+    "sequences": _sequence_parallel,
     "stages": _stages,
     "PipelineModule": _pipeline_module,
     "own weights": _own_weights,
@@ -152,6 +162,30 @@ def train_apart(rank: int, directory: Path) -> list[str]:
     with torch.no_grad():
         model.lm_head.weight += rank
     return [*losses, str(probe.measure().pooled.loss), str(MUIProbe(model, many(), **SETTINGS).measure().pooled.loss)]
+
+
+def probe_a_part_first(rank: int, directory: Path) -> float:
+    """The loss of a model after a callback has probed a part of it before its first forward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student = build("qwen2_moe")
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return self.student(input_ids)
+
+    mesh, whole = init_device_mesh("cpu", (2,)), Whole()
+    fully_shard(whole.student, mesh=mesh)
+    fully_shard(whole, mesh=mesh)
+    training = Training(whole, 0, directory, [], tokenizer=None, eval_data=lambda n: None, state=None)
+    MUICallback(many())._make_probe(training).measure()
+    tokens = torch.arange(3, 27).view(2, 12)
+    loss = language_loss(whole(tokens), tokens)
+    loss.backward()
+    return loss.item()
 
 
 def alone(rank: int) -> str:

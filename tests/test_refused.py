@@ -9,7 +9,7 @@ import pytest
 from backend_training import SETTINGS, many
 from distributed_training import launch
 from mui_callback import MUIProbe
-from refused import alone, fail_in_the_transpose, probe_sharded_later, refusal, train_apart
+from refused import alone, fail_in_the_transpose, probe_a_part_first, probe_sharded_later, refusal, train_apart
 from tiny import build
 
 IN_FOUR = ("tensor-parallel attention and FSDP2", "two models")
@@ -24,6 +24,7 @@ IN_FOUR = ("tensor-parallel attention and FSDP2", "two models")
         ("tensor-parallel shared experts", "each process has a part of every expert"),
         ("two models", "weights are spread over 2 of them"),
         ("AutoTP", "got a part of one (LinearLayer). Tensor parallelism"),
+        ("sequences", "sequence parallelism"),
         ("stages", "pipeline parallelism"),
         ("PipelineModule", "pipeline parallelism"),
         ("other samples", "expected one probe set in all processes"),
@@ -58,3 +59,8 @@ def test_what_fails_while_experts_are_read_together_ends_every_process(tmp_path:
     told = launch(tmp_path, fail_in_the_transpose)
     assert "no memory" in told[1]
     assert all(one.startswith("InterruptedPassError: ") for one in told)
+
+
+def test_a_part_of_what_fsdp_shards_may_be_probed_before_the_whole_has_run(tmp_path: Path) -> None:
+    first, second = launch(tmp_path, probe_a_part_first)
+    assert first == second > 0

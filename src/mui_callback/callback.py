@@ -12,6 +12,7 @@ from mui_callback.forgiving import described, warn
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.parallel.processes import Processes
+from mui_callback.parallel.weights import settle_roots
 from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
@@ -171,6 +172,7 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         return self._last_state if self._monitor is None else self._monitor.state_dict()
 
     def _make_probe(self, training: Training) -> MUIProbe:
+        settle_roots(training.model)
         model = self._find_model(training)
         tokenizer = self.tokenizer or training.tokenizer
         probe_set = self.probe_set

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,7 @@ class Shards:
         if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
             return cls(traffic=traffic)
         _refuse_pipelines(model)
+        _refuse_sequence_parallelism()
         world = Peers(distributed.group.WORLD, traffic)
         shard_of = _by_batch(model, world)
         _refuse_other_worlds(model, world)
@@ -87,6 +89,15 @@ def _refuse_pipelines(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__}: its layers are spread over processes (pipeline parallelism), so that no process "
             "can run it as a whole. Pipeline stages cannot be probed."
+        )
+
+
+def _refuse_sequence_parallelism() -> None:
+    state: Any = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
+    if getattr(state, "_SEQUENCE_PARALLEL_GROUP", None) is not None and state.get_sequence_parallel_world_size() > 1:
+        raise UnsupportedModelError(
+            "processes have parts of the same sequences (DeepSpeed's sequence parallelism), so that none of them can "
+            "run a sample as a whole. That cannot be probed."
         )
 
 

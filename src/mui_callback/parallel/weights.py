@@ -46,6 +46,21 @@ def is_spread(model: nn.Module) -> bool:
     return any(is_zero3(weight) for weight in model.parameters()) or any(_fsdp_modules(model.modules()))
 
 
+def settle_roots(model: nn.Module) -> None:
+    """Let FSDP2 know its outermost modules, as the first forward of the whole model does.
+
+    A forward of a part of it that comes first would be taken for that of the whole, and the whole be refused later.
+
+    Args:
+        model: the whole of what is trained.
+    """
+    inside: set[nn.Module] = set()
+    for module in _fsdp_modules(model.modules()):
+        if module not in inside and module._get_fsdp_state()._is_root is None:
+            module._get_fsdp_state()._lazy_init()
+        inside |= set(module.modules())
+
+
 def fsdp_weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The weights that FSDP2 takes care of, by module and name: loading a checkpoint puts others in their place."""
     groups = [group for module in _fsdp_modules(model.modules()) for group in _groups(module)]
