@@ -1,6 +1,6 @@
 """A language model with DeepSpeed's own MoE layers, whose experts are spread over processes, learns to add.
 
-Runs on a laptop CPU in about a minute, and unchanged on GPUs (one process for each: 1, 2, 4 or 8):
+Runs on two cores of a CPU in half a minute, and unchanged on GPUs (one process for each: 1, 2, 4 or 8):
 
     torchrun --standalone --nproc-per-node 2 examples/deepspeed_moe.py
 
