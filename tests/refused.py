@@ -12,7 +12,7 @@ from torch import distributed, nn
 from backend_training import SETTINGS, many, one
 from backends import BACKENDS, deepspeed_on_cpu, language_loss, tell_environment
 from mui_callback import MUICallback, MUIProbe, ProbeSet
-from mui_callback.errors import MUIError
+from mui_callback.errors import MUIError, ProbeError
 from mui_callback.experts.tail import Tail
 from mui_callback.trainers.base import Training
 from tiny import build
@@ -210,17 +210,29 @@ def probe_sharded_later(rank: int, directory: Path) -> float | None:
     return after - before if after is not None else None
 
 
-def fail_in_the_transpose(rank: int, directory: Path) -> str:
-    """What a process is told if memory runs out in one where those that share experts exchange tensors."""
+def fail_in_the_transpose(rank: int, directory: Path, *, is_of_the_model: bool) -> str:
+    """What a process is told if something fails where those that share experts exchange tensors.
+
+    Args:
+        rank: this process.
+        directory: of the launch.
+        is_of_the_model: whether the layer cannot be read, in all processes; else memory runs out in one.
+    """
     trainee = BACKENDS["moe_k2"].build()
     probe = MUIProbe(trainee.model, many(), **SETTINGS)
-    if rank == 1:
+    if is_of_the_model:
+        Tail.transpose = _cannot_be_transposed
+    elif rank == 1:
         Tail.transpose = _run_out_of_memory
     try:
         probe.measure()
     except MUIError as error:
         return f"{type(error).__name__}: {error}"
     return "measured"
+
+
+def _cannot_be_transposed(*args: Any, **options: Any) -> None:
+    raise ProbeError("not linear")
 
 
 def _run_out_of_memory(*args: Any, **options: Any) -> None:

@@ -56,9 +56,14 @@ def test_a_model_may_be_spread_after_the_probe_was_made(tmp_path: Path) -> None:
 
 
 def test_what_fails_while_experts_are_read_together_ends_every_process(tmp_path: Path) -> None:
-    told = launch(tmp_path, fail_in_the_transpose)
+    told = launch(tmp_path, fail_in_the_transpose, is_of_the_model=False)
     assert "no memory" in told[1]
     assert all(one.startswith("InterruptedPassError: ") for one in told)
+
+
+def test_experts_that_cannot_be_read_in_any_process_are_no_reason_to_end_the_training(tmp_path: Path) -> None:
+    told = launch(tmp_path, fail_in_the_transpose, is_of_the_model=True)
+    assert told == ["ProbeError: not linear"] * 2
 
 
 def test_a_part_of_what_fsdp_shards_may_be_probed_before_the_whole_has_run(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mui_callback.experts.base import Recorder
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.experts.tail import Cut, Tail, add_inner
 from mui_callback.forgiving import attempt, described
+from mui_callback.parallel.processes import out_of_memory
 from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens, add_conserved
 
 
@@ -112,7 +113,8 @@ class LayerReader:
             with self.layer.peers.counting():
                 yield
         except Exception as error:
-            if self.layer.peers.is_alone:
+            is_of_the_model = isinstance(error, ProbeError) and not out_of_memory(error)  # and so the same in all
+            if self.layer.peers.is_alone or is_of_the_model:
                 raise
             raise InterruptedPassError(
                 f"{self.tail.where}: a process failed where those that share its experts exchange tensors, so that the "
