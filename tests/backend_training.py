@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +13,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from backends import BACKENDS, Backend, Trainee
-from distributed_training import output_dir
+from distributed_training import noted, output_dir
 from mui_callback import MemorySink, MUIMonitor, MUIProbe, MUIReport, ProbeSet
-from mui_callback.errors import MUIError
 from mui_callback.probe.samples import TokenChoice, TokenSample
 from mui_callback.scoring.device_counts import BatchCounts
 from mui_callback.sinks.base import ProbePoint
@@ -97,7 +95,7 @@ def train(
     trainee = backend.build()
     seen = Trained()
     torch.manual_seed(rank)
-    with _noted(seen):
+    with noted(seen):
         monitor = _monitor(trainee, rank, directory, seen) if is_monitored else None
         for step in range(1, N_STEPS + 1):
             seen.losses.append(trainee.train_step(_tokens(backend, step, rank)))
@@ -127,17 +125,6 @@ def _local(weight: Any) -> Tensor:
     if hasattr(weight, "ds_tensor"):
         return weight.ds_tensor.detach().clone()
     return (weight.to_local() if hasattr(weight, "to_local") else weight).detach().clone()
-
-
-@contextmanager
-def _noted(seen: Trained) -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield
-        except MUIError as error:
-            seen.error = f"{type(error).__name__}: {error}"
-    seen.warnings = [str(warning.message) for warning in caught if "MUI" in str(warning.message)]
 
 
 @contextmanager

@@ -83,4 +83,4 @@ def meet(rank: int, directory: Path, *, scores: list[list[list[float]]], n_of_pe
 
 
 def same_object(rank: int, directory: Path) -> Any:
-    return Processes().of_main({"rank": rank, "array": np.arange(3) + rank})
+    return Processes().from_main(lambda: {"rank": rank, "array": np.arange(3) + rank})

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import distributed, nn
@@ -188,7 +188,7 @@ def train(
 
     model.module.model.layers[1].mlp.experts.register_forward_pre_hook(watch_pass)
     torch.manual_seed(rank)
-    with _noted(seen):
+    with noted(seen):
         monitor = _monitored(rank, directory, model, seen, start_step, options) if is_monitored else _unmonitored()
         with monitor as tell:
             for step in range(start_step + 1, n_steps + 1):
@@ -226,7 +226,7 @@ def make_monitor(
     """Make a monitor in some of the processes, by rank of what model and with what probe set, and do no more."""
     _wait_for(wait)
     seen = Seen()
-    with _noted(seen):
+    with noted(seen):
         if rank in ranks:
             model, probed = models.get(rank, moe_model)(), probe_sets.get(rank, probe_set)()
             MUIMonitor(model, probed, output_dir=output_dir(directory, rank), **options)
@@ -254,11 +254,11 @@ def agree_alone(rank: int, directory: Path, *, ranks: tuple[int, ...], seconds: 
         return []
     processes = Processes(timedelta(seconds=seconds))
     seen = Seen()
-    with _noted(seen):
+    with noted(seen):
         processes.gather_failures(None)
     told = [str(seen.error)]
     if not processes.is_main:
-        with _noted(seen):
+        with noted(seen):
             processes.from_main(lambda: None)
         told.append(str(seen.error))
     return told
@@ -281,8 +281,15 @@ def _wait_for(seconds: float | None) -> None:
         run_monitor.Processes = partial(Processes, timedelta(seconds=seconds))
 
 
+class Noted(Protocol):
+    """What a process says of its end."""
+
+    error: str | None
+    warnings: list[str]
+
+
 @contextmanager
-def _noted(seen: Seen) -> Iterator[None]:
+def noted(seen: Noted) -> Iterator[None]:
     """The exception that ends this goes no further, and is noted with what was said about probes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

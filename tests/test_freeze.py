@@ -323,6 +323,10 @@ def test_a_buffer_that_waits_for_a_backward_pass_is_not_touched() -> None:
     module = nn.Linear(4, 4)
     module.register_buffer("scale", torch.full((4,), 2.0))
     loss = (module(torch.ones(2, 4)) * module.scale).sum()
+    version = module.scale._version
     with frozen(module):
         module(torch.ones(2, 4))
+    assert module.scale._version == version
     loss.backward()
+    assert module.weight.grad is not None
+    assert module.weight.grad.tolist() == [[4.0] * 4] * 4  # two rows of ones, scaled by 2

@@ -79,9 +79,11 @@ def test_evaluations_are_said_by_the_loop(tmp_path: Path) -> None:
 
 
 def test_a_loop_that_went_on_without_saying_so_is_noticed(tmp_path: Path) -> None:
-    made, _ = monitor(tmp_path)
+    made, memory = monitor(tmp_path)
     with pytest.warns(UserWarning, match=r"first step that it is told of is 801.*start_step=800"):
         made.step(801)
+    made.close()
+    assert steps(memory) == [0, 801]
 
 
 def test_a_loop_that_counts_from_0_is_told(tmp_path: Path) -> None:

@@ -180,9 +180,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             # Every process reads them, as it may change the data; but some give each process other rows.
             processes = Processes()
             has_tokenizer = tokenizer is not None
-            probe_set = processes.of_main(
-                processes.together(lambda: self._read_eval_data(training, can_do_without=has_tokenizer))
-            )
+            own = processes.together(lambda: self._read_eval_data(training, can_do_without=has_tokenizer))
+            probe_set = processes.from_main(lambda: own)
         if probe_set is None:
             probe_set = builtin_for(model, tokenizer, _HINT)
         return MUIProbe(model, probe_set, tokenizer=tokenizer, **asdict(self.settings))

@@ -11,7 +11,7 @@ from mui_callback.errors import NoExpertsError, UnsupportedModelError
 from mui_callback.experts.adapters import adapted
 from mui_callback.experts.base import Experts
 from mui_callback.experts.dense import find_dense_layers
-from mui_callback.experts.expert_parallelism import find_spread, refuse_parts_of_experts
+from mui_callback.experts.expert_parallelism import Spread, find_spread, refuse_parts_of_experts
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.experts.lists import find_list, find_stacked_parameter, has_router
 from mui_callback.experts.paths import is_inside, is_numbered, language_model_modules, layer_numbers, outside
@@ -84,12 +84,13 @@ def _candidates(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLaye
     for path, module in modules.items():
         if any(is_inside(path, other) for other in claimed):
             continue
-        told = adapted(path, module, find_spread(modules, path))
+        spread = find_spread(modules, path)
+        told = adapted(path, module, spread)
         if told is not None:
             claimed.append(path)
             yield path, _layer(path, module, *told, scope_is_moe=not is_numbered(path))
             continue
-        routed = None if path.rpartition(".")[2] in SHARED_NAMES else _find_routed(modules, path, module)
+        routed = None if path.rpartition(".")[2] in SHARED_NAMES else _find_routed(path, module, spread)
         if routed is None:
             continue
         claimed.append(path)
@@ -98,10 +99,9 @@ def _candidates(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ExpertLaye
             yield path, _structured_layer(modules, block_path, module, routed)
 
 
-def _find_routed(modules: dict[str, nn.Module], path: str, module: nn.Module) -> Experts | None:
+def _find_routed(path: str, module: nn.Module, spread: Spread) -> Experts | None:
     if has_stacked_layout(module):
-        return StackedExperts(path, module, find_spread(modules, path))
-    spread = find_spread(modules, path)
+        return StackedExperts(path, module, spread)
     return find_stacked_parameter(path, module, spread) or find_list(path, module, spread)
 
 

@@ -300,10 +300,8 @@ class StackedRecorder:
         assert self.rows is not None
         assert self.cut is not None
         if self.token_T is None:
-            place_P, token_P = (
-                tokens.position_R,
-                tokens.first + torch.arange(len(tokens.position_R), device=tokens.position_R.device),
-            )
+            place_P = tokens.position_R
+            token_P = tokens.first + torch.arange(len(place_P), device=place_P.device)
         else:
             (place_P,) = torch.nonzero(self.token_T >= 0, as_tuple=True)
             token_P = self.token_T[place_P]

@@ -71,7 +71,7 @@ class Processes:
         """What the main process decides, in every process.
 
         Args:
-            decide: called in the main process only; its result is what JSON can hold.
+            decide: called in the main process only; its result can be pickled.
 
         Raises:
             DesynchronizedError: the main process did not come to this call.
@@ -82,29 +82,13 @@ class Processes:
         with self._talking() as key:
             if not self.is_main:
                 self._wait_for(key)
-                told: dict[str, Any] = json.loads(self._store.get(key))
+                told: dict[str, Any] = pickle.loads(self._store.get(key))
         if self.is_main:
             told = self._decide(decide, key)
         if "failed" in told:
             raise ProbeError(f"process 0: {told['failed']}")
         decided: _T = told["decided"]
         return decided
-
-    def of_main(self, mine: _T) -> _T:
-        """The object of the main process, in every process; it must be one that can be pickled.
-
-        Raises:
-            DesynchronizedError: not all processes came to this call.
-        """
-        if self._store is None:
-            return mine
-        with self._talking() as key:
-            if self.is_main:
-                self._store.set(key, pickle.dumps(mine))
-                return mine
-            self._wait_for(key)
-            theirs: _T = pickle.loads(self._store.get(key))
-            return theirs
 
     def gather_failures(self, error: BaseException | None) -> list[Failure]:
         """The failures of all processes, the same in each; empty if all went well.
@@ -152,13 +136,13 @@ class Processes:
     def _decide(self, decide: Callable[[], _T], key: str) -> dict[str, Any]:
         try:
             told = {"decided": decide()}
-            text = json.dumps(told)
+            message = pickle.dumps(told)
         except BaseException as error:
             with self._translated():
-                self._store.set(key, json.dumps({"failed": described(error)}))
+                self._store.set(key, pickle.dumps({"failed": described(error)}))
             raise
         with self._translated():
-            self._store.set(key, text)
+            self._store.set(key, message)
         return told
 
     @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mui_callback.errors import ProbeSetError, UnsupportedModelError
 from mui_callback.parallel.processes import Processes
-from mui_callback.parallel.weights import group_ranks, is_dtensor, is_zero3
+from mui_callback.parallel.weights import is_divided, is_dtensor
 
 _LOOKED_AT = 16
 """Elements of each weight that are compared."""
@@ -67,15 +67,11 @@ def _digest(model: nn.Module, apart: Iterable[nn.Module]) -> str:
     parts: list[Tensor] = [
         _local(weight).flatten()[:: max(1, weight.numel() // _LOOKED_AT)].double()
         for weight in model.parameters()
-        if id(weight) not in elsewhere and not _is_divided(weight)
+        if id(weight) not in elsewhere and not is_divided(weight)
     ]
     if not parts:
         return ""
     return hashlib.sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()
-
-
-def _is_divided(weight: Tensor) -> bool:
-    return (is_dtensor(weight) or is_zero3(weight)) and len(group_ranks(weight)) > 1
 
 
 def _local(weight: Any) -> Tensor:

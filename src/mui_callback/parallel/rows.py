@@ -41,7 +41,8 @@ def rows_of(weight: Tensor, wanted: Sequence[Rows], rank: int, device: torch.dev
     """
     if not is_apart(weight):
         return weight.detach()[torch.from_numpy(wanted[rank]).to(weight.device)]
-    return _Spread.of(weight, device, traffic).rows([wanted[other] for other in _ranks(weight)], wanted[rank])
+    spread = _Spread.of(weight, device, traffic)
+    return spread.rows([wanted[other] for other in spread.peers.ranks], wanted[rank])
 
 
 def check_rows(weight: Tensor) -> None:
@@ -124,7 +125,3 @@ def _group(weight: Any) -> Any:
             f"expected a language-model head whose rows are dealt out to processes, got placements {placements}"
         )
     return mesh.get_group(dealt[0])
-
-
-def _ranks(weight: Any) -> tuple[int, ...]:
-    return Peers(_group(weight)).ranks

@@ -71,11 +71,15 @@ def fsdp_weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def spread_over(model: nn.Module) -> set[int]:
     """Ranks of the processes that weights are spread over, by FSDP2 or ZeRO-3."""
     of_fsdp = [getattr(module, name) for module, name in fsdp_weights(model)]
-    spread = [weight for weight in (*of_fsdp, *model.parameters()) if is_dtensor(weight) or is_zero3(weight)]
-    return {rank for weight in spread for rank in group_ranks(weight) if len(group_ranks(weight)) > 1}
+    return {rank for weight in (*of_fsdp, *model.parameters()) if is_divided(weight) for rank in _group_ranks(weight)}
 
 
-def group_ranks(weight: Any) -> list[int]:
+def is_divided(weight: Tensor) -> bool:
+    """Whether FSDP2 or ZeRO-3 has it in several processes, whole at present or not."""
+    return (is_dtensor(weight) or is_zero3(weight)) and len(_group_ranks(weight)) > 1
+
+
+def _group_ranks(weight: Any) -> list[int]:
     """Ranks of the processes that have a part or a copy of a weight that is spread."""
     if is_zero3(weight):
         ranks: list[int] = distributed.get_process_group_ranks(weight.ds_process_group)

@@ -107,7 +107,7 @@ class LanguageModelHead:
         def keep(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
             hidden = args[0] if args else next(iter(options.values()))
             own = getattr(module, "bias", None)
-            if own is not None:  # here, where whoever spreads it has made it whole
+            if own is not None and readout_RD is not None:  # here, where whoever spreads it has made it whole
                 bias.append(own.detach()[tokens.target_R])
             if hidden.shape[:-1] == (tokens.n_rows, tokens.length):
                 hidden = hidden.flatten(0, 1)[tokens.position_R].unsqueeze(0)

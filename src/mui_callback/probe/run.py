@@ -127,6 +127,7 @@ class MUIProbe:
         """The same, where it is to be known of every process whether it failed.
 
         Raises:
+            ProbeError: in all processes, as they have one report: contributions do not add up.
             DesynchronizedError: see `measure`, as the following.
             InterruptedPassError: …
         """
@@ -158,12 +159,8 @@ class MUIProbe:
             comm_bytes=int(n_bytes[0]),
             seconds=time.perf_counter() - start,
         )
-        found = Verification.of(
-            self.layout, report.counts, report.tokens, ROUNDING if n_bytes[1] else ROUNDING_OF_FLOAT32
-        )
-        if found.complaints:
-            wrong = ProbeError(found.complaints[0])
-            return Outcome(error=wrong, failures=[Failure(0, found.complaints[0], out_of_memory=False)])
+        rounding = ROUNDING if n_bytes[1] else ROUNDING_OF_FLOAT32
+        Verification.of(self.layout, report.counts, report.tokens, rounding).raise_if_wrong()
         return Outcome(report)
 
     def agree(self, processes: Processes | None = None) -> None:

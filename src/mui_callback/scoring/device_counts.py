@@ -73,7 +73,7 @@ class DeviceCounts:
         self.identity_error = zeros(torch.float64, len(layout.layers)).fill_(float("nan"))
         self.head_error = zeros(torch.float64, 1).fill_(float("nan"))
 
-    def batch(self, responses: Responses, sample_B: Tensor, meetings: Sequence[Meeting | None] = ()) -> BatchCounts:
+    def batch(self, responses: Responses, sample_B: Tensor, meetings: Sequence[Meeting | None]) -> BatchCounts:
         """The counter of one batch of samples.
 
         Args:
@@ -81,7 +81,7 @@ class DeviceCounts:
             sample_B: number of each sample, int64 ``[B]``.
             meetings: for each layer, who else's tokens come to its experts; None where nobody's.
         """
-        return BatchCounts(self, responses, sample_B, meetings or [None] * len(self.layout.layers))
+        return BatchCounts(self, responses, sample_B, meetings)
 
     def add_choices(self, choice_R: Tensor, loss_R: Tensor) -> None:
         """Loss (nats) of each scored token of a batch of choices, and the choice that it belongs to."""
