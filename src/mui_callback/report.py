@@ -1,59 +1,37 @@
 """The result of one probe pass, kept as counts from which every metric follows.
 
-Shapes: E experts of all layers (see `ExpertLayout`), N samples, C choices of all samples.
+Shapes: E experts and J neurons of all layers (see `ExpertLayout`), N samples.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from mui_callback.counts import ProbeCounts, unpack_layers
-from mui_callback.errors import MUIError
+from mui_callback.counts import KeySets, ProbeCounts
 from mui_callback.layout import ExpertLayout, KeyNeuron, LayerShape
-from mui_callback.metrics import performance
+from mui_callback.metrics import key_sets, performance
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
-from mui_callback.metrics.utilization import BoolArray, IntArray
+from mui_callback.metrics.utilization import BoolArray
+from mui_callback.report_file import read_report, write_report
+from mui_callback.rules import Rule
+from mui_callback.sample_table import SampleTable as SampleTable
 from mui_callback.settings import ProbeSettings
 from mui_callback.task_report import PredictionSums, TaskReport
-
-_FORMAT = "mui-report-2"
-
-
-@dataclass(frozen=True, eq=False)
-class SampleTable:
-    """What is known of the samples without running them."""
-
-    id: tuple[str, ...]
-    task: IntArray
-    """Index into the report's tasks, ``[N]``."""
-    n_tokens: IntArray
-    """Response tokens, ``[N]``."""
-    n_bytes: IntArray
-    """UTF-8 bytes of the response, -1 where they are not known, ``[N]``."""
-    truncated: BoolArray
-    """Whether the sample was longer than the context, ``[N]``."""
-    answer: IntArray
-    """Index of the right choice, -1 where there are no choices, ``[N]``."""
-    choice_sample: IntArray
-    """Sample of each choice, ascending."""
-    choice_length: IntArray
-    """UTF-8 bytes of each choice, or its tokens where the text is not known."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MUIReport:
     """What one probe pass found.
 
-    Metrics of all tasks pooled are on `pooled`, those of one task on ``tasks[name]``; both are a `TaskReport`.
+    Metrics of all tasks pooled are on `pooled`, those of one task on ``tasks[name]``; both are a `TaskReport`. They are
+    those of the first of the rules that say what a key neuron is; see `under` for the others.
     """
 
     layout: ExpertLayout
@@ -71,7 +49,7 @@ class MUIReport:
 
     def __repr__(self) -> str:
         mui, loss = (f"{value:.4g}" if value is not None else "None" for value in (self.pooled.mui, self.pooled.loss))
-        return f"MUIReport({', '.join(self.task_names)}: {self.samples} samples, mui={mui}, loss={loss})"
+        return f"MUIReport({', '.join(self.task_names)}: {self.n_samples} samples, mui={mui}, loss={loss})"
 
     @cached_property
     def tasks(self) -> Mapping[str, TaskReport]:
@@ -84,12 +62,34 @@ class MUIReport:
         return self._task_report(list(range(len(self.task_names))))
 
     @property
+    def rules(self) -> tuple[str, ...]:
+        """The rules that say what a key neuron is, as text; the metrics are those of the first."""
+        return tuple(map(str, self.settings.parsed_rules))
+
+    def under(self, rule: str) -> MUIReport:
+        """The report of the same pass in which another of its rules says what a key neuron is.
+
+        Raises:
+            KeyError: the pass did not count under this rule.
+            ValueError: it is none.
+        """
+        first = self._number_of(rule)
+        order = [first, *(number for number in range(len(self.rules)) if number != first)]
+        return replace(
+            self,
+            settings=replace(self.settings, rules=tuple(self.rules[number] for number in order)),
+            counts=replace(self.counts, key_sets=tuple(self.counts.key_sets[number] for number in order)),
+        )
+
+    # The probe itself
+
+    @property
     def mui(self) -> float | None:
         """Model Utilization Index of all tasks pooled, in [0, 1]."""
         return self.pooled.mui
 
     @property
-    def samples(self) -> int:
+    def n_samples(self) -> int:
         """Samples in the probe."""
         return len(self.sample_table.id)
 
@@ -141,28 +141,50 @@ class MUIReport:
         sources: dict[Scope, Any] = {Scope.PROBE: self, Scope.TASK: self.pooled, Scope.POOLED: self.pooled}
         for metric in CATALOGUE:
             if metric.scope in sources:
-                values[key(metric.name)] = getattr(sources[metric.scope], metric.name)
+                name = "n_samples" if metric.name == "samples" else metric.name
+                values[key(metric.name)] = getattr(sources[metric.scope], name)
         for name, task in self.tasks.items():
             for metric in CATALOGUE:
                 if metric.scope is Scope.TASK:
                     values[key(metric.name, name)] = getattr(task, metric.name)
         return {name: float(value) for name, value in values.items() if value is not None and np.isfinite(value)}
 
-    def key_neurons(self, task: str | None = None) -> frozenset[KeyNeuron]:
-        """The key neurons of a task, or of all tasks pooled, by name.
+    # Key neurons
+
+    def key_neuron_sets(self, rule: str | None = None) -> csr_array:
+        """The key neurons of each sample as a matrix of ones, uint8 ``[N, J]``, under a rule or the first one.
+
+        Raises:
+            KeyError: the pass did not count under this rule.
+        """
+        sets = self.counts.key_sets[0 if rule is None else self._number_of(rule)]
+        return key_sets.as_sparse(sets, self.layout.n_neurons)
+
+    def is_key_neuron(self, task: str | None = None) -> BoolArray:
+        """Whether each neuron of the model is a key neuron of a task, or of any where it is None, bool ``[J]``.
 
         Raises:
             KeyError: there is no such task.
         """
-        if task is not None and task not in self.task_names:
-            raise KeyError(f"no task {task!r} in this report; it has {', '.join(self.task_names)}")
-        chosen = list(range(len(self.task_names))) if task is None else [self.task_names.index(task)]
-        return frozenset(self.layout.name_neuron(int(neuron)) for neuron in np.flatnonzero(self._union(chosen)))
+        return key_sets.union(self._key_sets, self._is_in(self._tasks_of(task)), self.layout.n_neurons)
+
+    def key_neurons(self, task: str | None = None) -> frozenset[KeyNeuron]:
+        """The same, by name.
+
+        Raises:
+            KeyError: there is no such task.
+        """
+        return frozenset(self.layout.name_neuron(int(neuron)) for neuron in np.flatnonzero(self.is_key_neuron(task)))
+
+    # Files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report to one file: numpy arrays and a JSON header, no pickle. Replaces the file at once."""
+        """Write the report to one file: numpy arrays and a JSON header, no pickle. Replaces the file at once.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         header = {
-            "format": _FORMAT,
             "layers": [asdict(layer) for layer in self.layout.layers],
             "task_names": self.task_names,
             "settings": asdict(self.settings),
@@ -171,49 +193,48 @@ class MUIReport:
             "comm_bytes": self.comm_bytes,
             "seconds": self.seconds,
         }
-        arrays = {f"counts.{field.name}": getattr(self.counts, field.name) for field in fields(ProbeCounts)}
+        arrays = {f"counts.{field.name}": getattr(self.counts, field.name) for field in fields(ProbeCounts)[1:]}
         for field in fields(SampleTable)[1:]:
             arrays[f"samples.{field.name}"] = getattr(self.sample_table, field.name)
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez_compressed(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        for number, sets in enumerate(self.counts.key_sets):
+            arrays |= {f"key_sets.{number}.neuron": sets.neuron, f"key_sets.{number}.end": sets.end}
+        write_report(path, header, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MUIReport:
         """Read what `save` wrote.
 
         Raises:
-            MUIError: the file is something else.
+            MUIError: the file is something else, or was written by another version of this format.
+            OSError: there is none, or it cannot be read.
         """
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                arrays: dict[str, Any] = dict(archive)
-            header = json.loads(arrays.pop("header").tobytes())
-        except (ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
-            raise MUIError(
-                f"{path}: expected a report written by MUIReport.save, got something else ({error})"
-            ) from error
-        if header.get("format") != _FORMAT:
-            raise MUIError(f"{path}: expected format {_FORMAT!r}, got {header.get('format')!r}")
+        header, arrays = read_report(path)
 
         def part(prefix: str) -> dict[str, Any]:
             return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
+        settings = ProbeSettings(**header["settings"])
+        sets = tuple(KeySets(**part(f"key_sets.{number}.")) for number in range(len(settings.rules)))
         return cls(
             layout=ExpertLayout([LayerShape.from_dict(layer) for layer in header["layers"]]),
             task_names=tuple(header["task_names"]),
-            settings=ProbeSettings(**header["settings"]),
+            settings=settings,
             sample_table=SampleTable(id=tuple(header["sample_ids"]), **part("samples.")),
-            counts=ProbeCounts(**part("counts.")),
+            counts=ProbeCounts(key_sets=sets, **part("counts.")),
             probe_set=header["probe_set"],
             comm_bytes=header["comm_bytes"],
             seconds=header["seconds"],
         )
+
+    # Counts
+
+    @property
+    def _key_sets(self) -> KeySets:
+        return self.counts.key_sets[0]
+
+    @cached_property
+    def _owned(self) -> key_sets.OwnedCounts:
+        return key_sets.count_owned(self._key_sets, self.layout, self.sample_table.task, len(self.task_names))
 
     @cached_property
     def _choices_right(self) -> tuple[BoolArray, BoolArray]:
@@ -223,21 +244,34 @@ class MUIReport:
             self.counts.choice_loss, table.choice_length, table.choice_sample, table.answer
         )
 
-    def _union(self, tasks: list[int]) -> BoolArray:
-        """Whether each neuron of the model is a key neuron of one of the tasks."""
-        packed = np.bitwise_or.reduce(self.counts.key_neurons[tasks], axis=0)
-        return unpack_layers(packed, [layer.n_neurons for layer in self.layout.layers])
+    def _number_of(self, rule: str) -> int:
+        text = str(Rule.parse(rule))
+        if text not in self.rules:
+            raise KeyError(f"no rule {rule!r} in this report; it has {', '.join(self.rules)}")
+        return self.rules.index(text)
+
+    def _tasks_of(self, task: str | None) -> list[int]:
+        if task is None:
+            return list(range(len(self.task_names)))
+        if task not in self.task_names:
+            raise KeyError(f"no task {task!r} in this report; it has {', '.join(self.task_names)}")
+        return [self.task_names.index(task)]
+
+    def _is_in(self, tasks: list[int]) -> BoolArray:
+        """Whether each sample is of one of the tasks, bool ``[N]``."""
+        return np.isin(self.sample_table.task, tasks)
 
     def _task_report(self, tasks: list[int]) -> TaskReport:
-        in_tasks = np.isin(self.sample_table.task, tasks)
+        is_in = self._is_in(tasks)
+        union = key_sets.union(self._key_sets, is_in, self.layout.n_neurons)
         return TaskReport(
             layout=self.layout,
-            n_samples=int(in_tasks.sum()),
-            key_neurons=np.add.reduceat(self._union(tasks).astype(np.int64), self.layout.first_neuron),
-            activated=self.counts.activated[tasks].sum(axis=0),
+            n_samples=int(is_in.sum()),
+            key_neurons=key_sets.count_in_experts(union, self.layout),
+            activated=self._owned.activated_QE[tasks].sum(axis=0),
             mass=self.counts.mass[tasks].sum(axis=0),
             routed=self.counts.routed[tasks].sum(axis=0),
-            predictions=self._prediction_sums(in_tasks),
+            predictions=self._prediction_sums(is_in),
             key_expert_frequency=self.settings.key_expert_frequency,
         )
 
