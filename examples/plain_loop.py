@@ -102,7 +102,7 @@ def main(output_dir: str = "mui-example", steps: int = 400, every: int = 80) -> 
         output_dir=output_dir,
         sinks=[memory],
         every=every,
-        top_fraction=0.01,  # of the 576 neurons of a layer
+        rules="top_fraction=0.01",  # of the 576 neurons of a layer
     ) as monitor:
         for step in range(1, steps + 1):
             start = torch.randint(0, len(data) - CONTEXT, (16, 1))

@@ -22,7 +22,7 @@ from tiny import VOCAB
 from tiny_samples import make_samples
 
 N_STEPS = 3
-SETTINGS: dict[str, Any] = {"batch_tokens": 40, "top_fraction": 0.02}
+SETTINGS: dict[str, Any] = {"batch_tokens": 40, "rules": "top_fraction=0.02"}
 
 
 def many() -> ProbeSet:

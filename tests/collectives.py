@@ -17,15 +17,16 @@ from mui_callback.scoring.meeting import Meeting
 from mui_callback.scoring.topk import Candidates, merge_candidates
 
 
-def collect(rank: int, directory: Path, *, sets: list[list[int]], sums: list[list[float]]) -> dict[str, Any]:
-    """The union of packed sets and the sum of vectors, one of each process."""
+def collect(rank: int, directory: Path, *, lists: list[list[int]], sums: list[list[float]]) -> dict[str, Any]:
+    """What all have, and the sum and maximum of vectors, one of each process."""
     peers = Peers(distributed.group.WORLD)
-    bits, vector = torch.tensor(sets[rank], dtype=torch.uint8), torch.tensor(sums[rank], dtype=torch.float64)
+    vector = torch.tensor(sums[rank], dtype=torch.float64)
     highest = vector.clone()
-    peers.unite(bits)
+    gathered = peers.gather(torch.tensor(lists[rank], dtype=torch.int64))
+    sent = peers.traffic.sent
     peers.add(vector)
     peers.highest(highest)
-    return {"union": bits, "sum": vector, "highest": highest, "sent": peers.traffic.sent}
+    return {"gathered": gathered, "sent_for_it": sent, "sum": vector, "highest": highest, "sent": peers.traffic.sent}
 
 
 def exchange(rank: int, directory: Path, *, n_rows: list[list[int]]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def meet(rank: int, directory: Path, *, scores: list[list[list[float]]], n_of_pe
     place = torch.arange(score.shape[1]).repeat(len(score), 1) * len(scores) + rank
     none = torch.zeros(0, dtype=torch.int64)
     responses = Responses(row_R=none, order_R=none, n_rows=len(score), n_orders=0)
-    meeting = Meeting(Peers(distributed.group.WORLD), responses, torch.arange(len(score)), n_of_peer)
+    meeting = Meeting(Peers(distributed.group.WORLD), responses, torch.arange(len(score)), n_of_peer, n_of_peer)
     best = score.topk(min(k, score.shape[1]), dim=1)
     found = Candidates(best.values, place.gather(1, best.indices))
     received = meeting.exchange([found, found])

@@ -22,7 +22,7 @@ def model_of(family: str) -> nn.Module:
 
 
 def probe_of(family: str) -> MUIProbe:
-    return MUIProbe(model_of(family), ProbeSet({"a": make_samples()}), top_fraction=0.02)
+    return MUIProbe(model_of(family), ProbeSet({"a": make_samples()}), rules="top_fraction=0.02")
 
 
 def row(family: str, probe: MUIProbe, checked: Verification) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def layer_scores(
         for part in scores.parts:
             for s, token in enumerate(part.token_S.tolist()):
                 sample = int(batch.sample_B[batch.tokens.row_R[token]])
-                for w, value in enumerate(part.score_SW[s].tolist()):
+                for w, value in enumerate(part.rows.all()[s].tolist()):
                     expert, neuron = owner[int(part.first_neuron_S[s]) + w]
                     found[layer][sample][int(batch.tokens.order_R[token]), expert, neuron] = value
         if conservation:
@@ -54,13 +55,18 @@ def layer_scores(
         for host_batch in make_batches(samples, batch_tokens=40):
             batch = to_device(host_batch, device)
             readout_RD = head.rows([host_batch.target], Shards(), device)
-            with reading.batch(lambda layer, batch=batch: batch.tokens, readout_RD, consume, check=conservation):
+            tokens, readout = partial(_same, batch.tokens), partial(_same, readout_RD)
+            with reading.batch(tokens, readout_RD, readout, consume, check=conservation):
                 head.logits(batch)
     if reading.error is not None:
         raise reading.error
     if conservation:
         return [torch.cat(parts) for parts in totals], [torch.cat(parts) for parts in outputs]
     return found
+
+
+def _same(value: Any, layer: int) -> Any:
+    return value
 
 
 def assert_conserved(model: nn.Module, samples: list[TokenSample], *, dense: bool = False) -> None:

@@ -56,7 +56,7 @@ def test_the_loops_conserve_the_output_of_the_layer(naive: Naive) -> None:
 def test_key_neurons_equal_the_loops(model: nn.Module, naive: Naive) -> None:
     layers, log_likelihoods = naive
     samples = make_samples()
-    probe = MUIProbe(model, ProbeSet({"a": samples[:2], "b": samples[2:]}), top_fraction=TOP_FRACTION)
+    probe = MUIProbe(model, ProbeSet({"a": samples[:2], "b": samples[2:]}), rules=f"top_fraction={TOP_FRACTION}")
     report = probe.measure()
     expected = naive_key_neurons(layers, TOP_FRACTION)
     assert report.key_neurons("a") == expected[0] | expected[1]
@@ -77,7 +77,7 @@ def test_key_neurons_equal_the_loops(model: nn.Module, naive: Naive) -> None:
 
 def test_contribution_mass_equals_the_loops(model: nn.Module, naive: Naive) -> None:
     layers, _ = naive
-    report = MUIProbe(model, ProbeSet({"all": make_samples()}), top_fraction=TOP_FRACTION).measure()
+    report = MUIProbe(model, ProbeSet({"all": make_samples()}), rules=f"top_fraction={TOP_FRACTION}").measure()
     expected: dict[str, float] = dict.fromkeys(report.layout.expert_labels, 0.0)
     for layer in layers:
         for sample in layer.scores:

@@ -53,7 +53,14 @@ def record(output_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("top_fraction", 7), ("batch_tokens", 0), ("max_length", 1), ("every", 0), ("budget", 2), ("on_error", "ignore")],
+    [
+        ("rules", "top_fraction=7"),
+        ("batch_tokens", 0),
+        ("max_length", 1),
+        ("every", 0),
+        ("budget", 2),
+        ("on_error", "ignore"),
+    ],
 )
 def test_settings_are_checked_at_once(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected"):
@@ -194,13 +201,13 @@ def test_default_is_the_eval_data(tmp_path: Path) -> None:
     _, memory = run(tmp_path, trainer={"eval_dataset": rows(100, seed=5)}, eval_samples=10)
     report = memory.points[0].report
     assert report.task_names == ("eval",)
-    assert report.samples == 10
+    assert report.n_samples == 10
     assert report.tokens == 10 * 17
 
 
 def test_default_takes_a_bounded_number(tmp_path: Path) -> None:
     _, memory = run(tmp_path, trainer={"eval_dataset": rows(200, seed=5)})
-    assert memory.points[0].report.samples == 64
+    assert memory.points[0].report.n_samples == 64
 
 
 def test_each_eval_data_set_is_a_task(tmp_path: Path) -> None:
@@ -244,14 +251,14 @@ def test_documents_packed_in_a_row_are_samples_of_their_own(tmp_path: Path) -> N
     data = [{"input_ids": packed, "labels": packed.clone(), "position_ids": positions}]
     _, memory = run(tmp_path / "packed", trainer={"eval_dataset": data})
     _, apart = run(tmp_path / "apart", trainer={"eval_dataset": ids})
-    assert memory.points[0].report.samples == 2
+    assert memory.points[0].report.n_samples == 2
     assert memory.points[0].scalars["mui/loss"] == apart.points[0].scalars["mui/loss"]
 
 
 def test_streaming_eval_data(tmp_path: Path) -> None:
     data = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows(9, seed=5)])
     _, memory = run(tmp_path, trainer={"eval_dataset": data.to_iterable_dataset()}, eval_samples=5)
-    assert memory.points[0].report.samples == 5
+    assert memory.points[0].report.n_samples == 5
 
 
 def test_without_eval_data_the_builtin_set_is_used(tmp_path: Path) -> None:

@@ -17,15 +17,17 @@ from mui_callback.scoring.contributions import rank_in_token
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_sets_are_united_and_vectors_added(size: int, tmp_path: Path) -> None:
+def test_lists_are_put_together_and_vectors_added(size: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(size)
-    sets, sums = rng.integers(0, 256, (size, 7)).tolist(), rng.normal(size=(size, 5)).tolist()
-    for seen in launch(tmp_path, collectives.collect, size=size, sets=sets, sums=sums):
-        assert seen["union"].tolist() == np.bitwise_or.reduce(np.array(sets), axis=0).tolist()
+    lists = [rng.integers(-9, 2**40, n).tolist() for n in (3, 0, 5)[:size]]
+    sums = rng.normal(size=(size, 5)).tolist()
+    for seen in launch(tmp_path, collectives.collect, size=size, lists=lists, sums=sums):
+        assert seen["gathered"].tolist() == [number for own in lists for number in own]
         assert seen["sum"].tolist() == pytest.approx(np.sum(sums, axis=0).tolist())
         assert seen["highest"].tolist() == np.max(sums, axis=0).tolist()
-        part = -(-7 // size)  # what each process unites
-        assert seen["sent"] == 2 * part * (size - 1) + 2 * (2 * (size - 1) * 5 * 8 // size)
+        longest = max(len(own) for own in lists)
+        assert seen["sent_for_it"] == (size - 1) * 8 * (1 + longest)
+        assert seen["sent"] == seen["sent_for_it"] + 2 * (2 * (size - 1) * 5 * 8 // size)
 
 
 def test_rows_reach_whom_they_are_for(tmp_path: Path) -> None:
@@ -77,12 +79,11 @@ def test_the_best_of_all_are_the_best_of_the_best_of_each(tmp_path: Path) -> Non
 
 
 def test_who_is_alone_sends_nothing() -> None:
-    peers, bits, rows = Peers(), torch.tensor([3], dtype=torch.uint8), torch.ones(2, 2)
-    peers.unite(bits)
+    peers, numbers, rows = Peers(), torch.tensor([3]), torch.ones(2, 2)
     peers.add(rows)
     peers.highest(rows)
     assert peers.exchange(rows, [2], [2]) is rows
-    assert bits.tolist() == [3]
+    assert peers.gather(numbers) is numbers
     assert peers.traffic.sent == 0
 
 

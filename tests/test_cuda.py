@@ -58,7 +58,9 @@ def on_gpu(family: str, dtype: torch.dtype) -> PreTrainedModel:
 def test_float32_equals_the_loops(family: str) -> None:
     cpu = build(ALIGNED[family]())
     layers, _ = naive_scores(cpu, family, [(s.input_ids.tolist(), s.scored.tolist()) for s in samples()])
-    report = MUIProbe(on_gpu(family, torch.float32), ProbeSet({"a": samples()}), top_fraction=FRACTION).measure()
+    report = MUIProbe(
+        on_gpu(family, torch.float32), ProbeSet({"a": samples()}), rules=f"top_fraction={FRACTION}"
+    ).measure()
     assert report.key_neurons() == set().union(*naive_key_neurons(layers, FRACTION))
 
 
@@ -74,7 +76,7 @@ def test_bfloat16_equals_the_loops_within_its_rounding(family: str, kernel_calls
     model = on_gpu(family, torch.bfloat16)
     rounded = build(ALIGNED[family]()).to(torch.bfloat16).float()
     layers, _ = naive_scores(rounded, family, [(s.input_ids.tolist(), s.scored.tolist()) for s in samples()])
-    report = MUIProbe(model, ProbeSet({"a": samples()}), top_fraction=FRACTION).measure()
+    report = MUIProbe(model, ProbeSet({"a": samples()}), rules=f"top_fraction={FRACTION}").measure()
     assert kernel_calls
     ours, exact = report.key_neurons(), set().union(*naive_key_neurons(layers, FRACTION))
     print(f"{family}: Jaccard {len(ours & exact) / len(ours | exact):.3f} of {len(exact)} key neurons in bfloat16")
@@ -93,8 +95,10 @@ def test_conservation_identity(family: str, dtype: torch.dtype, bound: float) ->
 @pytest.mark.parametrize("batch_tokens", [1, 10**6])
 def test_batch_size_does_not_matter(family: str, batch_tokens: int) -> None:
     model = on_gpu(family, torch.float32)
-    reference = MUIProbe(model, ProbeSet({"a": samples()}), top_fraction=FRACTION).measure()
-    report = MUIProbe(model, ProbeSet({"a": samples()}), top_fraction=FRACTION, batch_tokens=batch_tokens).measure()
+    reference = MUIProbe(model, ProbeSet({"a": samples()}), rules=f"top_fraction={FRACTION}").measure()
+    report = MUIProbe(
+        model, ProbeSet({"a": samples()}), rules=f"top_fraction={FRACTION}", batch_tokens=batch_tokens
+    ).measure()
     assert report.key_neurons() == reference.key_neurons()
 
 
@@ -163,8 +167,10 @@ def test_lists_of_modules_equal_the_loops(name: str) -> None:
     tokens = [(sample.input_ids.tolist(), sample.scored.tolist()) for sample in samples()]
     exact = set().union(*naive_key_neurons(plain_scores(build_plain(name), name, tokens)[0], FRACTION))
     model = build_plain(name).to("cuda")
-    assert MUIProbe(model, ProbeSet({"a": samples()}), top_fraction=FRACTION).measure().key_neurons() == exact
-    rounded = MUIProbe(model.to(torch.bfloat16), ProbeSet({"a": samples()}), top_fraction=FRACTION)
+    assert (
+        MUIProbe(model, ProbeSet({"a": samples()}), rules=f"top_fraction={FRACTION}").measure().key_neurons() == exact
+    )
+    rounded = MUIProbe(model.to(torch.bfloat16), ProbeSet({"a": samples()}), rules=f"top_fraction={FRACTION}")
     assert not rounded.verify(rounding=0.03).complaints
     rounded.measure()
 

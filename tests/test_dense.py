@@ -55,7 +55,7 @@ def dense_model(family: str) -> nn.Module:
 
 
 def measure(model: nn.Module, *, dense: bool = True) -> MUIReport:
-    return MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.05, dense=dense).measure()
+    return MUIProbe(model, ProbeSet({"a": make_samples()}), rules="top_fraction=0.05", dense=dense).measure()
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

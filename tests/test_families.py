@@ -70,8 +70,8 @@ def test_doge_is_refused() -> None:
 def test_batch_size_does_not_matter(family: str, batch_tokens: int) -> None:
     model = model_of(family)
     probe_set = ProbeSet({"a": make_samples(lengths=(6, 9, 14, 23))})
-    reference = MUIProbe(model, probe_set, top_fraction=0.05, batch_tokens=60).measure()
-    report = MUIProbe(model, probe_set, top_fraction=0.05, batch_tokens=batch_tokens).measure()
+    reference = MUIProbe(model, probe_set, rules="top_fraction=0.05", batch_tokens=60).measure()
+    report = MUIProbe(model, probe_set, rules="top_fraction=0.05", batch_tokens=batch_tokens).measure()
     assert report.key_neurons() == reference.key_neurons()
     assert (report.counts.routed == reference.counts.routed).all()
 

@@ -153,7 +153,7 @@ def test_the_cost_is_that_of_the_probe_set(qwen2: Path, inspect: Any, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--top-fraction", "2"], "top_fraction: expected a number in (0, 1], got 2"),
+        (["--rules", "top_fraction=2"], "rules: expected a number in (0, 1] for top_fraction, got 2"),
         (["--revision", "main"], "expected a hub id with a revision, got a local path"),
         (["--trust"], "unrecognized arguments: --trust"),
         (["--dtype", "float8"], "float8"),

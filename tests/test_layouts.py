@@ -29,10 +29,10 @@ class Wrapper(torch.nn.Module):
 @pytest.mark.parametrize("wrap", [Wrapper, partial(torch.compile, backend="eager")])
 def test_wrapped_layers_are_read_like_bare_ones(wrap: Any) -> None:
     model = families.build("granitemoeshared")
-    bare = MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.02).measure()
+    bare = MUIProbe(model, ProbeSet({"a": make_samples()}), rules="top_fraction=0.02").measure()
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = wrap(layer)
-    wrapped = MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=0.02).measure()
+    wrapped = MUIProbe(model, ProbeSet({"a": make_samples()}), rules="top_fraction=0.02").measure()
     assert [layer.shared_widths for layer in wrapped.layout.layers] == [(families.OWN,)] * 3
     assert wrapped.key_neurons() == bare.key_neurons()
 

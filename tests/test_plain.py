@@ -26,7 +26,7 @@ Adapter = Callable[[nn.Module], MoEBlock | None]
 
 
 def measure(model: nn.Module, **options: bool) -> MUIReport:
-    return MUIProbe(model, ProbeSet({"a": make_samples()}), top_fraction=FRACTION, **options).measure()
+    return MUIProbe(model, ProbeSet({"a": make_samples()}), rules=f"top_fraction={FRACTION}", **options).measure()
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_an_output_that_goes_to_several_tokens_is_refused() -> None:
 def test_under_autocast_with_many_tokens() -> None:
     """The numbers of tokens travel through a tail in half precision, whatever the dtype of the weights."""
     model, samples = build_plain("mixtral"), make_samples(7, (60,) * 20)
-    probe = MUIProbe(model, ProbeSet({"a": samples}), top_fraction=FRACTION, batch_tokens=10**6)
+    probe = MUIProbe(model, ProbeSet({"a": samples}), rules=f"top_fraction={FRACTION}", batch_tokens=10**6)
     exact = probe.measure()
     with torch.autocast("cpu", torch.bfloat16):
         rounded = probe.measure()

@@ -712,7 +712,7 @@ def test_a_loop_without_a_state_goes_on_with_the_run_that_was_probed_alike(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
     loop(model, tmp_path, range(1, 6), closed=False)
-    loop(model, tmp_path, range(1, 6), closed=False, top_fraction=0.05)
+    loop(model, tmp_path, range(1, 6), closed=False, rules="top_fraction=0.05")
     with nothing_said():
         _, third = loop(model, tmp_path, range(4, 7), start_step=3)
     assert steps(third) == [6]
@@ -752,7 +752,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         f"{ProbeSet({'a': make_samples(7), 'b': make_samples(9)}).fingerprint[:12]}…)",
     ),
     "tasks": ({"probe_set": ProbeSet({"a": make_samples(7)})}, "tasks was ['a', 'b'], is ['a']; probe_set was "),
-    "threshold": ({"top_fraction": 0.05}, "(top_fraction was 0.001, is 0.05)"),
+    "threshold": ({"rules": "top_fraction=0.05"}, "(top_fraction was 0.001, is 0.05)"),
     "two settings": (
         {"max_length": 64, "key_expert_frequency": 0.5},
         "(key_expert_frequency was 0.6, is 0.5; max_length was 512, is 64)",
@@ -795,7 +795,7 @@ def test_what_changed_in_the_experts_can_be_seen(model: PreTrainedModel, tmp_pat
 def test_the_first_way_of_probing_again(model: PreTrainedModel, tmp_path: Path) -> None:
     loop(model, tmp_path, range(1, 6), closed=False)
     with pytest.warns(UserWarning, match="top_fraction was 0.001, is 0.05"):
-        loop(model, tmp_path, range(4, 8), closed=False, start_step=3, top_fraction=0.05)
+        loop(model, tmp_path, range(4, 8), closed=False, start_step=3, rules="top_fraction=0.05")
     with pytest.warns(UserWarning, match="top_fraction was 0.05, is 0.001"):
         _, third = loop(model, tmp_path, range(3, 8), start_step=2)
     assert steps(third) == [6, 7]  # that at step 4 was made in this way
@@ -815,7 +815,7 @@ def test_a_warning_that_is_an_error_does_not_keep_training_from_going_on(
     cause: str, model: PreTrainedModel, tmp_path: Path
 ) -> None:
     loop(model, tmp_path, range(1, 6), closed=False)
-    options = {"top_fraction": 0.05} if cause == "another threshold" else {}
+    options = {"rules": "top_fraction=0.05"} if cause == "another threshold" else {}
     if not options:
         path = tmp_path / "mui.jsonl"
         path.write_bytes(path.read_bytes()[:-9])

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from random import Random
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mui_callback.counts import n_bytes, unpack, unpack_layers
 from mui_callback.experts.tail import _codewords, _read_codewords
-from mui_callback.scoring.contributions import contributions
-from mui_callback.scoring.device_counts import pack
-from mui_callback.scoring.select import key_entries_per_sample
+from mui_callback.rules import Rule
+from mui_callback.scoring import rows as rows_module
+from mui_callback.scoring.rows import Contributions
 from mui_callback.scoring.topk import Candidates, merge_candidates, ordered_topk, top_entries
 
 # Few distinct values, so that ties are the rule; both zeros, which are equal; entries that do not count.
@@ -47,8 +46,10 @@ def test_top_entries_equal_a_sort_of_everything(data: st.DataObject) -> None:
     rows = [(b, p) for b in range(n_samples) for p in range(n_slots) if rng.random() < 0.8]
     rng.shuffle(rows)
     values = rng.choice([-2.0, -1.0, 0.0, 0.5, 1.0, -np.inf], size=(len(rows), width)).astype(np.float32)
+    contributions = Contributions(torch.from_numpy(values), torch.ones(len(rows), width))
     found = top_entries(
-        torch.from_numpy(values),
+        contributions,
+        contributions.summary().highest_SC,
         torch.tensor([b for b, _ in rows], dtype=torch.int64),
         torch.tensor([p for _, p in rows], dtype=torch.int64),
         torch.tensor([1000 * p for _, p in rows], dtype=torch.int64),
@@ -81,44 +82,68 @@ def test_merging_parts_equals_selecting_from_the_whole(parts: list[list[float]],
     assert listed(merged, 0) == best([entry for part in entries for entry in part], k)
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=13, max_size=13), min_size=1, max_size=3))
-def test_packing_is_reversible(rows: list[list[bool]]) -> None:
-    packed = pack(torch.tensor(rows)).numpy()
-    assert packed.shape == (len(rows), n_bytes(13))
-    assert unpack(packed, 13).tolist() == rows
-    for row, bytes_ in zip(rows, packed.tolist(), strict=True):
-        assert int.from_bytes(bytes(bytes_), "little") == sum(2**i for i, member in enumerate(row) if member)
+def test_a_rule_takes_a_thousandth_rounded_down_and_at_least_one() -> None:
+    rule = Rule.parse("top_fraction=0.001")
+    assert [rule.n_entries(n) for n in (1, 999, 1000, 1999, 3000, 65536)] == [1, 1, 1, 1, 3, 65]
+    assert Rule.parse("top_fraction=1").n_entries(7) == 7
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.randoms(use_true_random=False))
-def test_layers_are_unpacked_one_behind_the_other(sizes: list[int], random: Random) -> None:
-    layers = [[random.random() < 0.5 for _ in range(size)] for size in sizes]
-    packed = np.concatenate([pack(torch.tensor(layer)).numpy() for layer in layers])
-    assert unpack_layers(packed, sizes).tolist() == [member for layer in layers for member in layer]
+def rows_of(data: st.DataObject) -> tuple[Contributions, np.ndarray]:
+    """Rows, and their products by a naive loop: NaN and infinity where a factor is, NaN where there is no row."""
+    n_rows, width = data.draw(st.integers(0, 5)), data.draw(st.sampled_from([1, 63, 64, 65, 200]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    act, projected = (
+        rng.choice([-2.0, -0.5, 0.0, 1.5, np.inf, np.nan], (n_rows, width), p=[0.3, 0.2, 0.2, 0.28, 0.01, 0.01])
+        for _ in range(2)
+    )
+    weight = rng.choice([-1.0, 0.0, 0.25], n_rows) if data.draw(st.booleans()) else None
+    is_row = rng.random(n_rows) < 0.7 if data.draw(st.booleans()) else None
+    naive = np.full((n_rows, width), -np.inf)
+    for s in range(n_rows):
+        for j in range(width):
+            with np.errstate(invalid="ignore"):
+                f = act[s, j] * projected[s, j] * (1.0 if weight is None else weight[s])
+            if is_row is None or is_row[s]:
+                naive[s, j] = f
+    contributions = Contributions(
+        torch.from_numpy(act).float(),
+        torch.from_numpy(projected).bfloat16(),
+        None if weight is None else torch.from_numpy(weight).float(),
+        None if is_row is None else torch.from_numpy(is_row),
+    )
+    return contributions, naive
 
 
-def test_k_is_a_thousandth_rounded_down_and_at_least_one() -> None:
-    assert [key_entries_per_sample(n, 0.001) for n in (1, 999, 1000, 1999, 3000, 65536)] == [1, 1, 1, 1, 3, 65]
-    assert key_entries_per_sample(7, 1.0) == 7
-
-
-def test_contributions_are_products_in_float32() -> None:
-    act, projected = torch.tensor([[2.0, -3.0]], dtype=torch.bfloat16), torch.tensor([[0.5, 4.0]])
-    assert contributions(act, projected).tolist() == [[1.0, -12.0]]
-    assert contributions(act, projected, torch.tensor([0.25])).tolist() == [[0.25, -3.0]]
-    assert contributions(act, projected).dtype == torch.float32
-    act = act.float()
-    contributions(act, projected)
-    assert act.tolist() == [[2.0, -3.0]]  # the input is left as it was
+@given(st.data(), st.sampled_from([1, 150, 2**24]))
+@settings(max_examples=60, deadline=None)
+def test_one_pass_finds_what_a_loop_finds(data: st.DataObject, at_once: int) -> None:
+    rows, naive = rows_of(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "_AT_ONCE", at_once)
+        summary, sums = rows.summary(), rows.sums()
+    is_row = np.ones(rows.n_rows, dtype=bool) if rows.is_row_S is None else rows.is_row_S.numpy()
+    assert int(summary.n_not_finite) == int((~np.isfinite(naive[is_row])).sum())
+    finite = np.where(np.isfinite(naive), naive, 0.0)
+    assert summary.mass_S.tolist() == pytest.approx(np.abs(finite).sum(1).tolist())
+    assert sums.tolist() == pytest.approx(finite.sum(1).tolist())
+    assert summary.highest_SC.shape == (rows.n_rows, rows.n_chunks)
+    counted = np.where(np.isfinite(naive), naive, -np.inf)
+    assert np.array_equal(rows.all().numpy(), counted.astype(np.float32))
+    for s in range(rows.n_rows):
+        for c in range(rows.n_chunks):
+            chunk = counted[s, 64 * c : 64 * (c + 1)]
+            assert float(summary.highest_SC[s, c]) == max(chunk)
+            found = rows.of_chunks(torch.tensor([s]), torch.tensor([c]))[0].tolist()
+            assert found == [*chunk.tolist(), *[-math.inf] * (64 - len(chunk))]
 
 
 @given(st.lists(st.integers(-1, 300), min_size=1, max_size=20), st.sampled_from([0.25, -3.0, 1e-3]))
 def test_codewords_are_read_whatever_their_weight(numbers: list[int], weight: float) -> None:
     number_T = torch.tensor(numbers)
     n_bits = 9
-    words = _codewords(number_T, n_bits, 24).bfloat16() * weight
+    words = _codewords(number_T, n_bits, 24, torch.bfloat16) * weight
     found, is_word = _read_codewords(words, n_bits)
     assert found.tolist() == numbers
     assert is_word.all()
-    mixed = words + _codewords(number_T + 1, n_bits, 24).bfloat16() * weight  # of two tokens at once
+    mixed = words + _codewords(number_T + 1, n_bits, 24, torch.bfloat16) * weight  # of two tokens at once
     assert not _read_codewords(mixed, n_bits)[1][number_T >= 0].any()

@@ -17,7 +17,8 @@ from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe
-from mui_callback.settings import ProbeSettings
+from mui_callback.rules import Rules
+from mui_callback.settings import Activation, Alignment, ProbeSettings
 from mui_callback.sinks.base import Sink
 from mui_callback.trainers.base import Training
 from mui_callback.trainers.callback_classes import TrainerClasses, plain_class, with_trainer_classes
@@ -62,11 +63,13 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         on_error: ``"warn"``: a probe that fails is recorded as failed, with a warning, and training goes on; after
             three in a row no more are made. ``"raise"``: its exception ends training, in every process. Where the model
             itself fails in a forward pass in which processes exchange tensors, training ends in any case.
-        top_fraction: see `ProbeSettings`, as the four that follow.
+        rules: which contributions make key neurons, see `ProbeSettings`, as the parameters that follow.
         key_expert_frequency: η_expert.
         batch_tokens: positions in a forward pass; halved if memory runs out.
         max_length: tokens that longer samples are cut to.
         dense: also probe the MLP of each layer without experts, as a layer of one expert.
+        activation: ``"gate"`` leaves out the up factor.
+        alignment: ``"same"`` scores a position against the token at it.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -98,11 +101,13 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         eval_samples: int = 64,
         moe_model: nn.Module | str | None = None,
         on_error: OnError = "warn",
-        top_fraction: float = ProbeSettings.top_fraction,
+        rules: Rules = ProbeSettings.rules,
         key_expert_frequency: float = ProbeSettings.key_expert_frequency,
         batch_tokens: int = ProbeSettings.batch_tokens,
         max_length: int | None = ProbeSettings.max_length,
         dense: bool = ProbeSettings.dense,
+        activation: Activation = ProbeSettings.activation,
+        alignment: Alignment = ProbeSettings.alignment,
     ) -> None:
         check_on_error(on_error)
         check_sinks(sinks)
@@ -114,11 +119,13 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             every, budget, at, warmup=warmup, at_start=at_start, at_end=at_end, on_evaluation=on_evaluation
         )
         self.settings = ProbeSettings(
-            top_fraction=top_fraction,
+            rules=rules,
             key_expert_frequency=key_expert_frequency,
             max_length=max_length,
             batch_tokens=batch_tokens,
             dense=dense,
+            activation=activation,
+            alignment=alignment,
         )
         self.tokenizer = tokenizer
         self.sinks = tuple(sinks)

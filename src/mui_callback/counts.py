@@ -3,12 +3,11 @@
 Counts and sets are merged by sum and union over samples, batches, layers and processes; ratios are taken from them
 once, at the end.
 
-Shapes: N samples of the probe, Q tasks, L layers, E experts of all layers, C choices of all samples.
+Shapes: N samples of the probe, Q tasks, L layers, E experts and J neurons of all layers, C choices of all samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,17 +15,36 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, eq=False)
+class KeySets:
+    """The key neurons of each sample under one rule: a sparse set of M pairs.
+
+    The rules that take a fixed share of a layer's entries bound M to N times that share of J; a pair takes 4 bytes.
+    """
+
+    neuron: NDArray[np.int32]
+    """Numbers on the neurons axis of all layers, those of the first sample first; in a sample ascending, each once,
+    ``[M]``."""
+    end: NDArray[np.int64]
+    """How many pairs the samples up to and including each have, ``[N]``."""
+
+    @property
+    def sample(self) -> NDArray[np.int64]:
+        """The sample of each pair, ``[M]``."""
+        return np.repeat(np.arange(len(self.end)), np.diff(self.end, prepend=0))
+
+
+@dataclass(frozen=True, eq=False)
 class ProbeCounts:
     """The counts of one pass."""
 
-    key_neurons: NDArray[np.uint8]
-    """U(task), the union of the samples' key neurons, as packed bits ``[Q, bytes]``; each layer begins at a byte."""
-    activated: NDArray[np.int64]
-    """Samples in which the expert owns at least one key neuron, ``[Q, E]``."""
+    key_sets: tuple[KeySets, ...]
+    """For each rule of the settings."""
     mass: NDArray[np.float64]
     """Σ \\|f\\| over the response tokens of the task's samples and the neurons of the expert, ``[Q, E]``."""
     routed: NDArray[np.int64]
     """Response tokens that the router sends to the expert (all of them for a shared expert), ``[Q, E]``."""
+    sample_mass: NDArray[np.float64]
+    """Σ \\|f\\| over the response tokens of the sample and the neurons of routed and of shared experts, ``[N, 2]``."""
     loss: NDArray[np.float64]
     """Σ negative log-likelihood of the sample's response tokens, in nats, ``[N]``."""
     correct: NDArray[np.int64]
@@ -44,19 +62,3 @@ class ProbeCounts:
     head_error: NDArray[np.float64]
     """How far, in the first batch, the targets' logits are from what W_head makes of the hidden states, ``[1]``."""
 
-
-def n_bytes(n_neurons: int) -> int:
-    """Bytes of a packed set over this many neurons: eight a byte, the lowest number in the lowest bit."""
-    return -(-n_neurons // 8)
-
-
-def unpack(bits: NDArray[np.uint8], n_neurons: int) -> NDArray[np.bool_]:
-    """Packed sets, uint8 ``[…, ceil(n / 8)]``, as bool ``[…, n]``."""
-    return np.unpackbits(bits, axis=-1, count=n_neurons, bitorder="little").astype(np.bool_)
-
-
-def unpack_layers(bits: NDArray[np.uint8], n_neurons: Sequence[int]) -> NDArray[np.bool_]:
-    """Bool ``[…, sum(n_neurons)]`` from sets of several layers, each of which begins at a byte of its own."""
-    ends = np.cumsum([n_bytes(n) for n in n_neurons])
-    parts = np.split(bits, ends[:-1], axis=-1)
-    return np.concatenate([unpack(part, n) for part, n in zip(parts, n_neurons, strict=True)], axis=-1)

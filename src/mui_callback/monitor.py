@@ -19,7 +19,8 @@ from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe
-from mui_callback.settings import ProbeSettings
+from mui_callback.rules import Rules
+from mui_callback.settings import Activation, Alignment, ProbeSettings
 from mui_callback.sinks.base import Sink
 from mui_callback.sinks.wandb import WandbSink
 
@@ -58,7 +59,7 @@ class MUIMonitor:
         at_end: also when the monitor is closed.
         on_evaluation: also at steps with ``evaluated=True``.
         on_error: ``"warn"`` or ``"raise"``.
-        top_fraction: see `ProbeSettings`, as the four that follow.
+        rules: which contributions make key neurons, see `ProbeSettings`, as the parameters that follow.
         key_expert_frequency: η_expert.
         batch_tokens: positions in a forward pass.
         max_length: tokens that longer samples are cut to.
@@ -88,21 +89,25 @@ class MUIMonitor:
         at_end: bool = Schedule.at_end,
         on_evaluation: bool = Schedule.on_evaluation,
         on_error: OnError = "warn",
-        top_fraction: float = ProbeSettings.top_fraction,
+        rules: Rules = ProbeSettings.rules,
         key_expert_frequency: float = ProbeSettings.key_expert_frequency,
         batch_tokens: int = ProbeSettings.batch_tokens,
         max_length: int | None = ProbeSettings.max_length,
         dense: bool = ProbeSettings.dense,
+        activation: Activation = ProbeSettings.activation,
+        alignment: Alignment = ProbeSettings.alignment,
     ) -> None:
         schedule = Schedule(
             every, budget, at, warmup=warmup, at_start=at_start, at_end=at_end, on_evaluation=on_evaluation
         )
         settings = ProbeSettings(
-            top_fraction=top_fraction,
+            rules=rules,
             key_expert_frequency=key_expert_frequency,
             max_length=max_length,
             batch_tokens=batch_tokens,
             dense=dense,
+            activation=activation,
+            alignment=alignment,
         )
         first = WandbSink() if tracker == "wandb" else tracker
         if first is not None and not hasattr(first, "write"):

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mui_callback.rules import Rule, Rules, parse_rules
+
+Activation = Literal["product", "gate"]
+Alignment = Literal["next", "same"]
 
 
 @dataclass(frozen=True)
@@ -13,9 +19,9 @@ class ProbeSettings:
         ValueError: a value is out of its range.
     """
 
-    top_fraction: float = 0.001
-    """A sample's key neurons of a layer are those of its k highest contributions; k is this share of the layer's
-    neurons, rounded down, at least 1."""
+    rules: Rules = "top_fraction=0.001"
+    """Which contributions make a sample's key neurons, see `Rule`; kept as a tuple. The first rule is that of the
+    report's metrics, more are counted in the same pass."""
     key_expert_frequency: float = 0.6
     """η_expert: activated frequency from which an expert is a key expert."""
     max_length: int | None = None
@@ -27,16 +33,30 @@ class ProbeSettings:
     dense: bool = False
     """Whether the MLP of each layer without experts is probed too, as a layer of one routed expert: all layers of a
     dense model, the dense layers of one with MoE layers."""
+    activation: Activation = "product"
+    """``"product"``: a_j is what feeds the down projection. ``"gate"``: act(x·W_g)[j] without the up factor, as the
+    reference code of arXiv 2504.07440 has it; contributions then do not add up to the layer's output."""
+    alignment: Alignment = "next"
+    """``"next"``: a position is scored against the token that it predicts. ``"same"``: against the token at it, as the
+    reference code of arXiv 2504.07440 does."""
 
     def __post_init__(self) -> None:
-        for name in ("top_fraction", "key_expert_frequency"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}")
+        object.__setattr__(self, "rules", tuple(map(str, parse_rules(self.rules))))
+        frequency = self.key_expert_frequency
+        if not isinstance(frequency, int | float) or not 0 < frequency <= 1:
+            raise ValueError(f"key_expert_frequency: expected a number in (0, 1], got {frequency!r}")
+        for name, choices in (("activation", get_args(Activation)), ("alignment", get_args(Alignment))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
         if not _is_whole(self.batch_tokens) or self.batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected a positive number of tokens, got {self.batch_tokens!r}")
         if self.max_length is not None and (not _is_whole(self.max_length) or self.max_length < 2):
             raise ValueError(f"max_length: expected None or a number of tokens of at least 2, got {self.max_length!r}")
+
+    @property
+    def parsed_rules(self) -> tuple[Rule, ...]:
+        """`rules`, parsed."""
+        return parse_rules(self.rules)
 
 
 def _is_whole(value: object) -> bool:

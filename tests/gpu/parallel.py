@@ -145,7 +145,7 @@ def train(
 ) -> dict[str, Any]:
     sink, losses, seconds = MemorySink(), [], []
     rng = np.random.default_rng([args.seed, 2, distributed.get_rank()])
-    options = {"batch_tokens": args.batch_tokens, "top_fraction": args.top_fraction}
+    options = {"batch_tokens": args.batch_tokens, "rules": f"top_fraction={args.top_fraction}"}
     with (
         tempfile.TemporaryDirectory() as output_dir,
         MUIMonitor(
@@ -239,7 +239,7 @@ def measure_and_time(
     model: nn.Module, probe_set: ProbeSet, args: argparse.Namespace, place: Place
 ) -> tuple[MUIReport, dict[str, Any]]:
     """A report, and tokens that all processes do in a second in a probe and in a plain forward of the same batches."""
-    probe = MUIProbe(model, probe_set, batch_tokens=args.batch_tokens, top_fraction=args.top_fraction)
+    probe = MUIProbe(model, probe_set, batch_tokens=args.batch_tokens, rules=f"top_fraction={args.top_fraction}")
     report, seconds, memory = measure(probe, args, place)
     if args.profile:
         profiled(probe.measure)
@@ -272,7 +272,7 @@ def run_reference(args: argparse.Namespace) -> None:
     del state
     probe_set = make_probe_set(args, Chain(model.lm_head.out_features))
     report, times = measure_and_time(model, probe_set, args, place)
-    halved = MUIProbe(model, probe_set, batch_tokens=args.batch_tokens // 2, top_fraction=args.top_fraction).measure()
+    halved = MUIProbe(model, probe_set, batch_tokens=args.batch_tokens // 2, rules=f"top_fraction={args.top_fraction}").measure()
     report.save(directory / "one.npz")
     halved.save(directory / "halved.npz")
     (directory / "times.json").write_text(json.dumps(times))

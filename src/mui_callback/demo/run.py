@@ -68,7 +68,7 @@ def run_demo(
             ProbeSet(corpus.held_out),
             every=every or ceil(steps / _PROBES),
             sinks=[memory, screen],
-            top_fraction=_TOP_FRACTION,
+            rules=f"top_fraction={_TOP_FRACTION}",
         )
         _train(model, tokenizer, rows, output_dir, steps=steps, seed=seed, callbacks=[screen, watch], track=bool(run))
     picture = save_picture(memory.points, output_dir / PICTURE_NAME, title)

@@ -1,18 +1,26 @@
 """What all kinds of experts have in common, however their weights are kept.
 
-Shapes: R scored tokens.
+Shapes: R scored tokens, E experts, I neurons of an expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from mui_callback.experts.expert_parallelism import Spread
 from mui_callback.experts.tail import Tail
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens
+
+
+class First(NamedTuple):
+    """Numbers in the layer that some experts begin with."""
+
+    expert: int
+    neuron: int
 
 
 class Experts(Protocol):
@@ -42,8 +50,16 @@ class Experts(Protocol):
     def width(self) -> int:
         """Neurons of each expert."""
 
-    def recorder(self, tail: Tail, first_neuron: int) -> Recorder:
-        """What reads these experts, whose first neuron has this number in the layer."""
+    def recorder(self, tail: Tail, first: First) -> Recorder:
+        """What reads these experts."""
+
+    def masked(self, is_masked_EI: Tensor, note_use: Callable[[], None]) -> AbstractContextManager[None]:
+        """A context in which the activations of some neurons are zero, for forward passes without gradients.
+
+        Args:
+            is_masked_EI: which, bool ``[E, I]`` for all E experts, those of other processes included.
+            note_use: called whenever some of the experts run.
+        """
 
 
 class Recorder(Protocol):
@@ -62,14 +78,20 @@ class Recorder(Protocol):
     def check_complete(self, tokens: ScoredTokens) -> None:
         """Raises `ProbeError` if the experts did not run, or not on the positions of the batch."""
 
-    def locate(self, out: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
-        """Find out which token each row belongs to, before the tail that ends at `out` is transposed.
+    @property
+    def knows_order(self) -> bool:
+        """Whether it is known which token each row belongs to, so that the tail need not be asked."""
 
-        With `check`, what is taken for granted about their order is made sure of.
+    def note_order(self, tokens: ScoredTokens) -> None:
+        """Make sure of what is taken for granted about the order of rows, after the tail was asked."""
+
+    def scores(self, tokens: ScoredTokens, readout_RD: Tensor) -> ExpertScores:
+        """The contributions of the neurons to the scored tokens, after the rows were located or the tail transposed.
+
+        Args:
+            tokens: the scored tokens.
+            readout_RD: unembedding row of the target of each token that meets in the layer.
         """
-
-    def scores(self, tokens: ScoredTokens) -> ExpertScores:
-        """The contributions of the neurons to the scored tokens, after the tail was transposed."""
 
     def add_output(self, output_R: Tensor, tokens: ScoredTokens) -> None:
         """Add ⟨output of the experts, readout⟩ of each token to float32 ``[R]``."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mui_callback.errors import ProbeError, UnsupportedModelError
+from mui_callback.experts.grouped import group_offsets, grouped_mm
 from mui_callback.experts.linear import widths
 from mui_callback.parallel.weights import check_readable
 
@@ -32,6 +33,25 @@ class Product:
     n_experts: int = 1
     expert_S: Tensor | None = None
     """Number of the expert of each row in its down projection, int64, where the rows are of several experts."""
+    weight: Tensor | None = None
+    """``[D, I]``, where `out` is nothing but ``act @ weight.T`` and a bias; ``[E, D, I]`` where the rows are of several
+    experts, those of the first one first."""
+
+    def projected(self, readout_PD: Tensor, place_P: Tensor) -> Tensor:
+        """⟨W_d[:, j], readout⟩ for some of the rows, ``[P, I]``.
+
+        Args:
+            readout_PD: readout of each row.
+            place_P: which rows, ascending.
+        """
+        if self.weight is not None and self.expert_S is None:
+            return readout_PD.to(self.weight.dtype) @ self.weight
+        if self.weight is not None and self.expert_S is not None:
+            return grouped_mm(readout_PD, self.weight, group_offsets(self.expert_S[place_P], len(self.weight)))
+        readout_SD = self.out.new_zeros(self.out.numel() // self.out.shape[-1], self.out.shape[-1])
+        readout_SD[place_P] = readout_PD.to(readout_SD.dtype)
+        (grad,) = torch.autograd.grad(self.out, self.act, readout_SD.view_as(self.out))
+        return grad.reshape(-1, grad.shape[-1])[place_P]
 
 
 Take = Callable[[Product], Tensor]
@@ -48,6 +68,14 @@ class DownProjection(Protocol):
 
     def read(self, take: Take) -> AbstractContextManager[None]:
         """A context in which each product is handed to `take`."""
+
+    def masked(self, is_masked_EI: Tensor, note_use: Callable[[], None]) -> AbstractContextManager[None]:
+        """A context in which the activations of some neurons are zero.
+
+        Args:
+            is_masked_EI: which, bool ``[E, I]`` for its E experts.
+            note_use: called at each product.
+        """
 
 
 class LinearDown:
@@ -79,11 +107,9 @@ class LinearDown:
 
         def before(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
             torch.set_grad_enabled(True)
-            first = None if args else next(iter(options))
-            x = options[first] if first else args[0]
             # a copy, for a buffer of activations may be written to again
-            pending.append(x.detach().clone().requires_grad_())
-            return ((), {**options, first: pending[-1]}) if first else ((pending[-1], *args[1:]), options)
+            pending.append(_input(args, options).detach().clone().requires_grad_())
+            return _with_input(args, options, pending[-1])
 
         def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
             if not isinstance(out, Tensor) or not out.requires_grad:
@@ -91,11 +117,41 @@ class LinearDown:
                     f"{self.where}: expected a down projection that autograd can follow, got {type(out).__name__}. "
                     "Does it run under torch.no_grad or torch.inference_mode?"
                 )
-            return take(Product(pending.pop(), out, getattr(module, "bias", None)))
+            return take(Product(pending.pop(), out, getattr(module, "bias", None), weight=_plain_weight(module, out)))
 
         on_call = self.module.register_forward_pre_hook(before, with_kwargs=True)
         with on_call, self.module.register_forward_hook(after):
             yield
+
+    @contextmanager
+    def masked(self, is_masked_EI: Tensor, note_use: Callable[[], None]) -> Iterator[None]:
+        """See `DownProjection.masked`."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            note_use()
+            return _with_input(args, options, _input(args, options).masked_fill(is_masked_EI[0], 0))
+
+        with self.module.register_forward_pre_hook(before, with_kwargs=True):
+            yield
+
+
+def _plain_weight(module: nn.Module, out: Tensor) -> Tensor | None:
+    """The weight of a linear module, if its output is made of nothing else."""
+    if type(module) is not nn.Linear or torch.is_autocast_enabled(out.device.type):
+        return None
+    weight = module.weight.detach()
+    return weight if type(weight) is Tensor and weight.shape == (out.shape[-1], module.in_features) else None
+
+
+def _input(args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """The first argument of a module, by position or by name."""
+    x: Tensor = args[0] if args else next(iter(options.values()))
+    return x
+
+
+def _with_input(args: tuple[Any, ...], options: dict[str, Any], x: Tensor) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a module with another first one."""
+    return ((x, *args[1:]), options) if args else ((), {**options, next(iter(options)): x})
 
 
 class StackedDown:
@@ -120,16 +176,35 @@ class StackedDown:
         self.width = width
         check_readable(where, weight)
 
-    @contextmanager
-    def read(self, take: Take) -> Iterator[None]:
+    def read(self, take: Take) -> AbstractContextManager[None]:
         """See `DownProjection.read`."""
-        with ExitStack() as readers:  # of a forward that was interrupted, too
+
+        def recorded(use: _Use) -> Tensor:
+            act = use.act.detach().requires_grad_()
+            with torch.enable_grad():
+                out = use.multiply(act)
+            return take(Product(act, out, use.bias, use.expert, use.n_experts, use.expert_S, use.weight))
+
+        return self._each_use(recorded)
+
+    def masked(self, is_masked_EI: Tensor, note_use: Callable[[], None]) -> AbstractContextManager[None]:
+        """See `DownProjection.masked`."""
+
+        def without_masked(use: _Use) -> Tensor:
+            note_use()
+            return use.multiply(use.act.masked_fill(use.of_neurons(is_masked_EI), 0))
+
+        return self._each_use(without_masked)
+
+    @contextmanager
+    def _each_use(self, make: Callable[[_Use], Tensor]) -> Iterator[None]:
+        with ExitStack() as modes:  # of a forward that was interrupted, too
 
             def before(module: nn.Module, args: Any) -> None:
-                readers.enter_context(_ProductReader(self, take))
+                modes.enter_context(_ProductMode(self, make))
 
             def after(module: nn.Module, args: Any, out: Any) -> None:
-                readers.pop_all().close()
+                modes.pop_all().close()
 
             on_call = self.owner.register_forward_pre_hook(before)
             with on_call, self.owner.register_forward_hook(after):
@@ -159,13 +234,35 @@ _GROUPED = tuple(
 """Products of rows that are sorted by expert, each with the weight of its own."""
 
 
-class _ProductReader(TorchFunctionMode):
-    """Hands over each product whose second factor is (a view of) the given weight."""
+@dataclass(frozen=True, eq=False)
+class _Use:
+    """A product of activations with (a part of) a stacked weight that the model is about to make; see `Product`."""
 
-    def __init__(self, down: StackedDown, take: Take) -> None:
+    act: Tensor
+    multiply: Callable[[Tensor], Tensor]
+    """What it would do with the activations."""
+    bias: Tensor | None = None
+    expert: int = 0
+    n_experts: int = 1
+    expert_S: Tensor | None = None
+    weight: Tensor | None = None
+
+    def of_neurons(self, value_EI: Tensor) -> Tensor:
+        """What belongs to the neuron of each activation; broadcasts with the activations."""
+        if self.expert_S is not None:
+            return value_EI[self.expert_S]
+        if self.n_experts == 1:
+            return value_EI[self.expert]
+        return value_EI[self.expert :][: self.n_experts].view(self.n_experts, *[1] * (self.act.dim() - 2), -1)
+
+
+class _ProductMode(TorchFunctionMode):
+    """Lets `make` make each product whose second factor is (a view of) the given weight."""
+
+    def __init__(self, down: StackedDown, make: Callable[[_Use], Tensor]) -> None:
         super().__init__()
         self.down = down
-        self.take = take
+        self.make = make
 
     def __torch_function__(
         self,
@@ -174,31 +271,31 @@ class _ProductReader(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        options = kwargs or {}
         is_grouped = func in _GROUPED
         is_product = (is_grouped or func in _PRODUCTS) and len(args) > 1
         experts = self.down.experts_of(args[1]) if is_product else None
         if experts is None:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **options)
+
+        def multiply(act: Tensor) -> Tensor:
+            out: Tensor = func(act, *args[1:], **options)
+            return out
+
         if is_grouped:
-            return self._grouped(func, args, kwargs or {})
+            ends = options["offs"] if "offs" in options else args[2]
+            weight = args[1].detach().transpose(-2, -1) if type(args[1].detach()) is Tensor else None
+            return self.make(_Use(args[0], multiply, expert_S=self._expert_of_rows(args[0], ends), weight=weight))
         if args[0].shape[-1] != self.down.width or (experts[1] > 1 and args[0].shape[0] != experts[1]):
             raise ProbeError(
                 f"{self.down.where}: expected products of one expert at a time, [..., {self.down.width}], or of all "
                 f"of them side by side, [{self.down.n_experts}, ..., {self.down.width}], got activations of shape "
                 f"{tuple(args[0].shape)}."
             )
-        act = args[0].detach().requires_grad_()
-        with torch.enable_grad():
-            out = func(act, *args[1:], **(kwargs or {}))
-        bias = args[2] if func is F.linear and len(args) > 2 else (kwargs or {}).get("bias")
-        return self.take(Product(act, out, bias, *experts))
+        bias = args[2] if func is F.linear and len(args) > 2 else options.get("bias")
+        return self.make(_Use(args[0], multiply, bias, *experts))
 
-    def _grouped(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        ends = kwargs["offs"] if "offs" in kwargs else args[2]
-        act = args[0].detach().requires_grad_()
-        with torch.enable_grad():
-            out = func(act, *args[1:], **kwargs)
+    def _expert_of_rows(self, act: Tensor, ends: Tensor) -> Tensor:
         rows = torch.arange(len(act), device=act.device, dtype=ends.dtype)
         # rows behind the last end are of nobody
-        expert_S = torch.searchsorted(ends, rows, right=True).clamp(max=self.down.n_experts - 1)
-        return self.take(Product(act, out, None, expert_S=expert_S))
+        return torch.searchsorted(ends, rows, right=True).clamp(max=self.down.n_experts - 1)

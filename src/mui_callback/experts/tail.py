@@ -37,8 +37,17 @@ class Cut:
 
     value: Tensor
     """``[…, D]``: a leaf of autograd, or a tensor in the tail."""
+    token_S: Tensor | None = None
+    """Number of the scored token that each row goes to, int64 ``[S]``, -1 where there is none; set by `Tail.locate`."""
+    weight_S: Tensor | None = None
+    """What the tail multiplies each row with, float32 ``[S]``, where it does nothing else; set by `Tail.locate`."""
     readout: Tensor | None = None
     """In the shape of `value`; set by `Tail.transpose`."""
+
+    @property
+    def n_rows(self) -> int:
+        """S."""
+        return self.value.numel() // self.value.shape[-1]
 
     @property
     def value_SD(self) -> Tensor:
@@ -50,6 +59,27 @@ class Cut:
         """The unembedding row of each row's target as seen from here, ``[S, D]``."""
         assert self.readout is not None
         return self.readout.reshape(-1, self.readout.shape[-1])
+
+    def is_in_order(self, tokens: ScoredTokens) -> bool:
+        """Whether the rows, once they are located, are the positions of the batch in order, once or several times."""
+        assert self.token_S is not None
+        number_T = tokens.numbers()
+        if len(self.token_S) % len(number_T):
+            return False
+        expected_S = number_T.repeat(len(self.token_S) // len(number_T))
+        # a row that is weighted with zero says nothing
+        return not bool(((self.token_S != expected_S) & (self.token_S >= 0)).any())
+
+    def readouts_of(self, place_P: Tensor, readout_RD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The readout of rows that go to a scored token, ``[P, D]``, and what to multiply it with, ``[P]``.
+
+        Args:
+            place_P: which rows.
+            readout_RD: unembedding row of the target of each scored token.
+        """
+        if self.weight_S is not None and self.token_S is not None:
+            return readout_RD[self.token_S[place_P]], self.weight_S[place_P]
+        return self.readout_SD[place_P], None
 
 
 class Tail:
@@ -66,10 +96,16 @@ class Tail:
     def __init__(self, where: str, peers: Peers) -> None:
         self.where = where
         self.peers = peers
+        self.moves_rows = False
+        """Whether a codeword that is sent through arrives as one; known from the last check."""
+        self.is_weighting = False
+        """Whether rows are moved and weighted, all channels alike, and nothing else; known from the last check."""
         self.clear()
 
     def clear(self) -> None:
         """Forget the last forward pass."""
+        self.is_mixed: Tensor | None = None
+        """Whether a row came that is of no one token, though there were none in the last check."""
         self.complaint: str | None = None
         """What is wrong with where its rows come from; to be raised when no process waits for another."""
         self.cuts: list[Cut] = []
@@ -143,26 +179,53 @@ class Tail:
         for cut, readout in zip(cuts, readouts, strict=True):
             cut.readout = readout.detach()
 
-    def tokens_of(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
-        """Which scored token each row of each cut goes to: int64 ``[S]``, -1 where none. To be called before
-        `transpose`.
+    def locate(self, out: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
+        """Set the token of each row of each cut and, where the tail moves and weights rows and does nothing else, its
+        weight. To be called before `transpose`.
 
         The transposed tail carries the number of the token to the rows: as a codeword of signs over the channels, which
         arrives as it is if all that happens on the way is that rows are moved and weighted. If not, and there is but
         one process, its digits are sent one after the other. What goes to several tokens is a `complaint`.
+
+        Args:
+            out: output of the layer, ``[…, D]`` of T positions.
+            tokens: the scored tokens of those.
+            check: whether to find out anew, in all channels, what the tail does.
         """
-        n_bits = max(1, (tokens.n_numbers - 1).bit_length())
-        seen = self._sent(out, cuts, _codewords(tokens.numbers(), n_bits, out.shape[-1]))
-        found = [_read_codewords(code_SD, n_bits) for code_SD in seen]
-        if n_bits < out.shape[-1] and all(is_word_S.all() for _, is_word_S in found):
-            return [number_S for number_S, _ in found]
-        if self.peers.is_alone:
-            return self._tokens_by_digits(out, cuts, tokens)
-        self.complaint = (
-            f"{self.where}: what its experts put out is changed in another way than by a weight on its way from other "
-            "processes, so that it cannot be told which token it is for."
-        )
-        return [number_S.where(is_word_S, -1) for number_S, is_word_S in found]
+        cuts = self.cuts
+        n_bits = tokens.n_bits
+        seen = self._sent_codewords(out, cuts, tokens)
+        found = [_read_codewords(code_SD if check else code_SD[:, : 1 + n_bits], n_bits) for code_SD in seen]
+        has_room = n_bits < out.shape[-1]
+        if check:
+            self.moves_rows = has_room and all(bool(is_word_S.all()) for _, is_word_S in found)
+            self.is_weighting = self.moves_rows and all(_are_constant(code_SD) for code_SD in seen)
+        if not self.moves_rows and self.peers.is_alone:
+            for cut, token_S in zip(cuts, self._tokens_by_digits(out, cuts, tokens), strict=True):
+                cut.token_S = token_S
+            return
+        for cut, code_SD, (number_S, is_word_S) in zip(cuts, seen, found, strict=True):
+            cut.token_S = number_S.where(is_word_S, -1)
+            cut.weight_S = code_SD[:, 0].float() if self.is_weighting else None
+            is_mixed = ~is_word_S.all()
+            self.is_mixed = is_mixed if self.is_mixed is None else self.is_mixed | is_mixed
+
+    def raise_if_mixed(self, *, is_mixed: bool) -> None:
+        """To be called when no process waits for another.
+
+        Args:
+            is_mixed: the value of `self.is_mixed`, on the host.
+
+        Raises:
+            ProbeError: it cannot be told where rows go to.
+        """
+        if self.complaint is not None:
+            raise ProbeError(self.complaint)
+        if is_mixed:
+            raise ProbeError(
+                f"{self.where}: what its experts put out is changed in another way than by a weight on its way from "
+                "other processes, so that it cannot be told which token it is for."
+            )
 
     def _tokens_by_digits(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
         """The same, one digit at a time: every digit is sent along a fixed direction, and read off as a multiple of
@@ -200,23 +263,26 @@ class Tail:
         seen = self._seen_from(out, cuts, value_TD.to(out.dtype), retain_graph=True)
         return [grad.reshape(-1, grad.shape[-1]) for grad in seen]
 
-    def is_in_order(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> bool:
-        """Whether the rows of each cut are the positions of the batch in order, once or several times over."""
-        number_T = tokens.numbers()
-        for token_S in self.tokens_of(out, cuts, tokens):
-            expected_S = number_T.repeat(len(token_S) // len(number_T))
-            # a row that is weighted with zero says nothing
-            if len(expected_S) != len(token_S) or (token_S != expected_S)[token_S >= 0].any():
-                return False
-        return True
-
-    def tokens_of_constants(self, out: Tensor, tokens: ScoredTokens) -> list[Tensor]:
-        """The same for what no neuron made; one row for each position of the batch is in order."""
+    def locate_constants(self, out: Tensor, tokens: ScoredTokens) -> None:
+        """Set the token of each row of what no neuron made; one row for each position of the batch is in order."""
         number_T = tokens.numbers()
         cuts = [cut for cut, _ in self.constants]
-        if all(len(cut.value_SD) == len(number_T) for cut in cuts):
-            return [number_T] * len(cuts)
-        return self.tokens_of(out, cuts, tokens)
+        if all(cut.n_rows == len(number_T) for cut in cuts):
+            numbers = [number_T] * len(cuts)
+        else:
+            numbers = self._numbers(out, cuts, tokens)
+        for cut, number_S in zip(cuts, numbers, strict=True):
+            cut.token_S = number_S
+
+    def _numbers(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
+        found = [_read_codewords(code_SD, tokens.n_bits) for code_SD in self._sent_codewords(out, cuts, tokens)]
+        if all(bool(is_word_S.all()) for _, is_word_S in found) or not self.peers.is_alone:
+            return [number_S.where(is_word_S, -1) for number_S, is_word_S in found]
+        return self._tokens_by_digits(out, cuts, tokens)
+
+    def _sent_codewords(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
+        words_TD = _codewords(tokens.numbers(), tokens.n_bits, out.shape[-1], out.dtype)
+        return self._sent(out, cuts, words_TD)
 
     def _seen_from(
         self,
@@ -246,11 +312,12 @@ class Tail:
         return [torch.zeros_like(value) if grad is None else grad for grad, value in zip(seen, values, strict=True)]
 
 
-def _codewords(number_T: Tensor, n_bits: int, width: int) -> Tensor:
-    """One, then the bits of the number over and over again, as signs, int64 ``[T, D]``; zeros for a number of -1."""
-    bits_T1 = number_T[:, None].bitwise_right_shift(torch.arange(width - 1, device=number_T.device) % n_bits) % 2
-    words_TD = torch.nn.functional.pad(bits_T1 * 2 - 1, (1, 0), value=1)
-    return words_TD * (number_T >= 0)[:, None]
+def _codewords(number_T: Tensor, n_bits: int, width: int, dtype: torch.dtype) -> Tensor:
+    """One, then the bits of the number over and over again, as signs, ``[T, D]``; zeros for a number of -1."""
+    bits_Tb = number_T[:, None].bitwise_right_shift(torch.arange(n_bits, device=number_T.device)) & 1
+    signs_Tb = (2 * bits_Tb - 1).masked_fill_(number_T[:, None] < 0, 0).to(dtype)
+    is_scored_T1 = (number_T >= 0)[:, None].to(dtype)
+    return torch.cat([is_scored_T1, signs_Tb.repeat(1, -(-(width - 1) // n_bits))[:, : width - 1]], dim=1)
 
 
 def _read_codewords(seen_SD: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
@@ -260,6 +327,11 @@ def _read_codewords(seen_SD: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
     bits_Sb = (seen_SD[:, 1 : 1 + n_bits] * first_S1.sign() > 0).long()
     number_S = (bits_Sb << torch.arange(bits_Sb.shape[1], device=seen_SD.device)).sum(-1)
     return number_S.where(first_S1[:, 0] != 0, -1), is_sign_SD.all(-1)
+
+
+def _are_constant(seen_SD: Tensor) -> bool:
+    """Whether all channels of each codeword are weighted alike, to the bit."""
+    return bool((seen_SD.abs() == seen_SD[:, :1].abs()).all())
 
 
 def add_inner(sum_R: Tensor, token_S: Tensor, value_SD: Tensor, readout_SD: Tensor) -> None:

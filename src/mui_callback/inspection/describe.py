@@ -9,7 +9,7 @@ from torch import nn
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.layout import LayerShape
 from mui_callback.probe.model_config import text_config
-from mui_callback.scoring.select import key_entries_per_sample
+from mui_callback.rules import Rule
 
 _IN_CONFIGS = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k", "num_selected_experts")
 """Names under which routers, blocks and configs keep the number of experts of a token."""
@@ -30,20 +30,20 @@ class LayerDescription:
     """k: the highest contributions of a sample, whose neurons are its key neurons."""
 
 
-def describe(model: nn.Module, layers: tuple[ExpertLayer, ...], top_fraction: float) -> list[LayerDescription]:
+def describe(model: nn.Module, layers: tuple[ExpertLayer, ...], rule: Rule) -> list[LayerDescription]:
     """A description of each layer.
 
     Args:
         model: the model that the layers are of; may be on the meta device.
         layers: what `find_expert_layers` found.
-        top_fraction: share of a layer's neurons that are key entries.
+        rule: which contributions make key neurons.
     """
     return [
         LayerDescription(
             shape=layer.shape,
             layout=layer.layout,
             top_k=_top_k(model, layer),
-            key_entries=key_entries_per_sample(layer.shape.n_neurons, top_fraction),
+            key_entries=rule.n_entries(layer.shape.n_neurons),
         )
         for layer in layers
     ]

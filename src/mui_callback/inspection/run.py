@@ -17,7 +17,8 @@ from mui_callback.experts.layer import ExpertLayer
 from mui_callback.inspection.cost import ProbeCost, probe_cost
 from mui_callback.inspection.describe import LayerDescription, describe
 from mui_callback.inspection.screen import parameters, show_checks, show_cost, show_layers
-from mui_callback.loading import DType, ModelSource, load_pretrained, load_random, load_skeleton, load_tokenizer
+from mui_callback.loading import load_skeleton, load_tokenizer
+from mui_callback.model_options import ModelOptions
 from mui_callback.probe.batches import make_batches
 from mui_callback.probe.encode import Tokenizer, encode
 from mui_callback.probe.head import LanguageModelHead
@@ -32,26 +33,18 @@ _VERIFIED_TOKENS = 48
 
 
 def inspect_model(
-    source: ModelSource,
+    options: ModelOptions,
     *,
-    settings: ProbeSettings,
     probe: Path | None = None,
-    random_weights: bool = False,
     verify: bool = False,
-    dtype: DType = "auto",
-    device: str = "cpu",
     console: Console,
 ) -> bool:
     """Print what there is to say about a model.
 
     Args:
-        source: where the model is.
-        settings: of the probe whose cost is counted.
+        options: the model, and the settings of the probe whose cost is counted.
         probe: a JSONL file of samples; without it the built-in probe set.
-        random_weights: verify with weights drawn from the config, and read no checkpoint.
-        verify: run a few tokens, and say per layer how well the conservation identity holds.
-        dtype: of the weights for that.
-        device: for that.
+        verify: load the weights, run a few tokens, and say per layer how well the conservation identity holds.
         console: where to print.
 
     Returns:
@@ -64,16 +57,16 @@ def inspect_model(
     transformers_logging.set_verbosity_error()
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
+    source, settings = options.source, options.settings
     skeleton, tokenizer = load_skeleton(source), load_tokenizer(source)
     layers = find_expert_layers(skeleton, dense=settings.dense)
-    described = describe(skeleton, layers, settings.top_fraction)
+    described = describe(skeleton, layers, settings.parsed_rules[0])
     size = parameters(sum(parameter.numel() for parameter in skeleton.parameters()))
     console.print(f"[bold]{source}[/]: {type(skeleton).__name__}, {size}", highlight=False)
     checks = None
     complaints: list[str] = []
     if verify:
-        load = load_random if random_weights else load_pretrained
-        model = load(source, dtype=dtype, device=device)
+        model = options.load()
         try:
             checks = _verify(model, tokenizer, settings)
             complaints = checks.complaints
@@ -94,7 +87,7 @@ def _verify(model: nn.Module, tokenizer: Tokenizer | None, settings: ProbeSettin
     probe = MUIProbe(
         model,
         ProbeSet({"verify": _few_tokens(model, tokenizer)}),
-        top_fraction=settings.top_fraction,
+        rules=settings.rules,
         dense=settings.dense,
     )
     return probe.verify()

@@ -78,25 +78,20 @@ class Peers:
         self.traffic.sent += to_others * outgoing[:1].numel() * outgoing.element_size() if to_others else 0
         return incoming
 
-    def unite(self, bits: Tensor) -> None:
-        """Replace packed sets, uint8 of any shape, by their union over all processes.
-
-        Each process unites a part of the whole, so that what it sends does not grow with their number. (NCCL has no
-        bitwise reduction.)
-        """
+    def gather(self, own: Tensor) -> Tensor:
+        """Put together what all processes have, ``[n]`` of a size that may differ, in their order: ``[Σ n]``."""
         if self.is_alone:
-            return
-        flat = bits.flatten()
-        size = -(-len(flat) // self.n)
-        parts = torch.nn.functional.pad(flat, (0, size * self.n - len(flat)))
-        received = self.exchange(parts, [size] * self.n, [size] * self.n).view(self.n, size)
-        united = received[0].clone()
-        for other in received[1:]:
-            united |= other
-        whole = torch.empty_like(parts)
-        _all_gather(whole, united, group=self.group)
-        self.traffic.sent += size * (self.n - 1)
-        bits.copy_(whole[: len(flat)].view_as(bits))
+            return own
+        size = torch.tensor([len(own)], dtype=torch.int64, device=own.device)
+        sizes = torch.empty(self.n, dtype=torch.int64, device=own.device)
+        _all_gather(sizes, size, group=self.group)
+        n_of = sizes.tolist()
+        largest = max(n_of)
+        padded = torch.nn.functional.pad(own, (0, largest - len(own)))
+        whole = padded.new_empty(self.n * largest)
+        _all_gather(whole, padded, group=self.group)
+        self.traffic.sent += (self.n - 1) * (size.nbytes + padded.nbytes)
+        return torch.cat([part[:n] for part, n in zip(whole.view(self.n, largest), n_of, strict=True)])
 
     @contextmanager
     def counting(self) -> Iterator[None]:

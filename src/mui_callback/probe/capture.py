@@ -49,13 +49,20 @@ class Reading:
 
     @contextmanager
     def batch(
-        self, tokens: LayerTokens, readout_RD: Tensor, consume: LayerConsumer, *, check: bool = False
+        self,
+        tokens: LayerTokens,
+        readout_RD: Tensor,
+        met_readout: Callable[[int], Tensor],
+        consume: LayerConsumer,
+        *,
+        check: bool = False,
     ) -> Iterator[None]:
         """Every layer is read once inside, and handed to `consume`; if not, `error` says why.
 
         Args:
             tokens: the scored tokens of the batch that the model runs inside, by layer.
             readout_RD: unembedding rows of their targets.
+            met_readout: unembedding rows of the targets of all tokens that meet in a layer, by layer.
             consume: takes what was read of each layer.
             check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``, and make sure that
                 what follows the experts of each layer is linear.
@@ -63,7 +70,7 @@ class Reading:
         own = tokens(0)
         readout_TD = readout_RD.new_zeros(own.n_rows * own.length, readout_RD.shape[1])
         readout_TD[own.position_R] = readout_RD
-        batch = self._batch = _Batch(tokens, readout_TD, consume, check, set(range(len(self.layers))))
+        batch = self._batch = _Batch(tokens, readout_TD, met_readout, consume, check, set(range(len(self.layers))))
         try:
             yield
         finally:
@@ -97,7 +104,9 @@ class Reading:
             raise ProbeError(f"expected every MoE layer to run once in a forward pass; {layer.shape.path} ran twice.")
         batch.not_read.remove(index)
         tokens = batch.tokens(index)
-        scores = reader.scores(out, batch.readout_TD, tokens, is_output=is_output, check=batch.check)
+        scores = reader.scores(
+            out, batch.readout_TD, tokens, batch.met_readout(index), is_output=is_output, check=batch.check
+        )
         batch.consume(index, scores)
 
 
@@ -106,6 +115,7 @@ class _Batch:
     tokens: LayerTokens
     readout_TD: Tensor
     """Unembedding row of the token that each position predicts, zero where none is scored."""
+    met_readout: Callable[[int], Tensor]
     consume: LayerConsumer
     check: bool
     not_read: set[int]

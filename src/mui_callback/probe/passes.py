@@ -6,7 +6,8 @@ goes wrong with reading one is raised after the last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -26,6 +27,7 @@ from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.rounds import Round
 from mui_callback.scoring.device_counts import DeviceCounts
+from mui_callback.settings import ProbeSettings
 
 Rounds = Sequence[tuple[Batch, ...]]
 """What all shards run, one batch each at a time."""
@@ -50,7 +52,7 @@ class ProbePass:
         layout: their numbering.
         encoded: the samples.
         shards: which of them are whose.
-        top_fraction: see `ProbeSettings`.
+        settings: how it is made.
     """
 
     model: nn.Module
@@ -58,7 +60,7 @@ class ProbePass:
     layout: ExpertLayout
     encoded: EncodedProbeSet
     shards: Shards
-    top_fraction: float
+    settings: ProbeSettings
 
     def run(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
         """What this process counts.
@@ -80,21 +82,13 @@ class ProbePass:
                 self.encoded.task_of_sample,
                 n_tasks=len(self.encoded.task_names),
                 n_choices=len(self.encoded.choices),
-                top_fraction=self.top_fraction,
+                rules=self.settings.parsed_rules,
                 device=common_device(self.model),
             )
             running = _Running(self, head, counts, Reading(self.layers, counts=self.shards.counts), capacities)
-            try:
+            with nobody_left_waiting(self.shards):
                 running.samples(rounds)
                 running.choices(choice_rounds)
-            except Exception as error:
-                if self.shards.in_step and not isinstance(error, InterruptedPassError):
-                    raise InterruptedPassError(
-                        f"process {self.shards.rank} of {self.shards.world.n} failed in a forward pass in which the "
-                        "processes exchange tensors, so that the others wait for it in vain and nothing can go on "
-                        f"({described(error)})."
-                    ) from error
-                raise
             if running.reading.error is not None:
                 raise running.reading.error
             counts.head_error.copy_(head.error)
@@ -135,20 +129,37 @@ class _Running:
 
     def _read(self, batches: tuple[Batch, ...], *, is_first: bool) -> None:
         shards, counts = self.of.shards, self.counts
-        now = Round.of(batches, shards, self.of.layers, counts.device)
+        now = Round.of(batches, shards, self.of.layers, self.head, counts.device)
         tokens = now.inputs.tokens
         batch_counts = counts.batch(tokens, now.inputs.sample_B, now.meetings)
-        readout_RD = self.head.rows([batch.target for batch in batches], shards, counts.device)
         is_token_T = now.inputs.attention_mask.flatten().bool() & (not batches[shards.own].is_stand_in)
         with (
-            self.reading.batch(now.tokens, readout_RD, batch_counts.add_layer, check=is_first),
+            self.reading.batch(now.tokens, now.readout_RD, now.readout, batch_counts.add_layer, check=is_first),
             self.capacities.counted(is_token_T, counts.add_dropped),
         ):
-            logits_RV = self.head.logits(now.inputs, readout_RD if is_first else None)
+            logits_RV = self.head.logits(now.inputs, now.readout_RD if is_first else None)
         batch_counts.finish()
         if shards.counts:
             _, error = attempt(lambda: batch_counts.add_predictions(*token_losses(logits_RV, tokens.target_R)))
             self.reading.note(error)
+
+
+@contextmanager
+def nobody_left_waiting(shards: Shards) -> Iterator[None]:
+    """For forward passes: what goes wrong inside ends every process, if the others wait for this one.
+
+    Raises:
+        InterruptedPassError: in place of any other exception, where processes exchange tensors.
+    """
+    try:
+        yield
+    except Exception as error:
+        if shards.in_step and not isinstance(error, InterruptedPassError):
+            raise InterruptedPassError(
+                f"process {shards.rank} of {shards.world.n} failed in a forward pass in which the processes exchange "
+                f"tensors, so that the others wait for it in vain and nothing can go on ({described(error)})."
+            ) from error
+        raise
 
 
 def _has_16_bits(model: nn.Module) -> bool:

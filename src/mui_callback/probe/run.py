@@ -16,6 +16,7 @@ from mui_callback.errors import InterruptedPassError, ProbeError, UnsupportedMod
 from mui_callback.experts.discover import find_expert_layers
 from mui_callback.experts.layer import layout_of
 from mui_callback.forgiving import attempt, warn
+from mui_callback.metrics.utilization import FloatArray
 from mui_callback.parallel.processes import Failure, Processes, in_words
 from mui_callback.parallel.replicas import check_same, have_one_model
 from mui_callback.parallel.shards import Shards
@@ -24,13 +25,15 @@ from mui_callback.probe.batches import make_rounds
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead
+from mui_callback.probe.losses import LossPass, Trial
 from mui_callback.probe.model_config import context_length, decoder_start
 from mui_callback.probe.passes import Passed, ProbePass, Rounds
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
 from mui_callback.report import MUIReport, SampleTable
-from mui_callback.settings import ProbeSettings
+from mui_callback.rules import Rules
+from mui_callback.settings import Activation, Alignment, ProbeSettings
 
 
 class MUIProbe:
@@ -46,11 +49,13 @@ class MUIProbe:
         probe_set: the samples.
         tokenizer: a transformers tokenizer, or a function from text to token ids. Not needed for samples that are
             tokens already.
-        top_fraction: see `ProbeSettings`, as the four that follow.
+        rules: which contributions make key neurons, see `ProbeSettings`, as the parameters that follow.
         key_expert_frequency: η_expert.
         batch_tokens: positions in a forward pass.
         max_length: tokens that longer samples are cut to.
         dense: also probe the MLP of each layer without experts, as a layer of one expert.
+        activation: ``"gate"`` leaves out the up factor.
+        alignment: ``"same"`` scores a position against the token at it.
 
     Raises:
         NoExpertsError: the model has no MoE layer, and `dense` is off.
@@ -66,13 +71,15 @@ class MUIProbe:
         probe_set: ProbeSet,
         *,
         tokenizer: Tokenizer | None = None,
-        top_fraction: float = ProbeSettings.top_fraction,
+        rules: Rules = ProbeSettings.rules,
         key_expert_frequency: float = ProbeSettings.key_expert_frequency,
         batch_tokens: int = ProbeSettings.batch_tokens,
         max_length: int | None = ProbeSettings.max_length,
         dense: bool = ProbeSettings.dense,
+        activation: Activation = ProbeSettings.activation,
+        alignment: Alignment = ProbeSettings.alignment,
     ) -> None:
-        settings = ProbeSettings(top_fraction, key_expert_frequency, max_length, batch_tokens, dense)
+        settings = ProbeSettings(rules, key_expert_frequency, max_length, batch_tokens, dense, activation, alignment)
         self.model = unwrapped(model)
         self.probe_set = probe_set
         with frozen(self.model):  # some weights are computed when they are looked at
@@ -131,18 +138,14 @@ class MUIProbe:
             DesynchronizedError: see `measure`, as the following.
             InterruptedPassError: …
         """
-        if self._processes is None or is_spread(self.model) != self._is_spread:
-            self.agree(self._processes)
-        else:
-            self._alone_if_models_differ(self._processes)
-        assert self._processes is not None
+        processes = self._agreed()
         self.wait_for_device()
         start = time.perf_counter()
         sent = self._sent
         passed, error = attempt(lambda: self._one_pass(self._rounds, self._choice_rounds))
         if isinstance(error, InterruptedPassError):
             raise error
-        failures = self._processes.gather_failures(error)
+        failures = processes.gather_failures(error)
         if failures or passed is None:
             return Outcome(error=error, failures=failures)
         counts = passed.counts
@@ -162,6 +165,36 @@ class MUIProbe:
         rounding = ROUNDING if n_bytes[1] else ROUNDING_OF_FLOAT32
         Verification.of(self.layout, report.counts, report.tokens, rounding).raise_if_wrong()
         return Outcome(report)
+
+    @property
+    def sample_table(self) -> SampleTable:
+        """What is known of the samples without running them."""
+        return self._sample_table
+
+    def losses(self, trials: Sequence[Trial]) -> list[FloatArray]:
+        """Run some of the samples without some of the neurons, for their losses alone; nothing is read.
+
+        In a distributed run all processes make this call with the same trials, and get the same losses.
+
+        Returns:
+            For each trial Σ negative log-likelihood of the response tokens of each of its samples, in nats, float64
+            ``[number of its samples]``.
+
+        Raises:
+            ProbeError: the experts did not run in a way that can be masked, or another process failed.
+            DesynchronizedError: see `measure`, as the following.
+            InterruptedPassError: …
+        """
+        processes = self._agreed()
+        self._device = common_device(self.model)
+        one = LossPass(self.model, self.layers, self._encoded, self._shards, self.settings.batch_tokens)
+        loss, error = attempt(lambda: one.run(trials))
+        if isinstance(error, InterruptedPassError):
+            raise error
+        processes.raise_everywhere(error)
+        assert loss is not None
+        self._shards.world.add(loss)
+        return [own.numpy() for own in torch.split(loss.cpu(), [len(trial.sample) for trial in trials])]
 
     def agree(self, processes: Processes | None = None) -> None:
         """Make sure that all processes probe one model with one probe set; a process alone has nothing to do.
@@ -198,6 +231,15 @@ class MUIProbe:
         explained = ROUNDING if passed.is_coarse else ROUNDING_OF_FLOAT32
         counts = passed.counts.to_host()
         return Verification.of(self.layout, counts, n_tokens, explained if rounding is None else rounding)
+
+    def _agreed(self) -> Processes:
+        """How the processes talk to each other, once they agree about what is probed now."""
+        if self._processes is None or is_spread(self.model) != self._is_spread:
+            self.agree(self._processes)
+        else:
+            self._alone_if_models_differ(self._processes)
+        assert self._processes is not None
+        return self._processes
 
     def _find_shards(self) -> None:
         self._is_spread = is_spread(self.model)
@@ -237,7 +279,7 @@ class MUIProbe:
 
     def _one_pass(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
         self._device = common_device(self.model)
-        one = ProbePass(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings.top_fraction)
+        one = ProbePass(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings)
         return one.run(rounds, choice_rounds)
 
     def _make_batches(self, batch_tokens: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from mui_callback.errors import InterruptedPassError, ProbeError
-from mui_callback.experts.base import Recorder
+from mui_callback.experts.base import First, Recorder
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.experts.tail import Cut, Tail, add_inner
 from mui_callback.forgiving import attempt, described
@@ -35,13 +35,13 @@ class LayerReader:
         self.tail = Tail(f"layer {layer.shape.layer} ({layer.shape.path})", layer.peers)
         self.recorders: list[Recorder] = []
         self._counted: list[Recorder] = []
-        first_neuron = 0
+        first = First(0, 0)
         for experts in layer.experts:
-            recorder = experts.recorder(self.tail, first_neuron)
+            recorder = experts.recorder(self.tail, first)
             self.recorders.append(recorder)
             if counts or not experts.spread.peers.is_alone:
                 self._counted.append(recorder)
-            first_neuron += experts.n_experts * experts.width
+            first = First(first.expert + experts.n_experts, first.neuron + experts.n_experts * experts.width)
         self._counts = counts
 
     def clear(self) -> None:
@@ -60,7 +60,14 @@ class LayerReader:
         return all(recorder.has_run for recorder in self.recorders) and self.tail.has_joined(x)
 
     def scores(
-        self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, is_output: bool, check: bool = False
+        self,
+        out: Tensor,
+        readout_TD: Tensor,
+        tokens: ScoredTokens,
+        readout_RD: Tensor,
+        *,
+        is_output: bool,
+        check: bool = False,
     ) -> LayerScores:
         """The contributions of the neurons of the layer that are in this process, to the scored tokens that meet here.
 
@@ -71,6 +78,7 @@ class LayerReader:
             out: where the tail ends, ``[…, D]`` of T positions.
             readout_TD: unembedding row of the token that each position predicts, zero where none is scored.
             tokens: the scored tokens.
+            readout_RD: unembedding row of the target of each token that meets in the layer.
             is_output: whether `out` is the output of the experts alone; if not, there is a residual in it.
             check: also compute what the conservation identity compares, and make sure the tail is linear.
 
@@ -83,12 +91,9 @@ class LayerReader:
         if is_output and check:
             self._note_own_bias(out)
         with self._together():
-            for recorder in self.recorders:
-                recorder.locate(out, tokens, check=check)
-            token_of_constant = self.tail.tokens_of_constants(out, tokens)
-            self.tail.transpose(out, readout_TD, check=check)
+            self._trace(out, readout_TD, tokens, check=check)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-            parts, error = attempt(lambda: self._parts(tokens))
+            parts, error = attempt(lambda: tuple(recorder.scores(tokens, readout_RD) for recorder in self._counted))
             if not check:
                 if error is not None:
                     raise error
@@ -98,8 +103,9 @@ class LayerReader:
                 _, error = attempt(lambda: self._add_up(parts or (), made, output, unmade, tokens, is_output=is_output))
             if is_output and self._counts:
                 add_inner(output, tokens.numbers(), out.detach().reshape(readout_TD.shape), readout_TD)
-                for (cut, value), token_S in zip(self.tail.constants, token_of_constant, strict=True):
-                    add_inner(unmade, token_S, value, cut.readout_SD)
+                for cut, value in self.tail.constants:
+                    assert cut.token_S is not None
+                    add_inner(unmade, cut.token_S, value, cut.readout_SD)
             self.layer.peers.add(sums)
             if error is not None:
                 raise error
@@ -121,10 +127,17 @@ class LayerReader:
                 f"others wait for it in vain and nothing can go on ({described(error)})."
             ) from error
 
-    def _parts(self, tokens: ScoredTokens) -> tuple[ExpertScores, ...]:
-        if self.tail.complaint is not None:
-            raise ProbeError(self.tail.complaint)
-        return tuple(recorder.scores(tokens) for recorder in self._counted)
+    def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
+        """Follow the tail back to the experts, no further than needed."""
+        is_located = check or not all(recorder.knows_order for recorder in self.recorders)
+        if is_located:
+            self.tail.locate(out, tokens, check=check)
+        if check:
+            self.tail.locate_constants(out, tokens)
+            for recorder in self.recorders:
+                recorder.note_order(tokens)
+        if check or not (is_located and self.tail.is_weighting):
+            self.tail.transpose(out, readout_TD, check=check)
 
     def _add_up(
         self,

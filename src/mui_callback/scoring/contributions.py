@@ -5,7 +5,7 @@
 The unembedding row of the target, W_head[y_t], enters as the *readout* of the token: what the output of an expert
 is multiplied with to become its share of the target's logit.
 
-Shapes: B samples, R scored tokens of the batch, S rows of scores, W neurons of a row, D model width.
+Shapes: B samples, R scored tokens of the batch, S rows of scores, I neurons of an expert, D model width.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mui_callback.scoring.rows import Contributions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,11 @@ class ScoredTokens(Responses):
         """How many numbers there are: tokens have the numbers 0 … n - 1."""
         return len(self.position_R) if self.n_met is None else self.n_met
 
+    @property
+    def n_bits(self) -> int:
+        """Binary digits of these numbers."""
+        return max(1, (self.n_numbers - 1).bit_length())
+
     def numbers(self) -> Tensor:
         """The number of the scored token that each position predicts, int64 ``[B · T]``; -1 where none is scored."""
         n_positions, device = self.n_rows * self.length, self.position_R.device
@@ -62,23 +69,20 @@ class ScoredTokens(Responses):
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """Contributions of one kind of experts of one layer, float32 ``[S, W]``; minus infinity where there is none.
+    """Contributions of one kind of experts of one layer; a row is one token in one expert.
 
-    Row s is token ``token_S[s]`` (0 … R - 1) and the neurons ``first_neuron_S[s]`` and following of the layer.
     ``rank_S[s]`` in ``0 … rows_per_token - 1`` orders a token's rows by expert.
     """
 
-    score_SW: Tensor
+    rows: Contributions
     token_S: Tensor
+    """Number of the scored token of each row, int64 ``[S]``."""
+    expert_S: Tensor
+    """Number of the expert in the layer, int64 ``[S]``."""
     first_neuron_S: Tensor
+    """Number of its first neuron in the layer, int64 ``[S]``."""
     rank_S: Tensor
     rows_per_token: int
-    expert_width: int
-    """Neurons of an expert: W, or a part of W where a row holds several shared experts."""
-    n_not_finite: Tensor
-    """Contributions that were NaN or infinite, and are left out; int64 scalar."""
-    is_row_S: Tensor | None = None
-    """False where the router chose no expert; None if all are rows."""
 
 
 @dataclass(frozen=True)
@@ -94,34 +98,6 @@ class LayerScores:
     experts that pass their input on)."""
 
 
-def contributions(act_SW: Tensor, projected_SW: Tensor, weight_S: Tensor | None = None) -> Tensor:
-    """G · a_j · ⟨W_d[:, j], readout⟩, float32 ``[S, W]``.
-
-    Args:
-        act_SW: activations a_j that feed the down projection.
-        projected_SW: ⟨W_d[:, j], readout⟩.
-        weight_S: routing weights G; None where the readout holds them already.
-    """
-    score_SW = act_SW.to(torch.float32, copy=True).mul_(projected_SW)
-    return score_SW if weight_S is None else score_SW.mul_(weight_S.to(torch.float32).unsqueeze(-1))
-
-
-def only_finite(score_SW: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores with minus infinity for what is NaN or infinite, and how many those are (int64 scalar)."""
-    is_finite_SW = score_SW.isfinite()
-    return score_SW.masked_fill_(~is_finite_SW, float("-inf")), (~is_finite_SW).sum()
-
-
-def add_conserved(sum_R: Tensor, part: ExpertScores) -> None:
-    """Add Σ f over the neurons of some experts to the sum of each token, float64 ``[R]``.
-
-    Over all neurons of the layer that is ⟨output, readout⟩ less what no neuron made, up to rounding, for any
-    architecture, exactly when the right tensors were read.
-    """
-    row_sum_S = part.score_SW.masked_fill(part.score_SW == float("-inf"), 0).sum(-1, dtype=torch.float64)
-    sum_R.index_add_(0, part.token_S, row_sum_S)
-
-
 def rank_in_token(token_S: Tensor, expert_S: Tensor) -> Tensor:
     """The number of each row among those of its token, by expert, int64 ``[S]``."""
     by_expert = expert_S.argsort(stable=True)
@@ -130,6 +106,15 @@ def rank_in_token(token_S: Tensor, expert_S: Tensor) -> Tensor:
     rank_S = torch.empty_like(order_S)
     rank_S[order_S] = torch.arange(len(order_S), device=order_S.device) - torch.searchsorted(sorted_S, sorted_S)
     return rank_S
+
+
+def add_conserved(sum_R: Tensor, part: ExpertScores) -> None:
+    """Add Σ f over the neurons of some experts to the sum of each token, float64 ``[R]``.
+
+    Over all neurons of the layer that is ⟨output, readout⟩ less what no neuron made, up to rounding, for any
+    architecture, exactly when the right tensors were read.
+    """
+    sum_R.index_add_(0, part.token_S, part.rows.sums())
 
 
 def identity_error(scores: LayerScores) -> Tensor:

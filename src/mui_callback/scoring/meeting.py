@@ -31,6 +31,14 @@ class Meeting:
     """Number of each sample, int64 ``[B]``."""
     n_of_peer: tuple[int, ...]
     """How many of the samples each process finds the key neurons of; those of the first process come first."""
+    n_tokens_of_peer: tuple[int, ...]
+    """How many of the tokens are of these."""
+
+    def gather_rows(self, own_RD: Tensor) -> Tensor:
+        """What all of the processes have of each of their tokens, ``[R, D]``, from what this one has."""
+        n_own = self.n_tokens_of_peer[self.peers.index]
+        outgoing = own_RD[:n_own].repeat(self.peers.n, 1)
+        return self.peers.exchange(outgoing, [n_own] * self.peers.n, self.n_tokens_of_peer)
 
     def exchange(self, found: Sequence[Candidates]) -> list[list[Candidates]]:
         """Send each sample's candidates to the process that has it.

@@ -1,32 +1,39 @@
-"""Which neurons of a layer are a sample's key neurons."""
+"""The entries of a layer that threshold rules take; see `mui_callback.rules`.
+
+Shapes: B samples, S rows of contributions, M entries.
+"""
 
 from __future__ import annotations
 
-from mui_callback.scoring.contributions import LayerScores, Responses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mui_callback.scoring.contributions import ExpertScores, Responses
+from mui_callback.scoring.rows import CHUNK, NOTHING, Summary
 from mui_callback.scoring.topk import Candidates, merge_candidates, top_entries
 
-
-def key_entries_per_sample(n_neurons: int, top_fraction: float) -> int:
-    """k = max(1, ⌊fraction · neurons of the layer⌋): the entries of a layer that make a sample's key neurons."""
-    # a product like 0.001 · 3000 may fall short of the whole number by a rounding error
-    return max(1, int(top_fraction * n_neurons + 1e-9))
+Parts = Sequence[tuple[ExpertScores, Summary]]
+"""The contributions of the kinds of experts of one layer."""
 
 
-def select_key_entries(scores: LayerScores, tokens: Responses, n_neurons: int, k: int) -> Candidates:
+def highest_entries(parts: Parts, tokens: Responses, n_neurons: int, k: int) -> Candidates:
     """The k highest contributions of each sample over all (position, expert, neuron) of one layer.
 
-    One neuron may fill several entries, so a sample has at most k key neurons in a layer. This is the ``topk`` rule of
-    MUI-Eval and the 0.1 % of arXiv 2509.23933.
+    One neuron may fill several entries.
 
     Returns:
         Entries whose ``place`` is ``position · n_neurons + neuron``.
     """
     found = []
-    for part in scores.parts:
+    for part, summary in parts:
         order_S = tokens.order_R[part.token_S]
         found.append(
             top_entries(
-                part.score_SW,
+                part.rows,
+                summary.highest_SC,
                 tokens.row_R[part.token_S],
                 order_S * part.rows_per_token + part.rank_S,
                 order_S * n_neurons + part.first_neuron_S,
@@ -36,3 +43,55 @@ def select_key_entries(scores: LayerScores, tokens: Responses, n_neurons: int, k
             )
         )
     return merge_candidates(found, k)
+
+
+@dataclass(frozen=True)
+class NeuronScores:
+    """Neurons of some samples in one layer, each once, with its highest contribution; ordered by sample."""
+
+    sample_M: Tensor
+    """Number in the batch, int64 ``[M]``."""
+    neuron_M: Tensor
+    """Number in the layer, int64 ``[M]``."""
+    score_M: Tensor
+    """float32 ``[M]``."""
+
+    def at_least(self, threshold_B: Tensor) -> NeuronScores:
+        """Those whose score is no less than the threshold of their sample."""
+        is_in_M = self.score_M >= threshold_B[self.sample_M]
+        return NeuronScores(self.sample_M[is_in_M], self.neuron_M[is_in_M], self.score_M[is_in_M])
+
+
+def thresholds(ratio: float, highest_B: Tensor) -> Tensor:
+    """The lowest float32 that is no less than ``ratio`` times the highest score of each sample, float32 ``[B]``.
+
+    Infinite where there is no score, so that nothing is above it.
+    """
+    exact_B = ratio * highest_B.double()
+    rounded_B = exact_B.float()
+    up_B = torch.nextafter(rounded_B, torch.full_like(rounded_B, float("inf")))
+    return torch.where(rounded_B < exact_B, up_B, rounded_B).masked_fill(highest_B == NOTHING, float("inf"))
+
+
+def neurons_above(parts: Parts, tokens: Responses, n_neurons: int, threshold_B: Tensor) -> NeuronScores:
+    """Each sample's neurons that have an entry of at least its threshold in one layer.
+
+    How many there are is asked of the device, which waits for it.
+    """
+    keys, values = [], []
+    for part, summary in parts:
+        sample_S = tokens.row_R[part.token_S]
+        row_M, chunk_M = torch.nonzero(summary.highest_SC >= threshold_B[sample_S][:, None], as_tuple=True)
+        score_Mc = part.rows.of_chunks(row_M, chunk_M)
+        is_above_Mc = score_Mc >= threshold_B[sample_S[row_M]][:, None]
+        neuron_Mc = (part.first_neuron_S[row_M] + chunk_M * CHUNK)[:, None] + torch.arange(CHUNK, device=row_M.device)
+        keys.append((sample_S[row_M, None] * n_neurons + neuron_Mc)[is_above_Mc])
+        values.append(score_Mc[is_above_Mc])
+    return highest_of_each(torch.cat(keys), torch.cat(values), n_neurons)
+
+
+def highest_of_each(key_M: Tensor, score_M: Tensor, n_neurons: int) -> NeuronScores:
+    """Entries whose key is ``sample · n_neurons + neuron``, of equal ones the highest."""
+    key_U, place_M = torch.unique(key_M, return_inverse=True)
+    score_U = score_M.new_full(key_U.shape, NOTHING).scatter_reduce_(0, place_M, score_M, "amax")
+    return NeuronScores(key_U // n_neurons, key_U % n_neurons, score_U)

@@ -3,8 +3,8 @@
 Equal scores are ordered by their place (position, expert, neuron), so the result does not depend on the batch
 that a sample came in, on how its rows were cut into pieces, or on the device's own top-k.
 
-Shapes: B samples, S rows of scores (one token in one expert), W neurons of a row, P rows of a sample,
-C chunks of a row, k entries that are kept.
+Shapes: B samples, S rows of contributions (one token in one expert), P slots for the rows of a sample, K rows of a
+sample that are looked at, C chunks of a row, c neurons of a chunk, k entries that are kept.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 64
-NOTHING = float("-inf")
-"""Score of an entry that does not exist."""
+from mui_callback.scoring.rows import CHUNK, NOTHING, Contributions
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,10 @@ class Candidates:
         score = torch.full((n_samples, k), NOTHING, dtype=torch.float32, device=device)
         return cls(score, torch.zeros_like(score, dtype=torch.int64))
 
+    def first(self, k: int) -> Candidates:
+        """The k best of these."""
+        return Candidates(self.score[:, :k], self.place[:, :k])
+
 
 def ordered_topk(score_BM: Tensor, k: int) -> Tensor:
     """Indices, int64 ``[B, min(k, M)]``, of the k highest float32 scores; the lower index wins a tie.
@@ -53,7 +55,8 @@ def ordered_topk(score_BM: Tensor, k: int) -> Tensor:
 
 
 def top_entries(
-    score_SW: Tensor,
+    rows: Contributions,
+    highest_SC: Tensor,
     sample_S: Tensor,
     slot_S: Tensor,
     place_S: Tensor,
@@ -62,45 +65,42 @@ def top_entries(
     n_slots: int,
     k: int,
 ) -> Candidates:
-    """The k highest entries of every sample among rows of scores that come in any order.
+    """The k highest entries of every sample among rows of contributions that come in any order.
 
-    Two levels, both exact: the k chunks with the highest maxima hold the k highest entries, so only those chunks
-    are ranked in full.
+    Three levels, all exact: the k highest entries are in the k rows with the highest maxima, and there in the k chunks
+    with the highest maxima, so only those chunks are ranked in full.
 
     Args:
-        score_SW: float32 ``[S, W]``; minus infinity never counts.
+        rows: the contributions.
+        highest_SC: their `Summary.highest_SC`.
         sample_S: int64 ``[S]``, the sample of each row.
         slot_S: int64 ``[S]``, the row's number inside its sample, unique there and ascending with `place_S`.
-        place_S: int64 ``[S]``, the place of the row's first entry; the entry in column w has ``place + w``.
+        place_S: int64 ``[S]``, the place of the row's first entry; the entry of neuron j has ``place + j``.
         n_samples: B.
         n_slots: P, more than the highest slot.
         k: entries kept of each sample.
     """
-    if score_SW.shape[0] == 0:
-        return Candidates.none(n_samples, k, score_SW.device)
-    width = score_SW.shape[1]
-    chunk = min(_CHUNK, width)
-    padded_SW = torch.nn.functional.pad(score_SW, (0, -width % chunk), value=NOTHING)
-    chunked_SCc = padded_SW.view(score_SW.shape[0], -1, chunk)
-    n_chunks = chunked_SCc.shape[1]
+    if rows.n_rows == 0:
+        return Candidates.none(n_samples, k, highest_SC.device)
+    n_chunks = rows.n_chunks
+    row_BP = torch.full((n_samples * n_slots,), -1, dtype=torch.int64, device=highest_SC.device)
+    row_BP[sample_S * n_slots + slot_S] = torch.arange(rows.n_rows, device=highest_SC.device)
+    row_BK = row_BP.view(n_samples, n_slots)
+    if n_slots > k:
+        highest_BP = highest_SC.amax(-1)[row_BK].masked_fill_(row_BK < 0, NOTHING)
+        row_BK = row_BK.gather(1, ordered_topk(highest_BP, k).sort(dim=1).values)  # ascending: places stay in order
+    highest_BKC = highest_SC[row_BK].masked_fill_(row_BK[..., None] < 0, NOTHING)
 
-    highest_BPC = score_SW.new_full((n_samples, n_slots, n_chunks), NOTHING)
-    highest_BPC[sample_S, slot_S] = chunked_SCc.amax(-1)
-    row_BP = torch.zeros(n_samples, n_slots, dtype=torch.int64, device=score_SW.device)
-    row_BP[sample_S, slot_S] = torch.arange(score_SW.shape[0], device=score_SW.device)
+    chosen_Bk = ordered_topk(highest_BKC.flatten(1), k).sort(dim=1).values
+    row_Bk, chunk_Bk = row_BK.gather(1, chosen_Bk // n_chunks), chosen_Bk % n_chunks
+    score_Bkc = rows.of_chunks(row_Bk.clamp(min=0).flatten(), chunk_Bk.flatten()).view(*row_Bk.shape, CHUNK)
+    score_Bkc = score_Bkc.masked_fill_(row_Bk[..., None] < 0, NOTHING)
 
-    highest_BM = highest_BPC.flatten(1)
-    chosen_BK = ordered_topk(highest_BM, k).sort(dim=1).values  # ascending: the places below stay in order
-    row_BK = row_BP.gather(1, chosen_BK // n_chunks)
-    column_BK = (chosen_BK % n_chunks) * chunk
-    score_BKc = chunked_SCc[row_BK, chosen_BK % n_chunks]
-    is_row_BK = highest_BM.gather(1, chosen_BK) > NOTHING
-    score_BKc = score_BKc.masked_fill(~is_row_BK[..., None], NOTHING)
-    place_BKc = (place_S[row_BK] + column_BK)[..., None] + torch.arange(chunk, device=score_SW.device)
-
-    best_Bk = ordered_topk(score_BKc.flatten(1), k)
-    score_Bk = score_BKc.flatten(1).gather(1, best_Bk)
-    place_Bk = place_BKc.flatten(1).gather(1, best_Bk)
+    best_Bk = ordered_topk(score_Bkc.flatten(1), k)
+    score_Bk = score_Bkc.flatten(1).gather(1, best_Bk)
+    chunk_of_best_Bk = best_Bk // CHUNK
+    place_Bk = place_S[row_Bk.gather(1, chunk_of_best_Bk)] + chunk_Bk.gather(1, chunk_of_best_Bk) * CHUNK
+    place_Bk += best_Bk % CHUNK
     missing = k - best_Bk.shape[1]
     return Candidates(
         torch.nn.functional.pad(score_Bk, (0, missing), value=NOTHING),

@@ -1,0 +1,94 @@
+"""Fused passes over contributions, for GPUs where Triton runs.
+
+They compute what `mui_callback.scoring.rows` does without them: products are the same to the bit, sums up to the order
+of their terms.
+
+Shapes: S rows, I neurons of an expert, C chunks of neurons of a row, M chunks that are chosen, c neurons of a chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 1024
+"""Neurons that are in registers at a time."""
+
+
+def can_run(act_SI: Tensor, projected_SI: Tensor) -> bool:
+    """Whether there are kernels for these tensors."""
+    is_laid_out = act_SI.stride(-1) == projected_SI.stride(-1) == 1 and act_SI.numel() > 0
+    return act_SI.device.type == "cuda" and is_laid_out and _kernels(act_SI.device) is not None
+
+
+def summarize(
+    act_SI: Tensor, projected_SI: Tensor, weight_S: Tensor | None, is_row_S: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ|f| of each row, float32 ``[S]``; the highest f of each chunk, float32 ``[S, C]``; how many are not finite.
+
+    See `Contributions.summary`.
+    """
+    (n_rows, width), device = act_SI.shape, act_SI.device
+    n_chunks = -(-width // chunk)
+    mass_S = torch.empty(n_rows, dtype=torch.float32, device=device)
+    highest_SC = torch.empty(n_rows, n_chunks, dtype=torch.float32, device=device)
+    n_bad = torch.zeros((), dtype=torch.int64, device=device)
+    kernels = _kernels(device)
+    assert kernels is not None
+    block = min(max(1, _BLOCK // chunk), 1 << (n_chunks - 1).bit_length())
+    with torch.cuda.device(device):
+        kernels.summarize[(n_rows,)](
+            *(act_SI, projected_SI, weight_S, is_row_S, mass_S, highest_SC, n_bad),
+            *(width, n_chunks, act_SI.stride(0), projected_SI.stride(0)),
+            HAS_WEIGHT=weight_S is not None,
+            HAS_ROWS=is_row_S is not None,
+            CHUNK=chunk,
+            BLOCK=block,
+        )
+    return mass_S, highest_SC, n_bad
+
+
+def of_chunks(
+    act_SI: Tensor,
+    projected_SI: Tensor,
+    weight_S: Tensor | None,
+    is_row_S: Tensor | None,
+    row_M: Tensor,
+    chunk_M: Tensor,
+    chunk: int,
+) -> Tensor:
+    """The contributions of the neurons of some chunks, float32 ``[M, c]``; see `Contributions.of_chunks`."""
+    score_Mc = torch.empty(len(row_M), chunk, dtype=torch.float32, device=act_SI.device)
+    kernels = _kernels(act_SI.device)
+    assert kernels is not None
+    if len(row_M):
+        with torch.cuda.device(act_SI.device):
+            kernels.of_chunks[(len(row_M),)](
+                *(act_SI, projected_SI, weight_S, is_row_S, row_M, chunk_M, score_Mc),
+                *(act_SI.shape[1], act_SI.stride(0), projected_SI.stride(0)),
+                HAS_WEIGHT=weight_S is not None,
+                HAS_ROWS=is_row_S is not None,
+                CHUNK=chunk,
+                num_warps=1,
+            )
+    return score_Mc
+
+
+@cache
+def _kernels(device: torch.device) -> Any:
+    """The compiled kernels; None where they cannot be compiled or do not run."""
+    try:
+        from mui_callback.scoring import triton_kernels
+
+        one = torch.ones(1, 1, device=device)
+        triton_kernels.try_out(one)
+    except Exception as error:  # whatever a compiler or a driver raises
+        logger.info("MUI: no fused kernels on %s, slower operators do the same (%s)", device, error)
+        return None
+    return triton_kernels

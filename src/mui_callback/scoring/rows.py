@@ -1,0 +1,139 @@
+"""Contributions of rows of neurons, kept as the factors that they are products of.
+
+A row is one token in one expert. The products of all rows are never in memory together: one pass over the factors
+finds what is added up and the highest of each chunk of neurons, and from then on only the chunks that may hold key
+neurons are multiplied again.
+
+Shapes: S rows, I neurons of an expert, C chunks of neurons of a row, M chunks that are chosen, c neurons of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mui_callback.scoring import kernels
+
+CHUNK = 64
+"""Neurons of a chunk."""
+NOTHING = float("-inf")
+"""Score of an entry that does not exist."""
+_AT_ONCE = 2**24
+"""Products that are in memory together, where no kernel fuses what is done with them."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one pass over the contributions finds."""
+
+    mass_S: Tensor
+    """Σ |f| over the finite ones of the row, float32."""
+    highest_SC: Tensor
+    """The highest finite one of each chunk, float32; `NOTHING` if there is none."""
+    n_not_finite: Tensor
+    """How many are NaN or infinite, and do not count; int64 scalar."""
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """f = G · a_j · ⟨W_d[:, j], readout⟩ of each row, in float32."""
+
+    act_SI: Tensor
+    """Activations a_j that feed the down projection, of any floating-point type."""
+    projected_SI: Tensor
+    """⟨W_d[:, j], readout⟩, of any floating-point type."""
+    weight_S: Tensor | None = None
+    """Routing weights G, float32; None where the readout holds them already."""
+    is_row_S: Tensor | None = None
+    """False where no expert was chosen, or no token is scored: nothing of such a row counts. None if all are rows."""
+
+    @property
+    def n_rows(self) -> int:
+        """S."""
+        return self.act_SI.shape[0]
+
+    @property
+    def width(self) -> int:
+        """I."""
+        return self.act_SI.shape[1]
+
+    @property
+    def n_chunks(self) -> int:
+        """C; the last chunk of a row may be shorter."""
+        return -(-self.width // CHUNK)
+
+    def summary(self) -> Summary:
+        """One pass over all of them."""
+        if kernels.can_run(self.act_SI, self.projected_SI):
+            return Summary(*kernels.summarize(*self._factors, CHUNK))
+        device = self.act_SI.device
+        summary = Summary(
+            torch.zeros(self.n_rows, dtype=torch.float32, device=device),
+            torch.full((self.n_rows, self.n_chunks), NOTHING, dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+        for rows in self._pieces():
+            score_SI = self._products(rows)
+            is_bad_SI = ~score_SI.isfinite()
+            if self.is_row_S is not None:
+                is_bad_SI &= self.is_row_S[rows, None]
+            summary.n_not_finite.add_(is_bad_SI.sum())
+            score_SI = self._masked(score_SI, rows)
+            padded_SI = torch.nn.functional.pad(score_SI, (0, -self.width % CHUNK), value=NOTHING)
+            summary.highest_SC[rows] = padded_SI.view(len(padded_SI), self.n_chunks, CHUNK).amax(-1)
+            summary.mass_S[rows] = score_SI.masked_fill_(score_SI == NOTHING, 0).abs_().sum(-1)
+        return summary
+
+    def of_chunks(self, row_M: Tensor, chunk_M: Tensor) -> Tensor:
+        """The contributions of the neurons of some chunks, float32 ``[M, c]``; `NOTHING` for what does not count.
+
+        Args:
+            row_M: row of each chunk.
+            chunk_M: number of each chunk in its row.
+        """
+        if kernels.can_run(self.act_SI, self.projected_SI):
+            return kernels.of_chunks(*self._factors, row_M, chunk_M, CHUNK)
+        column_Mc = chunk_M[:, None] * CHUNK + torch.arange(CHUNK, device=chunk_M.device)
+        is_column_Mc = column_Mc < self.width
+        column_Mc = column_Mc.clamp(max=self.width - 1)
+        score_Mc = self.act_SI[row_M[:, None], column_Mc].float() * self.projected_SI[row_M[:, None], column_Mc].float()
+        if self.weight_S is not None:
+            score_Mc *= self.weight_S[row_M, None]
+        is_entry_Mc = is_column_Mc & score_Mc.isfinite()
+        if self.is_row_S is not None:
+            is_entry_Mc &= self.is_row_S[row_M, None]
+        return score_Mc.masked_fill_(~is_entry_Mc, NOTHING)
+
+    def sums(self) -> Tensor:
+        """Σ f over the finite ones of each row, float64 ``[S]``."""
+        sums = [
+            self._masked(self._products(rows), rows).nan_to_num_(neginf=0.0).sum(-1, dtype=torch.float64)
+            for rows in self._pieces()
+        ]
+        return torch.cat([self.act_SI.new_zeros(0, dtype=torch.float64), *sums])
+
+    def all(self) -> Tensor:
+        """All of them, float32 ``[S, I]``; `NOTHING` for what does not count."""
+        return self._masked(self._products(slice(None)), slice(None))
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.act_SI, self.projected_SI, self.weight_S, self.is_row_S
+
+    def _pieces(self) -> Iterator[slice]:
+        size = max(1, _AT_ONCE // max(self.width, 1))
+        for start in range(0, self.n_rows, size):
+            yield slice(start, start + size)
+
+    def _products(self, rows: slice) -> Tensor:
+        score_SI = self.act_SI[rows].float() * self.projected_SI[rows].float()
+        return score_SI if self.weight_S is None else score_SI.mul_(self.weight_S[rows, None])
+
+    def _masked(self, score_SI: Tensor, rows: slice) -> Tensor:
+        is_entry_SI = score_SI.isfinite()
+        if self.is_row_S is not None:
+            is_entry_SI &= self.is_row_S[rows, None]
+        return score_SI.masked_fill_(~is_entry_SI, NOTHING)
