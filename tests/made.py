@@ -34,7 +34,8 @@ def make_report(
 ) -> MUIReport:
     """A report of samples with these key neurons; `table` and `counts` replace what is made up for them.
 
-    Every sample has 4 response tokens in 8 bytes, half of them right, and a loss of 2 nats for each.
+    Every sample has 4 response tokens in 8 bytes, half of them right, a loss of 2 nats for each, and a mass of 1 in
+    routed and in shared experts, as much in each of them.
 
     Args:
         samples: the key neurons of each sample, under the rule ``top_fraction=0.001``.
@@ -45,11 +46,14 @@ def make_report(
         table: fields of the `SampleTable`.
         counts: fields of the `ProbeCounts`.
     """
-    n, n_tasks, n_experts = len(samples), len(task_names), layout.n_experts
+    n, n_tasks = len(samples), len(task_names)
     by_rule = by_rule or {}
+    task_N = np.array(tasks if tasks is not None else [0] * n, dtype=np.int64)
+    n_samples_Q1 = np.bincount(task_N, minlength=n_tasks)[:, None]
+    n_alike_E = np.where(layout.is_shared, layout.is_shared.sum(), (~layout.is_shared).sum())
     of_samples = {
         "id": tuple(f"s{number}" for number in range(n)),
-        "task": np.array(tasks if tasks is not None else [0] * n, dtype=np.int64),
+        "task": task_N,
         "n_tokens": np.full(n, 4),
         "n_bytes": np.full(n, 8),
         "truncated": np.zeros(n, dtype=np.bool_),
@@ -58,9 +62,9 @@ def make_report(
         "choice_length": np.zeros(0, dtype=np.int64),
     }
     found = {
-        "mass": np.ones((n_tasks, n_experts)),
-        "routed": np.full((n_tasks, n_experts), 4),
-        "sample_mass": np.ones((n, 2)),
+        "mass": n_samples_Q1 / n_alike_E,
+        "routed": np.tile(4 * n_samples_Q1, layout.n_experts),
+        "sample_mass": np.ones((n, 2)) * [1, layout.is_shared.any()],
         "loss": np.full(n, 8.0),
         "correct": np.full(n, 2),
         "choice_loss": np.zeros(0),

@@ -25,7 +25,7 @@ def refusal(rank: int, directory: Path, *, kind: str) -> str:
         report = MUIProbe(MODELS[kind](), PROBE_SETS.get(kind, many)(), **SETTINGS).measure()
     except MUIError as error:
         return f"{type(error).__name__}: {error}"
-    return f"{report.samples} samples, {report.pooled.loss}"
+    return f"{report.n_samples} samples, {report.pooled.loss}"
 
 
 def _tensor_parallel_experts() -> nn.Module:

@@ -81,7 +81,7 @@ def test_points_and_record(tmp_path: Path) -> None:
         assert line["scalars"] == point.scalars
         assert point.scalars.keys() - point.report.scalars().keys() == ({OVERHEAD} if point.step else set())
         assert point.report.scalars().items() <= point.scalars.items()
-        assert line["tasks"]["a"]["layer_mui"] == pytest.approx(point.report.tasks["a"].layer_mui.tolist(), abs=1e-6)
+        assert line["tasks"]["a"]["layer_mui"] == pytest.approx(point.report.tasks["a"].layer_mui, abs=1e-6)
         assert len(line["pooled"]["top_experts"]) == 10
     losses = [point.scalars["mui/loss"] for point in memory.points]
     assert len(set(losses)) == len(losses)  # the model that trains is the one that is probed

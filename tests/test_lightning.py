@@ -453,7 +453,7 @@ def test_so_many_samples_are_taken_however_they_come(tmp_path: Path) -> None:
     batches = torch.stack([row["input_ids"] for row in rows(6, seed=5)]).view(2, 3, 18)
     val = DataLoader(TensorDataset(batches), batch_size=None)
     memory = watch(tmp_path, Module(), eval_samples=2, trainer={"val": val, "max_steps": 1})
-    assert memory.points[0].report.samples == 2
+    assert memory.points[0].report.n_samples == 2
 
 
 def test_pairs_that_are_no_labels_are_refused(tmp_path: Path) -> None:
@@ -486,7 +486,7 @@ def test_batches_that_the_data_set_makes_itself(tmp_path: Path) -> None:
         TensorDataset(torch.stack([row["input_ids"] for row in rows(6, seed=5)]).view(2, 3, 18)), batch_size=None
     )
     memory = watch(tmp_path, Module(), trainer={"val": val, "max_steps": 1})
-    assert memory.points[0].report.samples == 6
+    assert memory.points[0].report.n_samples == 6
 
 
 def test_without_validation_data_the_tokenizer_of_the_module_reads_the_builtin_set(tmp_path: Path) -> None:

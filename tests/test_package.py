@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 import mui_callback
+from made import make_report
 from mui_callback.cli import main
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key, markdown_table
-from mui_callback.report import MUIReport
-from mui_callback.task_report import TaskReport
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "transformers", "accelerate", "lightning", "wandb", "deepspeed", "datasets", "matplotlib")
@@ -50,12 +49,18 @@ def test_the_readme_holds_the_catalogue() -> None:
 def test_each_row_of_the_catalogue_is_a_value_of_the_report() -> None:
     names = [metric.name for metric in CATALOGUE]
     assert len(set(names)) == len(names)
+    report = make_report([{0}])
     for metric in CATALOGUE:
-        assert metric.scope is Scope.RUN or any(
-            hasattr(owner, metric.name) or metric.name in owner.__annotations__ for owner in (TaskReport, MUIReport)
-        )
+        attribute = (metric.attribute or metric.name).removesuffix("_low").removesuffix("_high")
+        is_of_report = any(hasattr(owner, attribute) for owner in (report, report.pooled))
+        assert is_of_report != (metric.scope in (Scope.RUN, Scope.PHASE, Scope.END, Scope.RULE))
         assert key(metric.name) == f"mui/{metric.name}"
         assert key(metric.name, "gsm8k") == f"mui/gsm8k/{metric.name}"
+
+
+def test_a_run_of_three_tasks_has_at_most_60_keys_unless_more_are_asked_for() -> None:
+    at_all_times = [m for m in CATALOGUE if m.scope not in (Scope.REPORT, Scope.RULE, Scope.END) and "<" not in m.name]
+    assert len(at_all_times) + 3 * sum(metric.scope.is_per_task for metric in at_all_times) <= 60
 
 
 def test_the_command_line_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

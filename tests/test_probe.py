@@ -43,11 +43,10 @@ def same_sets(first: MUIReport, second: MUIReport) -> bool:
 @pytest.mark.parametrize("batch_tokens", [1, 64, 10**6])
 def test_batch_size_does_not_matter(family: str, batch_tokens: int) -> None:
     model = build(family)
-    reference = MUIProbe(model, probe_set(), top_fraction=FRACTION, batch_tokens=150).measure()
-    report = MUIProbe(model, probe_set(), top_fraction=FRACTION, batch_tokens=batch_tokens).measure()
+    reference = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}", batch_tokens=150).measure()
+    report = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}", batch_tokens=batch_tokens).measure()
     assert same_sets(reference, report)
-    assert np.array_equal(reference.counts.key_neurons, report.counts.key_neurons)
-    assert np.array_equal(reference.counts.activated, report.counts.activated)
+    assert (reference.key_neuron_sets() != report.key_neuron_sets()).nnz == 0
     assert np.array_equal(reference.counts.routed, report.counts.routed)
     for name, value in reference.scalars().items():
         if name not in ("mui/seconds", "mui/identity_error"):
@@ -57,10 +56,13 @@ def test_batch_size_does_not_matter(family: str, batch_tokens: int) -> None:
 def test_order_of_samples_does_not_matter(model: nn.Module) -> None:
     tasks = probe_set().tasks
     turned = ProbeSet({name: tuple(reversed(samples)) for name, samples in tasks.items()})
-    first = MUIProbe(model, probe_set(), top_fraction=FRACTION).measure()
-    second = MUIProbe(model, turned, top_fraction=FRACTION).measure()
-    assert np.array_equal(first.counts.key_neurons, second.counts.key_neurons)
-    assert np.array_equal(first.counts.activated, second.counts.activated)
+    first = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}").measure()
+    second = MUIProbe(model, turned, rules=f"top_fraction={FRACTION}").measure()
+    assert same_sets(first, second)
+    order = list(second.sample_table.id)
+    assert order != list(first.sample_table.id)
+    rows = [order.index(id_) for id_ in first.sample_table.id]
+    assert (first.key_neuron_sets() != second.key_neuron_sets()[rows]).nnz == 0
 
 
 def test_padding_and_prompt_never_score(model: nn.Module) -> None:
@@ -70,17 +72,23 @@ def test_padding_and_prompt_never_score(model: nn.Module) -> None:
     scored[1:6] = True  # nothing after token 5 is a response token, so nothing after it may count
     other = ids.copy()
     other[6:] = 200
-    alone = MUIProbe(model, ProbeSet({"a": [TokenSample("x", ids, scored)]}), top_fraction=FRACTION).measure()
-    changed = MUIProbe(model, ProbeSet({"a": [TokenSample("x", other, scored)]}), top_fraction=FRACTION).measure()
-    short = MUIProbe(model, ProbeSet({"a": [TokenSample("x", ids[:6], scored[:6])]}), top_fraction=FRACTION).measure()
+    alone = MUIProbe(
+        model, ProbeSet({"a": [TokenSample("x", ids, scored)]}), rules=f"top_fraction={FRACTION}"
+    ).measure()
+    changed = MUIProbe(
+        model, ProbeSet({"a": [TokenSample("x", other, scored)]}), rules=f"top_fraction={FRACTION}"
+    ).measure()
+    short = MUIProbe(
+        model, ProbeSet({"a": [TokenSample("x", ids[:6], scored[:6])]}), rules=f"top_fraction={FRACTION}"
+    ).measure()
     beside = ProbeSet({"a": [TokenSample("x", ids[:6], scored[:6])], "b": [TokenSample("y", other, scored)]})
-    padded = MUIProbe(model, beside, top_fraction=FRACTION).measure()
+    padded = MUIProbe(model, beside, rules=f"top_fraction={FRACTION}").measure()
     assert alone.key_neurons("a") == changed.key_neurons("a") == short.key_neurons("a") == padded.key_neurons("a")
     assert alone.tokens == short.tokens == 5
 
 
 def test_pooled_counts_are_union_and_sum_of_the_tasks(model: nn.Module) -> None:
-    report = MUIProbe(model, probe_set(), top_fraction=FRACTION).measure()
+    report = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}").measure()
     a, b = report.tasks["a"], report.tasks["b"]
     assert report.key_neurons() == report.key_neurons("a") | report.key_neurons("b")
     assert report.mui == len(report.key_neurons()) / report.layout.n_neurons
@@ -92,7 +100,7 @@ def test_pooled_counts_are_union_and_sum_of_the_tasks(model: nn.Module) -> None:
 
 def test_token_accuracy_and_loss_equal_the_plain_forward(model: nn.Module) -> None:
     samples = make_samples(5)
-    report = MUIProbe(model, ProbeSet({"a": samples}), top_fraction=FRACTION).measure()
+    report = MUIProbe(model, ProbeSet({"a": samples}), rules=f"top_fraction={FRACTION}").measure()
     losses, hits = [], []
     for sample in samples:
         with torch.no_grad():
@@ -125,26 +133,30 @@ def test_choice_accuracy_equals_the_plain_forward(model: nn.Module) -> None:
 
 
 def test_scalars_are_the_catalogue_and_finite(model: nn.Module) -> None:
-    scalars = MUIProbe(model, probe_set(), top_fraction=FRACTION).measure().scalars()
-    possible = {key(m.name): m for m in CATALOGUE}
+    rules = (f"top_fraction={FRACTION}", "topscore=0.5")
+    scalars = MUIProbe(model, probe_set(), rules=rules).measure().scalars()
+    possible = {key(m.name): m for m in CATALOGUE if m.scope in (Scope.TASK, Scope.POOLED, Scope.PROBE)}
     possible |= {key(m.name, task): m for m in CATALOGUE for task in "ab" if m.scope is Scope.TASK}
+    possible["mui/by_rule/topscore_0.5"] = next(m for m in CATALOGUE if m.scope is Scope.RULE)
+    assert set(possible) - set(scalars) == {"mui/bits_per_byte", "mui/dropped_tokens"} | {
+        f"mui/{part}choice_accuracy" for part in ("", "a/", "b/")
+    }
     assert set(scalars) <= set(possible)
-    assert len(possible) <= 60
     for name, value in scalars.items():
         assert isinstance(value, float)
         assert possible[name].low <= value <= (possible[name].high or float("inf")), name
 
 
 def test_metrics_without_an_answer_are_left_out() -> None:
-    scalars = MUIProbe(build("olmoe"), probe_set(), top_fraction=FRACTION).measure().scalars()
+    scalars = MUIProbe(build("olmoe"), probe_set(), rules=f"top_fraction={FRACTION}").measure().scalars()
     assert not [name for name in scalars if "shared" in name or "choice" in name or "bits_per_byte" in name]
 
 
 def test_a_sample_without_response_token_marks_nothing_and_is_counted(model: nn.Module) -> None:
     empty = TokenSample("none", np.arange(3, 9), np.zeros(6, dtype=bool))
     with_empty = ProbeSet({"a": [*probe_set().tasks["a"], empty], "b": [empty]})
-    report = MUIProbe(model, with_empty, top_fraction=FRACTION).measure()
-    plain = MUIProbe(model, probe_set(), top_fraction=FRACTION).measure()
+    report = MUIProbe(model, with_empty, rules=f"top_fraction={FRACTION}").measure()
+    plain = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}").measure()
     assert report.key_neurons("a") == plain.key_neurons("a")
     assert report.key_neurons("b") == frozenset()
     assert report.unscored == 2
@@ -157,14 +169,14 @@ def test_contributions_that_are_not_finite_never_count() -> None:
     model = build("olmoe")
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[2] = float("nan")
-    report = MUIProbe(model, probe_set(), top_fraction=FRACTION).measure()
+    report = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}").measure()
     assert report.not_finite > 0
     assert all(np.isfinite(value) for value in report.scalars().values())
     assert not [neuron for neuron in report.key_neurons() if neuron[:2] == (1, "E2")]
 
 
 def test_report_survives_a_file_without_pickle(model: nn.Module, tmp_path: Path) -> None:
-    report = MUIProbe(model, probe_set(), top_fraction=FRACTION).measure()
+    report = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}").measure()
     path = tmp_path / "report.mui"
     report.save(path)
     np.load(path, allow_pickle=False)
@@ -201,7 +213,7 @@ def test_loading_a_pickle_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_task_is_named(model: nn.Module) -> None:
-    report = MUIProbe(model, probe_set(), top_fraction=FRACTION).measure()
+    report = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}").measure()
     with pytest.raises(KeyError, match="no task 'c' in this report; it has a, b"):
         report.key_neurons("c")
 
@@ -340,16 +352,16 @@ def test_a_head_with_a_bias_is_read_right() -> None:
 
 def test_a_resized_vocabulary_is_noticed() -> None:
     model = build("olmoe")
-    probe = MUIProbe(model, probe_set(), top_fraction=FRACTION)
+    probe = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}")
     model.resize_token_embeddings(VOCAB + 64)
-    fresh = MUIProbe(model, probe_set(), top_fraction=FRACTION)
+    fresh = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}")
     with torch.no_grad():
         model.lm_head.weight.mul_(torch.rand_like(model.lm_head.weight))
     assert same_sets(probe.measure(), fresh.measure())
 
 
 def test_measuring_under_inference_mode(model: nn.Module) -> None:
-    probe = MUIProbe(model, probe_set(), top_fraction=FRACTION)
+    probe = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}")
     with torch.inference_mode():
         report = probe.measure()
     assert same_sets(report, probe.measure())
@@ -367,7 +379,16 @@ def test_a_tokenizer_of_another_model_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("top_fraction", 0), ("top_fraction", 1.5), ("key_expert_frequency", -1), ("batch_tokens", 0)]
+    ("option", "value"),
+    [
+        ("rules", "top_fraction=0"),
+        ("rules", "topscore=1.5"),
+        ("rules", ()),
+        ("activation", "up"),
+        ("alignment", "last"),
+        ("key_expert_frequency", -1),
+        ("batch_tokens", 0),
+    ],
 )
 def test_options_out_of_range(model: nn.Module, option: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{option}: expected"):
@@ -396,16 +417,16 @@ def test_choices_may_be_tokens(model: nn.Module) -> None:
 
 
 def test_measuring_twice_gives_the_same(model: nn.Module) -> None:
-    probe = MUIProbe(model, probe_set(), top_fraction=FRACTION)
+    probe = MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}")
     first, second = probe.measure(), probe.measure()
-    assert np.array_equal(first.counts.key_neurons, second.counts.key_neurons)
+    assert (first.key_neuron_sets() != second.key_neuron_sets()).nnz == 0
     assert np.array_equal(first.counts.loss, second.counts.loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_run(dtype: torch.dtype) -> None:
-    reference = MUIProbe(build(gpt_oss()), probe_set(), top_fraction=FRACTION).measure()
-    report = MUIProbe(build(gpt_oss()).to(dtype), probe_set(), top_fraction=FRACTION).measure()
+    reference = MUIProbe(build(gpt_oss()), probe_set(), rules=f"top_fraction={FRACTION}").measure()
+    report = MUIProbe(build(gpt_oss()).to(dtype), probe_set(), rules=f"top_fraction={FRACTION}").measure()
     ours, theirs = report.key_neurons(), reference.key_neurons()
     assert len(ours & theirs) / len(ours | theirs) > (0.999 if dtype == torch.float64 else 0.5)
     assert report.pooled.loss == pytest.approx(reference.pooled.loss, rel=0.05)
@@ -415,8 +436,8 @@ def test_a_compiled_model_is_probed_as_the_original(model: nn.Module) -> None:
     compiled = torch.compile(model, backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = MUIProbe(compiled, probe_set(), top_fraction=FRACTION).measure()
-    assert same_sets(report, MUIProbe(model, probe_set(), top_fraction=FRACTION).measure())
+        report = MUIProbe(compiled, probe_set(), rules=f"top_fraction={FRACTION}").measure()
+    assert same_sets(report, MUIProbe(model, probe_set(), rules=f"top_fraction={FRACTION}").measure())
 
 
 @pytest.mark.parametrize("name", ["wpe", "position", "embed_positions", "pos_emb", "position_embeddings"])

@@ -38,7 +38,7 @@ def test_refused(kind: str, message: str, tmp_path: Path) -> None:
 
 def test_processes_with_models_of_their_own_probe_them_by_themselves(tmp_path: Path) -> None:
     alone = [MUIProbe(build("qwen2_moe", seed=rank), many(), **SETTINGS).measure() for rank in range(2)]
-    expected = [f"{report.samples} samples, {report.pooled.loss}" for report in alone]
+    expected = [f"{report.n_samples} samples, {report.pooled.loss}" for report in alone]
     assert launch(tmp_path, refusal, kind="own weights") == expected
     assert expected[0] != expected[1]
 

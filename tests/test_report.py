@@ -40,7 +40,7 @@ def test_unions_and_activated_experts_are_those_of_plain_sets(samples: list[tupl
                 sum(expert in experts for experts in activated) for expert in range(LAYOUT.n_experts)
             ]
             assert task.n_samples == len(own)
-            assert task.mui == (len(union) / LAYOUT.n_neurons if union else None)
+            assert task.mui == (len(union) / LAYOUT.n_neurons if own else None)
 
 
 @given(tasks_and_sets)

@@ -6,46 +6,38 @@ Shapes: E experts and J neurons of all layers (see `ExpertLayout`), N samples.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from mui_callback.counts import KeySets, ProbeCounts
-from mui_callback.layout import ExpertLayout, KeyNeuron, LayerShape
-from mui_callback.metrics import key_sets, performance
-from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
+from mui_callback.counts import KeySets
+from mui_callback.layout import KeyNeuron
+from mui_callback.metrics import key_sets
+from mui_callback.metrics.catalogue import CATALOGUE, Scope, key, metric_named, rule_key
+from mui_callback.metrics.resampling import Estimate, Interval, bootstrap_intervals
 from mui_callback.metrics.utilization import BoolArray
-from mui_callback.report_file import read_report, write_report
+from mui_callback.pass_results import PassResults
 from mui_callback.rules import Rule
+from mui_callback.sample_results import ESTIMATED, EstimatedMetric, SampleResults, TaskEstimates
 from mui_callback.sample_table import SampleTable as SampleTable
-from mui_callback.settings import ProbeSettings
-from mui_callback.task_report import PredictionSums, TaskReport
+from mui_callback.samples_table import samples_table, write_parquet
+from mui_callback.task_report import TaskReport
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MUIReport:
+class MUIReport(PassResults):
     """What one probe pass found.
 
     Metrics of all tasks pooled are on `pooled`, those of one task on ``tasks[name]``; both are a `TaskReport`. They are
     those of the first of the rules that say what a key neuron is; see `under` for the others.
     """
-
-    layout: ExpertLayout
-    task_names: tuple[str, ...]
-    settings: ProbeSettings
-    sample_table: SampleTable
-    counts: ProbeCounts
-    probe_set: str
-    """Fingerprint of the probe set."""
-    comm_bytes: int
-    """Bytes that processes sent each other for the pass: rows of the head, what the transposed tails carry, candidates,
-    counts and sets. What the forward of the model itself sends is not among them."""
-    seconds: float
-    """Duration of the pass."""
 
     def __repr__(self) -> str:
         mui, loss = (f"{value:.4g}" if value is not None else "None" for value in (self.pooled.mui, self.pooled.loss))
@@ -60,11 +52,6 @@ class MUIReport:
     def pooled(self) -> TaskReport:
         """All tasks together: the union of their key neurons, the sum of their counts."""
         return self._task_report(list(range(len(self.task_names))))
-
-    @property
-    def rules(self) -> tuple[str, ...]:
-        """The rules that say what a key neuron is, as text; the metrics are those of the first."""
-        return tuple(map(str, self.settings.parsed_rules))
 
     def under(self, rule: str) -> MUIReport:
         """The report of the same pass in which another of its rules says what a key neuron is.
@@ -81,55 +68,10 @@ class MUIReport:
             counts=replace(self.counts, key_sets=tuple(self.counts.key_sets[number] for number in order)),
         )
 
-    # The probe itself
-
     @property
     def mui(self) -> float | None:
         """Model Utilization Index of all tasks pooled, in [0, 1]."""
         return self.pooled.mui
-
-    @property
-    def n_samples(self) -> int:
-        """Samples in the probe."""
-        return len(self.sample_table.id)
-
-    @property
-    def tokens(self) -> int:
-        """Response tokens in the probe."""
-        return int(self.sample_table.n_tokens.sum())
-
-    @property
-    def truncated(self) -> int:
-        """Samples that were cut from the left."""
-        return int(self.sample_table.truncated.sum())
-
-    @property
-    def unscored(self) -> int:
-        """Samples with no response token."""
-        return int((self.sample_table.n_tokens == 0).sum())
-
-    @property
-    def not_finite(self) -> int:
-        """Contributions that were NaN or infinite."""
-        return int(self.counts.not_finite.sum())
-
-    @property
-    def dropped_tokens(self) -> float | None:
-        """Share of pairs of token and expert that routers with a limited capacity would have dropped, had the probe not
-        let them pass; None without such routers."""
-        assigned = int(self.counts.assigned.sum())
-        return int(self.counts.dropped.sum()) / assigned if assigned else None
-
-    @property
-    def broken_samples(self) -> int:
-        """Samples whose loss is NaN or infinite."""
-        return int((~np.isfinite(self.counts.loss)).sum())
-
-    @property
-    def identity_error(self) -> float | None:
-        """Largest relative error, over the layers, of Σ f = ⟨output of the layer, W_head[y]⟩ in the first batch."""
-        errors = self.counts.identity_error[np.isfinite(self.counts.identity_error)]
-        return float(errors.max()) if errors.size else None
 
     def scalars(self) -> dict[str, float]:
         """Everything that is logged: ``mui/<metric>`` pooled and ``mui/<task>/<metric>``.
@@ -138,16 +80,25 @@ class MUIReport:
         so no value is None, NaN or infinite.
         """
         values: dict[str, float | None] = {}
-        sources: dict[Scope, Any] = {Scope.PROBE: self, Scope.TASK: self.pooled, Scope.POOLED: self.pooled}
         for metric in CATALOGUE:
-            if metric.scope in sources:
-                name = "n_samples" if metric.name == "samples" else metric.name
-                values[key(metric.name)] = getattr(sources[metric.scope], name)
-        for name, task in self.tasks.items():
+            if metric.scope is Scope.PROBE:
+                values[key(metric.name)] = getattr(self, metric.attribute or metric.name)
+        for task, scopes in ((None, (Scope.TASK, Scope.POOLED)), *((name, (Scope.TASK,)) for name in self.task_names)):
+            found, ends = self.pooled if task is None else self.tasks[task], self._interval_ends(task)
             for metric in CATALOGUE:
-                if metric.scope is Scope.TASK:
-                    values[key(metric.name, name)] = getattr(task, metric.name)
+                if metric.scope in scopes:
+                    name = metric.name
+                    values[key(name, task)] = ends[name] if name in ends else getattr(found, name)
+        values |= {rule_key(rule): self.under(rule).mui for rule in self.rules[1:]}
         return {name: float(value) for name, value in values.items() if value is not None and np.isfinite(value)}
+
+    def _interval_ends(self, task: str | None) -> dict[str, float | None]:
+        found = self.intervals(task, metrics=("mui", "loss") if task is None else ("mui",))
+        return {
+            f"{metric}_{end}": None if interval is None else getattr(interval, end)
+            for metric, interval in found.items()
+            for end in ("low", "high")
+        }
 
     # Key neurons
 
@@ -176,55 +127,88 @@ class MUIReport:
         """
         return frozenset(self.layout.name_neuron(int(neuron)) for neuron in np.flatnonzero(self.is_key_neuron(task)))
 
-    # Files
+    # Single samples
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report to one file: numpy arrays and a JSON header, no pickle. Replaces the file at once.
+    @cached_property
+    def sample_results(self) -> SampleResults:
+        """What was found of each sample."""
+        return SampleResults.from_counts(self.sample_table, self.counts, self._owned)
+
+    @property
+    def samples(self) -> pyarrow.Table:
+        """One row for each sample: id, task, loss (nats per response token), n_tokens, n_correct (response tokens that
+        are the model's first choice), choice_correct, n_key_neurons, n_key_experts (experts that own one of them) and
+        shared_share (share of its key neurons that are in shared experts); null where there is no answer.
 
         Raises:
+            ImportError: pyarrow is not installed.
+        """
+        return samples_table(
+            self.sample_table, self.task_names, self.sample_results, has_shared=bool(self.layout.is_shared.any())
+        )
+
+    def save_samples(self, path: str | os.PathLike[str]) -> None:
+        """Write `samples` as a Parquet file.
+
+        Raises:
+            ImportError: pyarrow is not installed.
             OSError: it cannot be written.
         """
-        header = {
-            "layers": [asdict(layer) for layer in self.layout.layers],
-            "task_names": self.task_names,
-            "settings": asdict(self.settings),
-            "sample_ids": self.sample_table.id,
-            "probe_set": self.probe_set,
-            "comm_bytes": self.comm_bytes,
-            "seconds": self.seconds,
-        }
-        arrays = {f"counts.{field.name}": getattr(self.counts, field.name) for field in fields(ProbeCounts)[1:]}
-        for field in fields(SampleTable)[1:]:
-            arrays[f"samples.{field.name}"] = getattr(self.sample_table, field.name)
-        for number, sets in enumerate(self.counts.key_sets):
-            arrays |= {f"key_sets.{number}.neuron": sets.neuron, f"key_sets.{number}.end": sets.end}
-        write_report(path, header, arrays)
+        write_parquet(path, self.samples)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> MUIReport:
-        """Read what `save` wrote.
+    # Error bars
+
+    def estimate(self, metric: EstimatedMetric, task: str | None = None) -> Estimate | None:
+        """A metric of a task, or of all tasks pooled, and what each of its samples adds to it; None without an answer.
+
+        Args:
+            metric: one of those in `mui_callback.sample_results.ESTIMATED`.
+            task: by name; the influence is over the samples that it has, in their order.
 
         Raises:
-            MUIError: the file is something else, or was written by another version of this format.
-            OSError: there is none, or it cannot be read.
+            KeyError: there is no such task, or the metric has no error bars.
         """
-        header, arrays = read_report(path)
+        return self._estimates_of(task).estimate(metric)
 
-        def part(prefix: str) -> dict[str, Any]:
-            return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    def intervals(
+        self,
+        task: str | None = None,
+        *,
+        metrics: Sequence[EstimatedMetric] = ESTIMATED,
+        level: float = 0.95,
+        replicates: int = 1000,
+        seed: int = 0,
+    ) -> dict[str, Interval | None]:
+        """Confidence intervals of metrics of a task, or of all tasks pooled, by the bootstrap over its samples; see
+        `mui_callback.metrics.resampling.bootstrap_intervals`.
 
-        settings = ProbeSettings(**header["settings"])
-        sets = tuple(KeySets(**part(f"key_sets.{number}.")) for number in range(len(settings.rules)))
-        return cls(
-            layout=ExpertLayout([LayerShape.from_dict(layer) for layer in header["layers"]]),
-            task_names=tuple(header["task_names"]),
-            settings=settings,
-            sample_table=SampleTable(id=tuple(header["sample_ids"]), **part("samples.")),
-            counts=ProbeCounts(key_sets=sets, **part("counts.")),
-            probe_set=header["probe_set"],
-            comm_bytes=header["comm_bytes"],
-            seconds=header["seconds"],
+        The same seed gives the same intervals, whatever other metrics there are. Memory beside the report is, at most,
+        6 bytes for each pair of a sample and a key neuron, 25 bytes for each neuron of the model, 256 MiB, and 8 bytes
+        for each replicate of each metric.
+
+        Args:
+            task: by name.
+            metrics: those that are wanted.
+            level: of each interval, in (0, 1).
+            replicates: of the bootstrap.
+            seed: of the bootstrap.
+
+        Returns:
+            By metric; None where it has no answer, fewer than two samples, or samples that all add the same.
+
+        Raises:
+            KeyError: there is no such task, or a metric has no error bars.
+            ValueError: an argument is out of its range.
+        """
+        estimates = self._estimates_of(task)
+        found = bootstrap_intervals(
+            {metric: estimates.estimate(metric) for metric in metrics}, level=level, replicates=replicates, seed=seed
         )
+        known: dict[str, Interval | None] = {}
+        for metric, interval in found.items():
+            possible = metric_named(metric)
+            known[metric] = None if interval is None else interval.within(possible.low, possible.high)
+        return known
 
     # Counts
 
@@ -235,14 +219,6 @@ class MUIReport:
     @cached_property
     def _owned(self) -> key_sets.OwnedCounts:
         return key_sets.count_owned(self._key_sets, self.layout, self.sample_table.task, len(self.task_names))
-
-    @cached_property
-    def _choices_right(self) -> tuple[BoolArray, BoolArray]:
-        """Which samples have choices, and for which of them the best one is the answer."""
-        table = self.sample_table
-        return performance.choice_is_right(
-            self.counts.choice_loss, table.choice_length, table.choice_sample, table.answer
-        )
 
     def _number_of(self, rule: str) -> int:
         text = str(Rule.parse(rule))
@@ -261,6 +237,10 @@ class MUIReport:
         """Whether each sample is of one of the tasks, bool ``[N]``."""
         return np.isin(self.sample_table.task, tasks)
 
+    def _estimates_of(self, task: str | None) -> TaskEstimates:
+        is_in, sets = self._is_in(self._tasks_of(task)), self.key_neuron_sets()
+        return TaskEstimates(self.layout, self.sample_results.of(is_in), sets if is_in.all() else sets[is_in])
+
     def _task_report(self, tasks: list[int]) -> TaskReport:
         is_in = self._is_in(tasks)
         union = key_sets.union(self._key_sets, is_in, self.layout.n_neurons)
@@ -271,20 +251,6 @@ class MUIReport:
             activated=self._owned.activated_QE[tasks].sum(axis=0),
             mass=self.counts.mass[tasks].sum(axis=0),
             routed=self.counts.routed[tasks].sum(axis=0),
-            predictions=self._prediction_sums(is_in),
+            predictions=self.sample_results.of(is_in).prediction_sums,
             key_expert_frequency=self.settings.key_expert_frequency,
-        )
-
-    def _prediction_sums(self, in_tasks: BoolArray) -> PredictionSums:
-        table, counts = self.sample_table, self.counts
-        has_choices, right = self._choices_right
-        has_bytes = in_tasks & (table.n_bytes >= 0)
-        return PredictionSums(
-            loss=float(counts.loss[in_tasks].sum()),
-            n_tokens=int(table.n_tokens[in_tasks].sum()),
-            n_correct=int(counts.correct[in_tasks].sum()),
-            loss_of_bytes=float(counts.loss[has_bytes].sum()),
-            n_bytes=int(table.n_bytes[has_bytes].sum()),
-            n_with_choices=int((has_choices & in_tasks).sum()),
-            n_right=int((right & in_tasks).sum()),
         )

@@ -1,35 +1,19 @@
-"""Every metric of one task, or of several pooled, from counts alone.
+"""Every metric of one task, or of several pooled, of the whole model or of each layer, from counts alone.
 
 Shapes: L MoE layers, E experts of all layers (routed and shared, see `ExpertLayout`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from mui_callback.layout import ExpertLayout
-from mui_callback.metrics import concentration, performance, utilization
+from mui_callback.metrics import concentration, performance, routing, utilization
+from mui_callback.metrics.performance import PredictionSums
 from mui_callback.metrics.utilization import BoolArray, FloatArray, IntArray, ratio
-
-
-@dataclass(frozen=True)
-class PredictionSums:
-    """Sums over the samples that say how well the model predicts their responses."""
-
-    loss: float
-    """Negative log-likelihood, nats."""
-    n_tokens: int
-    """Response tokens."""
-    n_correct: int
-    """Response tokens that are the model's first choice."""
-    loss_of_bytes: float
-    """The part of `loss` from samples whose bytes are known."""
-    n_bytes: int
-    """UTF-8 bytes of their responses."""
-    n_with_choices: int
-    """Samples with choices."""
-    n_right: int
-    """Those whose best choice is the answer."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,15 +81,19 @@ class TaskReport:
     # Utilization
 
     @property
-    def mui(self) -> float | None:
-        """Model Utilization Index, in (0, 1]; None where no sample has a key neuron."""
-        return utilization.mui(self.key_neurons, self.layout.width) if self.key_neurons.any() else None
+    def is_measured(self) -> bool:
+        """Whether any contribution was finite: there are samples with response tokens, which reach the experts."""
+        return bool(self.key_neurons.any() or self.mass.sum() > 0)
 
     @property
-    def layer_mui(self) -> FloatArray:
-        """MUI inside each layer, ``[L]``."""
-        layout = self.layout
-        return utilization.layer_mui(self.key_neurons, layout.width, layout.layer_of_expert, len(layout.layers))
+    def mui(self) -> float | None:
+        """Model Utilization Index, in [0, 1]."""
+        return utilization.mui(self.key_neurons, self.layout.width) if self.is_measured else None
+
+    @property
+    def layer_mui(self) -> tuple[float | None, ...]:
+        """MUI inside each layer, ``[L]``; None for a layer that no token reaches."""
+        return tuple(layer.mui for layer in self.layers)
 
     @property
     def expert_mui(self) -> FloatArray:
@@ -125,7 +113,7 @@ class TaskReport:
     @property
     def key_expert_proportion(self) -> float | None:
         """Share of the experts that are key experts."""
-        return ratio(int(self.key_experts.sum()), self.layout.n_experts) if self.key_neurons.any() else None
+        return ratio(int(self.key_experts.sum()), self.layout.n_experts) if self.is_measured else None
 
     @property
     def key_expert_mui(self) -> float | None:
@@ -206,6 +194,11 @@ class TaskReport:
         return concentration.normalized_entropy(self.mass)
 
     @property
+    def mass_diversity(self) -> float | None:
+        """Effective experts of contribution mass over the number of experts."""
+        return concentration.expert_diversity(self.mass)
+
+    @property
     def mass_effective_experts(self) -> float | None:
         """Effective number of experts of contribution mass."""
         return concentration.effective_experts(self.mass)
@@ -215,8 +208,39 @@ class TaskReport:
         """Share of the contribution mass made by the ten experts with most."""
         return concentration.top_share(self.mass)
 
+    # Routing: to routed experts
+
     @property
     def dead_experts(self) -> float | None:
         """Share of the routed experts that no response token was sent to."""
         routed = self.routed[~self.layout.is_shared]
         return ratio(int((routed == 0).sum()), len(routed)) if self.predictions.n_tokens else None
+
+    @property
+    def load_max_ratio(self) -> float | None:
+        """Tokens of the busiest expert of a layer over the mean of its experts; mean over layers, as the next two."""
+        return self._mean_over_layers(routing.load_max_ratio)
+
+    @property
+    def load_variation(self) -> float | None:
+        """Coefficient of variation of the tokens of a layer's experts."""
+        return self._mean_over_layers(routing.load_variation)
+
+    @property
+    def router_entropy(self) -> float | None:
+        """Normalised entropy of where the router of a layer sends the response tokens."""
+        return self._mean_over_layers(routing.router_entropy)
+
+    @property
+    def routing_rank_correlation(self) -> float | None:
+        """Spearman's rank correlation, over the routed experts of all layers, between the tokens that are sent to an
+        expert and the samples in which it owns a key neuron."""
+        is_routed = ~self.layout.is_shared
+        return routing.rank_correlation(self.routed[is_routed], self.activated[is_routed])
+
+    def _mean_over_layers(self, metric: Callable[[IntArray], float | None]) -> float | None:
+        """Of the layers that have an answer."""
+        layer_E, is_routed_E = self.layout.layer_of_expert, ~self.layout.is_shared
+        values = [metric(self.routed[is_routed_E & (layer_E == layer)]) for layer in range(len(self.layout.layers))]
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None

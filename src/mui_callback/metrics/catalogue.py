@@ -7,65 +7,93 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 
 PREFIX = "mui"
 
 
 class Scope(Enum):
-    """What a metric is measured of."""
+    """What a metric is measured of, and where it goes."""
 
     TASK = "pooled and per task"
     """Logged once for all tasks pooled and once for each task."""
     POOLED = "pooled"
     """Logged for all tasks pooled; each task's value is in the report."""
+    REPORT = "report"
+    """Not logged, so that a run has no more than some 60 keys; in the report, of each task and of all pooled."""
+    RULE = "further rule"
+    """Logged once for each rule but the first, of all tasks pooled."""
     PROBE = "probe"
     """About the probe pass itself."""
     RUN = "run"
     """About the training run that is probed; not in a report."""
+    PHASE = "run, pooled and per task"
+    """The same, once for all tasks pooled and once for each task."""
+    END = "per task, at the end"
+    """The same, on request and for each task only."""
+
+    @property
+    def is_per_task(self) -> bool:
+        """Whether each task has a key of its own."""
+        return self in (Scope.TASK, Scope.PHASE, Scope.END)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the catalogue. `name` is the last part of the key and the attribute of the report, where it has it."""
+    """One row of the catalogue."""
 
     name: str
+    """The last part of the key. The ends of an interval are ``<name>_low`` and ``<name>_high``."""
     definition: str
     unit: str
     low: float
     high: float | None
     """None: no upper bound."""
     scope: Scope
+    attribute: str = ""
+    """Of the report, where it is not the name."""
 
     @property
     def range(self) -> str:
         """The interval of possible values, such as ``[0, 1]``."""
-        return f"[{self.low:g}, ∞)" if self.high is None else f"[{self.low:g}, {self.high:g}]"
+        low = "(-∞" if self.low == -inf else f"[{self.low:g}"
+        return f"{low}, ∞)" if self.high is None else f"{low}, {self.high:g}]"
 
 
 CATALOGUE: tuple[Metric, ...] = (
     Metric("mui", "Key neurons, as share of all neurons of all MoE layers", "share", 0, 1, Scope.TASK),
+    Metric("mui_low", "Lower end of the 95 % interval of `mui` over probe samples", "share", 0, 1, Scope.TASK),
+    Metric("mui_high", "Its upper end", "share", 0, 1, Scope.TASK),
+    Metric("by_rule/<rule>", "`mui` under each further rule, such as `by_rule/top_fraction_0.002`", "share", 0, 1, Scope.RULE),
     Metric("loss", "Negative log-likelihood of the response tokens", "nats per token", 0, None, Scope.TASK),
-    Metric("bits_per_byte", "The same per UTF-8 byte of response text, where the text is known", "bits per byte", 0, None, Scope.POOLED),
+    Metric("loss_low", "Lower end of the 95 % interval of `loss` over probe samples", "nats per token", 0, None, Scope.POOLED),
+    Metric("loss_high", "Its upper end", "nats per token", 0, None, Scope.POOLED),
+    Metric("bits_per_byte", "The loss per UTF-8 byte of response text, where the text is known", "bits per byte", 0, None, Scope.POOLED),
     Metric("token_accuracy", "Response tokens that are the model's first choice", "share", 0, 1, Scope.TASK),
     Metric("choice_accuracy", "Samples with choices whose answer has the highest log-likelihood per byte (per token where the text is not known)", "share", 0, 1, Scope.TASK),
     Metric("key_expert_proportion", "Key experts (those that own a key neuron in at least η_expert = 60 % of the samples), as share of all experts", "share", 0, 1, Scope.TASK),
-    Metric("key_expert_mui", "Mean share of key neurons inside a key expert", "share", 0, 1, Scope.TASK),
+    Metric("key_expert_mui", "Mean share of key neurons inside a key expert", "share", 0, 1, Scope.POOLED),
     Metric("shared_share", "Key neurons that are in shared experts", "share", 0, 1, Scope.TASK),
     Metric("shared_mass_share", "Contribution mass Σ\\|f\\| that is made by shared experts", "share", 0, 1, Scope.POOLED),
-    Metric("shared_in_top10", "Shared experts among the ten experts with the highest activated frequency", "experts", 0, 10, Scope.POOLED),
     Metric("shared_fair_ratio", "`shared_share` over the shared experts' share of all neurons; 1 = no preference", "ratio", 0, None, Scope.POOLED),
-    Metric("expert_gini", "Gini coefficient of key neurons over experts", "1", 0, 1, Scope.TASK),
-    Metric("expert_entropy", "Entropy of key neurons over experts, over its maximum ln E", "1", 0, 1, Scope.POOLED),
-    Metric("expert_diversity", "Effective experts exp(H) of key neurons, over E", "share", 0, 1, Scope.POOLED),
+    Metric("shared_in_top10", "Shared experts among the ten experts with the highest activated frequency", "experts", 0, 10, Scope.REPORT),
+    Metric("expert_gini", "Gini coefficient of key neurons over experts", "1", 0, 1, Scope.POOLED),
+    Metric("expert_entropy", "Entropy of key neurons over experts, over its maximum ln E", "1", 0, 1, Scope.REPORT),
+    Metric("expert_diversity", "Effective experts exp(H) of key neurons, over E", "share", 0, 1, Scope.REPORT),
     Metric("effective_experts", "exp(H) of key neurons over experts", "experts", 1, None, Scope.POOLED),
-    Metric("top10_share", "Key neurons that are in the ten experts with most", "share", 0, 1, Scope.POOLED),
+    Metric("top10_share", "Key neurons that are in the ten experts with most", "share", 0, 1, Scope.REPORT),
     Metric("mass_gini", "Gini coefficient of contribution mass over experts", "1", 0, 1, Scope.POOLED),
-    Metric("mass_entropy", "Entropy of contribution mass over experts, over its maximum ln E", "1", 0, 1, Scope.POOLED),
-    Metric("mass_effective_experts", "exp(H) of contribution mass over experts", "experts", 1, None, Scope.POOLED),
-    Metric("mass_top10_share", "Contribution mass that is made by the ten experts with most", "share", 0, 1, Scope.POOLED),
+    Metric("mass_entropy", "Entropy of contribution mass over experts, over its maximum ln E", "1", 0, 1, Scope.REPORT),
+    Metric("mass_diversity", "Effective experts exp(H) of contribution mass, over E", "share", 0, 1, Scope.REPORT),
+    Metric("mass_effective_experts", "exp(H) of contribution mass over experts", "experts", 1, None, Scope.REPORT),
+    Metric("mass_top10_share", "Contribution mass that is made by the ten experts with most", "share", 0, 1, Scope.REPORT),
     Metric("dead_experts", "Routed experts that no response token was sent to", "share", 0, 1, Scope.POOLED),
+    Metric("load_max_ratio", "Response tokens of the busiest routed expert of a layer over the mean of its experts, mean over layers", "ratio", 1, None, Scope.POOLED),
+    Metric("load_variation", "Coefficient of variation of the response tokens of the routed experts of a layer, mean over layers", "1", 0, None, Scope.POOLED),
+    Metric("router_entropy", "Entropy of where the router of a layer sends the response tokens, over its maximum ln E_r, mean over layers", "1", 0, 1, Scope.POOLED),
+    Metric("routing_rank_correlation", "Spearman's rank correlation, over routed experts, between response tokens sent to the expert and samples in which it owns a key neuron", "1", -1, 1, Scope.POOLED),
     Metric("dropped_tokens", "Pairs of token and expert that the router's capacity in training would have dropped; the probe lets all pass", "share", 0, 1, Scope.PROBE),
-    Metric("samples", "Samples in the probe", "samples", 0, None, Scope.PROBE),
+    Metric("samples", "Samples in the probe", "samples", 0, None, Scope.PROBE, "n_samples"),
     Metric("tokens", "Response tokens in the probe", "tokens", 0, None, Scope.PROBE),
     Metric("truncated", "Samples cut because they are longer than the context", "samples", 0, None, Scope.PROBE),
     Metric("unscored", "Samples with no response token; they mark nothing", "samples", 0, None, Scope.PROBE),
@@ -74,7 +102,20 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("seconds", "Duration of the probe pass", "s", 0, None, Scope.PROBE),
     Metric("comm_bytes", "Sent between processes for the probe, over all of them; what the model's own forward sends is not counted", "bytes", 0, None, Scope.PROBE),
     Metric("overhead", "Time in probes since training began, everything that comes with them included, over the time outside of them", "ratio", 0, None, Scope.RUN),
+    Metric("phase", "Over the last points: 2 evolving (performance up, MUI down), 1 accumulating (both up), 0 undecided, -1 coarsening (performance down, MUI up), -2 collapsing (both down)", "code", -2, 2, Scope.PHASE),
+    Metric("benchmark/<name>", "A score of a benchmark on the live model, with its standard error as `<key>_stderr` where that is known", "its own", -inf, None, Scope.RUN),
+    Metric("ablation/key", "Change of the task's loss without its key neurons (or experts) after the last step; `_low` and `_high` are the ends of its 95 % interval", "nats per token", -inf, None, Scope.END),
+    Metric("ablation/random", "The same without as many random ones of the same layers and kinds", "nats per token", -inf, None, Scope.END),
 )  # fmt: skip
+
+
+def metric_named(name: str) -> Metric:
+    """The row of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {metric.name: metric for metric in CATALOGUE}[name]
 
 
 def key(metric: str, task: str | None = None) -> str:
@@ -85,12 +126,21 @@ def key(metric: str, task: str | None = None) -> str:
 OVERHEAD = key("overhead")
 
 
+def rule_key(rule: str) -> str:
+    """``mui/by_rule/top_fraction_0.002`` for the rule ``top_fraction=0.002``."""
+    return key(f"by_rule/{rule.replace('=', '_')}")
+
+
 def markdown_table() -> str:
     """The catalogue as the table of the README."""
     rows = ["| key | what it is | unit | range |", "|---|---|---|---|"]
     for metric in CATALOGUE:
         keys = f"`{key(metric.name)}`"
-        if metric.scope is Scope.TASK:
+        if metric.scope is Scope.END:
+            keys = f"`{key(metric.name, '<task>')}`"
+        elif metric.scope.is_per_task:
             keys += f", `{key(metric.name, '<task>')}`"
+        elif metric.scope is Scope.REPORT:
+            keys = f"`report.pooled.{metric.name}`"
         rows.append(f"| {keys} | {metric.definition} | {metric.unit} | {metric.range} |")
     return "\n".join(rows)

@@ -1,10 +1,35 @@
-"""How well the model does on the probe itself: pure functions of per-sample sums."""
+"""How well the model does on the probe itself: pure functions of per-sample sums.
+
+Shapes: N samples, C choices of all of them.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from mui_callback.metrics.utilization import BoolArray, FloatArray, IntArray, ratio
+
+
+@dataclass(frozen=True)
+class PredictionSums:
+    """Sums over samples that say how well the model predicts their responses."""
+
+    loss: float
+    """Negative log-likelihood, nats."""
+    n_tokens: int
+    """Response tokens."""
+    n_correct: int
+    """Response tokens that are the model's first choice."""
+    loss_of_bytes: float
+    """The part of `loss` from samples whose bytes are known."""
+    n_bytes: int
+    """UTF-8 bytes of their responses."""
+    n_with_choices: int
+    """Samples with choices."""
+    n_right: int
+    """Those whose best choice is the answer."""
 
 
 def choice_is_right(
@@ -13,7 +38,7 @@ def choice_is_right(
     """Which samples have choices, and for which of them the best choice is the answer, bool ``[N]`` each.
 
     The best choice is the one with the highest log-likelihood divided by its length (``acc_norm`` of
-    lm-evaluation-harness); the first wins a tie.
+    lm-evaluation-harness); the first wins a tie. A sample with a choice whose likelihood is not finite is not right.
 
     Args:
         loss_C: negative log-likelihood of each choice (nats).
@@ -24,8 +49,9 @@ def choice_is_right(
     has_choices_N = answer_N >= 0
     right_N = np.zeros_like(has_choices_N)
     score_C = -loss_C / np.maximum(length_C, 1)
+    start_N, end_N = (np.searchsorted(sample_C, np.arange(len(answer_N)), side) for side in ("left", "right"))
     for sample in np.flatnonzero(has_choices_N):
-        scores = score_C[sample_C == sample]
+        scores = score_C[start_N[sample] : end_N[sample]]
         right_N[sample] = bool(np.isfinite(scores).all()) and int(scores.argmax()) == answer_N[sample]
     return has_choices_N, right_N
 

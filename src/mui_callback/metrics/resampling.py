@@ -36,9 +36,14 @@ class Estimate:
     """In the unit of the value, float64 ``[N]``; adds up to 0."""
 
     @property
+    def counts(self) -> BoolArray:
+        """Which samples the value is of, ``[N]``; the others add nothing."""
+        return np.ones(len(self.influence), dtype=np.bool_)
+
+    @property
     def n_samples(self) -> int:
         """Samples that the value is of."""
-        return len(self.influence)
+        return int(self.counts.sum())
 
     @property
     def standard_error(self) -> float | None:
@@ -77,8 +82,9 @@ class _RatioOfSums(Estimate):
     denominator_N: FloatArray
 
     @property
-    def n_samples(self) -> int:
-        return int(((self.numerator_N != 0) | (self.denominator_N != 0)).sum())
+    def counts(self) -> BoolArray:
+        is_of_N: BoolArray = (self.numerator_N != 0) | (self.denominator_N != 0)
+        return is_of_N
 
     def replicated(self, weight_RN: FloatArray) -> FloatArray:
         whole_R = weight_RN @ self.denominator_N

@@ -1,6 +1,6 @@
 """How much of the experts a task needs: pure functions of counts (arXiv 2509.23933, section 3).
 
-Shapes: E experts of all layers, L layers. A ratio with nothing to divide by is None.
+Shapes: E experts of all layers. A ratio with nothing to divide by is None.
 """
 
 from __future__ import annotations
@@ -23,12 +23,6 @@ def ratio(part: float, whole: float) -> float | None:
 def mui(key_neurons_E: IntArray, width_E: IntArray) -> float | None:
     """Share of the neurons of all experts that are key neurons, |U| / neurons, in [0, 1]."""
     return ratio(key_neurons_E.sum(), width_E.sum())
-
-
-def layer_mui(key_neurons_E: IntArray, width_E: IntArray, layer_E: IntArray, n_layers: int) -> FloatArray:
-    """MUI inside each layer, float64 ``[L]``."""
-    key_neurons_L = np.bincount(layer_E, weights=key_neurons_E, minlength=n_layers)
-    return key_neurons_L / np.bincount(layer_E, weights=width_E, minlength=n_layers)
 
 
 def expert_mui(key_neurons_E: IntArray, width_E: IntArray) -> FloatArray:
