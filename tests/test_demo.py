@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
+from mui_callback.cli import main
 from mui_callback.demo import corpus as corpus_module
 from mui_callback.demo import run as run_module
 from mui_callback.demo import tracking
@@ -45,7 +47,7 @@ def corpus() -> Corpus:
 def report(corpus: Corpus) -> MUIReport:
     tokenizer = build_tokenizer()
     probe_set = ProbeSet(corpus.held_out).subset(4)
-    return MUIProbe(build_model(tokenizer), probe_set, tokenizer=tokenizer, top_fraction=0.01).measure()
+    return MUIProbe(build_model(tokenizer), probe_set, tokenizer=tokenizer, rules="top_fraction=0.01").measure()
 
 
 @dataclass
@@ -206,6 +208,22 @@ def test_a_short_run_says_what_it_did(short_run: Run) -> None:
     assert f"leet {wandb_run}\n" in short_run.screen
     assert f"sync {wandb_run}\n" in short_run.screen
     assert list(wandb_run.glob("*.wandb"))
+
+
+def test_what_it_leaves_can_be_studied(short_run: Run, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = re.findall(r"mui-callback ((?:ablate|diversity) .*)\n", short_run.screen)
+    assert [command.split()[0] for command in commands] == ["ablate", "diversity"]
+    arguments = commands[0].split()
+    assert arguments.pop() == str(short_run.folder / "held-out" / "*.jsonl")
+    files = sorted((short_run.folder / "held-out").iterdir())
+    main([*arguments, *map(str, files), "--draws", "1"])
+    assert "key neurons" in capsys.readouterr().out
+    read = ProbeSet.from_jsonl(files)
+    assert dict(read.tasks).keys() == corpus.held_out.keys()
+    for task, samples in read.tasks.items():
+        assert tuple(replace(sample, source="") for sample in samples) == tuple(
+            replace(sample, source="") for sample in corpus.held_out[task]
+        )
 
 
 def test_without_wandb_the_demo_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,11 @@ from mui_callback.cli import main
 from mui_callback.experts.discover import find_expert_layers
 from mui_callback.inspection.describe import describe
 from mui_callback.loading import ModelSource, load_skeleton
+from mui_callback.model_options import ModelOptions
+from mui_callback.rules import Rule
 from tiny import build
+
+RULE = Rule("top_fraction", 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +185,7 @@ def test_a_dense_model_is_told_how(inspect: Any, tmp_path: Path) -> None:
 def test_top_k_is_that_of_the_source(family: str) -> None:
     with torch.device("meta"):
         model = families.model_class(family)(families.config_of(family))
-    found = {row.top_k for row in describe(model, find_expert_layers(model), 0.001)}
+    found = {row.top_k for row in describe(model, find_expert_layers(model), RULE)}
     expected = {families.EXPECTED[family].top_k}
     assert found == (expected if family not in ("switch_transformers", "nllb_moe") else {None})
 
@@ -190,17 +194,16 @@ def test_a_sampling_setting_is_not_the_number_of_experts() -> None:
     with torch.device("meta"):
         model = families.model_class("switch_transformers")(families.config_of("switch_transformers"))
     model.config.top_k = 5
-    assert {row.top_k for row in describe(model, find_expert_layers(model), 0.001)} == {None}
+    assert {row.top_k for row in describe(model, find_expert_layers(model), RULE)} == {None}
 
 
 def test_the_screen_fits_80_columns(qwen2: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mui_callback.inspection.run import inspect_model
-    from mui_callback.settings import ProbeSettings
 
     Qwen3MoeConfig().save_pretrained(tmp_path)
     for path, verify in ((qwen2, True), (tmp_path, False)):
         console = Console(width=80, record=True, file=io.StringIO())
-        inspect_model(ModelSource(str(path)), settings=ProbeSettings(), verify=verify, console=console)
+        inspect_model(ModelOptions(str(path)), verify=verify, console=console)
         text = console.export_text()
         assert max(map(len, text.splitlines())) <= 80
         assert "…\n" not in text  # nothing is cut off

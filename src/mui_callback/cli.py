@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mui_callback.errors import MUIError
-from mui_callback.settings import ProbeSettings
+from mui_callback.model_options import ModelOptions
 
 
 def demo(output_dir: Path = Path("mui-demo"), steps: int | None = None, seed: int = 0) -> None:
@@ -25,59 +25,107 @@ def demo(output_dir: Path = Path("mui-demo"), steps: int | None = None, seed: in
     run_demo(output_dir, steps=DEFAULT_STEPS if steps is None else steps, seed=seed)
 
 
-def inspect(
-    model: str,
-    revision: str | None = None,
-    random_weights: bool = False,
-    verify: bool = False,
-    probe: Path | None = None,
-    dense: bool = False,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "cpu",
-    top_fraction: float = ProbeSettings.top_fraction,
-    batch_tokens: int = ProbeSettings.batch_tokens,
-    max_length: int | None = ProbeSettings.max_length,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> None:
+def inspect(model: str, verify: bool = False, probe: Path | None = None, **options: Any) -> None:
     """Show the expert layers of a model, what a probe of it costs and, on demand, whether it is read right.
 
     Without --verify only the config is read, so that any size of model is inspected at once.
 
     Args:
         model: a directory, a config as a JSON file, or a hub id.
-        revision: branch, tag or commit of a hub id.
-        random_weights: verify with weights drawn from the config, and read no checkpoint.
         verify: run a few tokens and compare, in each layer, the contributions of all neurons with the layer's output.
             Exit status 1 and the layer's name if they differ by more than rounding.
         probe: a JSONL file of samples whose probe is costed; without it the built-in probe set.
-        dense: also the MLPs of layers without experts.
-        dtype: of the weights that are verified.
-        device: that the weights are verified on.
-        top_fraction: share of a layer's neurons that are a sample's key entries.
-        batch_tokens: positions in a forward pass.
-        max_length: tokens that longer samples are cut to; without it the model's context.
-        trust_remote_code: run Python code that comes with the model. Never done unless this is given.
-        allow_pickle: read weights that are in a pickle; without it only safetensors are read.
     """
-    settings = ProbeSettings(top_fraction=top_fraction, max_length=max_length, batch_tokens=batch_tokens, dense=dense)
+    chosen = ModelOptions(model, **options)
     from rich.console import Console
 
     from mui_callback.inspection.run import inspect_model
-    from mui_callback.loading import ModelSource
 
-    is_right = inspect_model(
-        ModelSource(model, revision, trust_remote_code, allow_pickle),
-        settings=settings,
-        probe=probe,
-        random_weights=random_weights,
-        verify=verify,
-        dtype=dtype,
-        device=device,
-        console=Console(),
-    )
-    if not is_right:
+    if not inspect_model(chosen, probe=probe, verify=verify, console=Console()):
         sys.exit(1)
+
+
+def diversity(
+    model: str,
+    *,
+    data: list[Path],
+    at: int | None = None,
+    level: float = 0.95,
+    picture: Path = Path("diversity.png"),
+    json: Path | None = None,
+    **options: Any,
+) -> None:
+    """Compare data sets by how many of a model's neurons they need, at equal numbers of samples.
+
+    Args:
+        model: a directory or a hub id; its tokenizer reads the samples.
+        data: JSONL files of samples, one data set each.
+        at: number of samples to compare at; without it that of the smallest data set.
+        level: of the confidence intervals.
+        picture: where the coverage curves are drawn, a PNG.
+        json: a file for all numbers.
+    """
+    chosen = ModelOptions(model, **options)
+    from rich.console import Console
+
+    from mui_callback.studies.diversity import compare_diversity
+
+    compare_diversity(chosen, data, at=at, level=level, picture=picture, record=json, console=Console())
+
+
+def select(
+    model: str,
+    *,
+    probe: list[Path],
+    output: Path,
+    size: int = 64,
+    json: Path | None = None,
+    **options: Any,
+) -> None:
+    """Choose the few samples of a probe set that keep most of its coverage, so that a probe costs less.
+
+    Args:
+        model: a directory or a hub id; its tokenizer reads the samples.
+        probe: JSONL files of samples, one task each.
+        output: a new or empty directory, for one JSONL file of each task.
+        size: samples to choose, of all tasks together.
+        json: a file for all numbers.
+    """
+    chosen = ModelOptions(model, **options)
+    from rich.console import Console
+
+    from mui_callback.studies.selection import select_samples
+
+    select_samples(chosen, probe, size=size, output=output, record=json, console=Console())
+
+
+def ablate(
+    model: str,
+    probe: list[Path] | None = None,
+    what: Literal["neurons", "experts"] = "neurons",
+    draws: int = 3,
+    level: float = 0.95,
+    seed: int = 0,
+    json: Path | None = None,
+    **options: Any,
+) -> None:
+    """Check that key neurons, or key experts, are key: the loss without them, and without as many random ones.
+
+    Args:
+        model: a directory or a hub id; its tokenizer reads the samples.
+        probe: JSONL files of samples, one task each; without it the built-in probe set.
+        what: what is masked; with experts, all their neurons.
+        draws: random controls of each task.
+        level: of the confidence intervals.
+        seed: of the random controls and the intervals.
+        json: a file for all numbers.
+    """
+    chosen = ModelOptions(model, **options)
+    from rich.console import Console
+
+    from mui_callback.studies.ablation import check_key
+
+    check_key(chosen, probe, what=what, draws=draws, level=level, seed=seed, record=json, console=Console())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         from mui_callback.options import OptionParser
     except ImportError:
         sys.exit("mui-callback's command line needs more packages: pip install 'mui-callback[hf,wandb,study]'")
-    commands = {"demo": demo, "inspect": inspect}
+    commands = {"demo": demo, "inspect": inspect, "diversity": diversity, "select": select, "ablate": ablate}
     try:
         auto_cli(commands, args=arguments, prog="mui-callback", parser_class=OptionParser)
     except (MUIError, ValueError) as error:

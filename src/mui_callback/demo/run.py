@@ -13,17 +13,20 @@ from transformers.utils import logging as transformers_logging
 
 from mui_callback.callback import MUICallback
 from mui_callback.demo.console import LEGEND, Screen
-from mui_callback.demo.corpus import load_corpus
+from mui_callback.demo.corpus import Corpus, load_corpus
 from mui_callback.demo.model import build_model, build_tokenizer
 from mui_callback.demo.packing import Row, pack
 from mui_callback.demo.picture import save_picture
 from mui_callback.demo.tracking import wandb_command, wandb_run
 from mui_callback.monitoring.run_monitor import RECORD_NAME
 from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.writers import sample_row, write_rows
 from mui_callback.sinks.memory import MemorySink
 
 DEFAULT_STEPS = 720
 PICTURE_NAME = "mui.png"
+MODEL_NAME = "model"
+HELD_OUT_NAME = "held-out"
 
 _PROBES = 12
 _TOP_FRACTION = 0.01
@@ -39,7 +42,8 @@ def run_demo(
     """Train the model with `MUICallback` watching, show it in the terminal, and draw it.
 
     Args:
-        output_dir: Where the picture, the record and the W&B run go; made if it is not there.
+        output_dir: Where the picture, the record, the W&B run, the model and the held-out samples go; made if it is not
+            there.
         steps: Optimizer steps.
         every: Optimizer steps between probes; by default a twelfth of all.
         seed: Of the weights and the data.
@@ -51,6 +55,7 @@ def run_demo(
         MUIError: This Python comes without its documentation or its sources.
     """
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     # With steps this small, threads wait for each other: one other busy process makes two of them ten times slower.
     torch.set_num_threads(1)
     console = Console(highlight=False)
@@ -72,8 +77,18 @@ def run_demo(
         )
         _train(model, tokenizer, rows, output_dir, steps=steps, seed=seed, callbacks=[screen, watch], track=bool(run))
     picture = save_picture(memory.points, output_dir / PICTURE_NAME, title)
+    _save(model, tokenizer, corpus, output_dir)
     _say_what_next(console, picture, run)
     return picture
+
+
+def _save(model: Any, tokenizer: Any, corpus: Corpus, output_dir: Path) -> None:
+    """Keep what the studies of the command line take."""
+    for part in (model, tokenizer):
+        part.save_pretrained(output_dir / MODEL_NAME)
+    (output_dir / HELD_OUT_NAME).mkdir(exist_ok=True)
+    for task, samples in corpus.held_out.items():
+        write_rows(output_dir / HELD_OUT_NAME / f"{task}.jsonl", map(sample_row, samples), replace=True)
 
 
 def _train(
@@ -126,4 +141,10 @@ def _say_what_next(console: Console, picture: Path, run: Any) -> None:
         lines += [f"W&B, in terminal  {wandb} leet {folder}", f"W&B, to upload    {wandb} sync {folder}"]
     elif run.url:
         lines += [f"W&B               {run.url}"]
+    model, samples = (picture.with_name(name) for name in (MODEL_NAME, HELD_OUT_NAME))
+    study = f"{model} --rules top_fraction={_TOP_FRACTION}"
+    lines += [
+        f"key, or not       mui-callback ablate {study} --probe {samples}/*.jsonl",
+        f"coverage          mui-callback diversity {study} --data {samples}/*.jsonl",
+    ]
     console.print("", *lines, sep="\n", soft_wrap=True, markup=False)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mui_callback.counts import n_bytes
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.inspection.describe import LayerDescription
 from mui_callback.probe.batches import Batch
 from mui_callback.probe.encode import EncodedProbeSet
 from mui_callback.probe.head import LanguageModelHead
+from mui_callback.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class ProbeCost:
     score_bytes: int
     """float32 scores of the largest batch in the widest layer; memory is needed for a few times as much."""
     host_bytes: int
-    """What goes from the device to the host, once."""
+    """What goes from the device to the host, once; with the rule ``topscore``, which takes as many neurons as there are
+    above its threshold, without the key neurons."""
 
 
 def probe_cost(
@@ -43,6 +44,7 @@ def probe_cost(
     encoded: EncodedProbeSet,
     batches: list[Batch],
     choice_batches: list[Batch],
+    rule: Rule,
 ) -> ProbeCost:
     """Count what a probe of these batches takes.
 
@@ -53,6 +55,7 @@ def probe_cost(
         encoded: the probe set.
         batches: its samples in batches.
         choice_batches: the choices of its samples in batches; they run forward only.
+        rule: which contributions make key neurons.
     """
     everything = [*batches, *choice_batches]
     positions = sum(
@@ -60,7 +63,11 @@ def probe_cost(
     )
     scored = sum(len(batch.target) for batch in batches)
     widths = [(row.top_k or 1) * row.shape.routed_width + sum(row.shape.shared_widths) for row in described]
-    neurons = sum(n_bytes(row.shape.n_neurons) for row in described)
+    entries = {
+        "top_fraction": sum(row.key_entries or 0 for row in described),
+        "global_topk": int(rule.value),
+        "topscore": 0,
+    }[rule.kind]
     experts = sum(row.shape.n_experts for row in described)
     return ProbeCost(
         samples=len(encoded.samples),
@@ -70,7 +77,7 @@ def probe_cost(
         forward_flops=2.0 * _active_weights(model, layers, described) * positions,
         score_flops=2.0 * LanguageModelHead(model).shape[1] * sum(widths) * scored,
         score_bytes=4 * max(widths) * max((len(batch.target) for batch in batches), default=0),
-        host_bytes=len(encoded.task_names) * (neurons + 24 * experts) + 16 * len(encoded.samples),
+        host_bytes=16 * len(encoded.task_names) * experts + (40 + 4 * entries) * len(encoded.samples),
     )
 
 

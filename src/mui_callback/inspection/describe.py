@@ -26,8 +26,9 @@ class LayerDescription:
     """How the weights of its experts are kept."""
     top_k: int | None
     """Routed experts of a token; None where no attribute says it."""
-    key_entries: int
-    """k: the highest contributions of a sample, whose neurons are its key neurons."""
+    key_entries: int | None
+    """k: the highest contributions of a sample, whose neurons are its key neurons; None where the rule names no number
+    for each layer."""
 
 
 def describe(model: nn.Module, layers: tuple[ExpertLayer, ...], rule: Rule) -> list[LayerDescription]:
@@ -43,7 +44,7 @@ def describe(model: nn.Module, layers: tuple[ExpertLayer, ...], rule: Rule) -> l
             shape=layer.shape,
             layout=layer.layout,
             top_k=_top_k(model, layer),
-            key_entries=rule.n_entries(layer.shape.n_neurons),
+            key_entries=rule.n_entries(layer.shape.n_neurons) if rule.kind == "top_fraction" else None,
         )
         for layer in layers
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -62,7 +63,7 @@ def inspect_model(
     layers = find_expert_layers(skeleton, dense=settings.dense)
     described = describe(skeleton, layers, settings.parsed_rules[0])
     size = parameters(sum(parameter.numel() for parameter in skeleton.parameters()))
-    console.print(f"[bold]{source}[/]: {type(skeleton).__name__}, {size}", highlight=False)
+    console.print(f"[bold]{escape(str(source))}[/]: {type(skeleton).__name__}, {size}", highlight=False)
     checks = None
     complaints: list[str] = []
     if verify:
@@ -73,9 +74,9 @@ def inspect_model(
         except ProbeError as error:
             complaints = [str(error)]
     if checks is None:
-        show_layers(console, described)
+        show_layers(console, described, settings.parsed_rules[0])
     else:
-        show_checks(console, described, checks)
+        show_checks(console, described, settings.parsed_rules[0], checks)
     cost = _cost(skeleton, layers, tokenizer, described, settings, probe_set)
     show_cost(console, cost, probe, has_tokenizer=tokenizer is not None)
     for complaint in complaints:
@@ -128,6 +129,7 @@ def _cost(
         encoded,
         make_batches(encoded.samples, settings.batch_tokens),
         make_batches(encoded.choices, settings.batch_tokens),
+        settings.parsed_rules[0],
     )
 
 

@@ -13,9 +13,10 @@ from rich.table import Table
 from mui_callback.inspection.cost import ProbeCost
 from mui_callback.inspection.describe import LayerDescription
 from mui_callback.probe.verification import Verification
+from mui_callback.rules import Rule
 
 
-def show_layers(console: Console, described: list[LayerDescription]) -> None:
+def show_layers(console: Console, described: list[LayerDescription], rule: Rule) -> None:
     """A table of the layers; layers that follow each other and are alike share a line."""
     table = _table()
     for _, group in groupby(described, key=_kind):
@@ -26,10 +27,10 @@ def show_layers(console: Console, described: list[LayerDescription]) -> None:
             layer += f" ({len(alike)})"
         _add_row(table, alike[0], layer, is_new=True)
     console.print(table)
-    _show_totals(console, described)
+    _show_totals(console, described, rule)
 
 
-def show_checks(console: Console, described: list[LayerDescription], checked: Verification) -> None:
+def show_checks(console: Console, described: list[LayerDescription], rule: Rule, checked: Verification) -> None:
     """A table of the layers, one line each, with how well each conserves its output."""
     table = _table()
     table.add_column("used", justify="right", no_wrap=True)
@@ -41,7 +42,7 @@ def show_checks(console: Console, described: list[LayerDescription], checked: Ve
         _add_row(table, row, str(row.shape.layer), *seen, is_new=_kind(row) != previous)
         previous = _kind(row)
     console.print(table)
-    _show_totals(console, described)
+    _show_totals(console, described, rule)
     console.print(
         f"used: routed experts of a token, on average over {checked.n_tokens} tokens.\n"
         "error: how far the contributions of all neurons are from adding up to the\n"
@@ -88,7 +89,7 @@ def _add_row(table: Table, row: LayerDescription, layer: str, *seen: str, is_new
         shared or "-",
         "?" if row.top_k is None else str(row.top_k),
         f"{shape.n_neurons:,}",
-        str(row.key_entries),
+        "-" if row.key_entries is None else str(row.key_entries),
         *seen,
     )
 
@@ -98,12 +99,16 @@ def _kind(row: LayerDescription) -> tuple[object, ...]:
     return row.layout, shape.n_routed, shape.routed_width, shape.shared_widths, row.top_k
 
 
-def _show_totals(console: Console, described: list[LayerDescription]) -> None:
+def _show_totals(console: Console, described: list[LayerDescription], rule: Rule) -> None:
     experts = sum(row.shape.n_experts for row in described)
     neurons = sum(row.shape.n_neurons for row in described)
+    key = {
+        "top_fraction": "k: a sample's highest contributions in a layer, whose neurons are key.",
+        "topscore": f"Key: contributions of at least {rule.value:g} times the highest of sample and layer.",
+        "global_topk": f"Key: the {rule.value:,.0f} highest contributions of a sample in all layers together.",
+    }[rule.kind]
     console.print(
-        f"{len(described)} layers, {experts:,} experts, {neurons:,} neurons.\n"
-        "k: a sample's highest contributions in a layer, whose neurons are key.",
+        f"{len(described)} layers, {experts:,} experts, {neurons:,} neurons.\n{key}",
         highlight=False,
     )
 

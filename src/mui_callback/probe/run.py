@@ -21,6 +21,7 @@ from mui_callback.parallel.processes import Failure, Processes, in_words
 from mui_callback.parallel.replicas import check_same, have_one_model
 from mui_callback.parallel.shards import Shards
 from mui_callback.parallel.weights import common_device, is_spread
+from mui_callback.probe.ablation import AblationReport, What, ablate
 from mui_callback.probe.batches import make_rounds
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.freeze import frozen
@@ -195,6 +196,19 @@ class MUIProbe:
         assert loss is not None
         self._shards.world.add(loss)
         return [own.numpy() for own in torch.split(loss.cpu(), [len(trial.sample) for trial in trials])]
+
+    def ablate(
+        self,
+        report: MUIReport,
+        *,
+        what: What = "neurons",
+        tasks: Sequence[str] | None = None,
+        draws: int = 3,
+        level: float = 0.95,
+        seed: int = 0,
+    ) -> AblationReport:
+        """Check that what a report calls key is key; see `mui_callback.probe.ablation.ablate`."""
+        return ablate(self, report, what=what, tasks=tasks, draws=draws, level=level, seed=seed)
 
     def agree(self, processes: Processes | None = None) -> None:
         """Make sure that all processes probe one model with one probe set; a process alone has nothing to do.
