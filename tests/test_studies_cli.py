@@ -159,6 +159,8 @@ def test_what_has_a_default_of_its_own(model: Path, run: Run, tmp_path: Path) ->
     status, shown = run("ablate", config, *asked, "--draws", 1, "--json", "all.json")
     assert status == 0
     assert [line.split(":")[0] for line in shown.splitlines()[-5:-2]] == ["english", "code", "arithmetic"]
+    assert "60 of 60 probe samples are too long" in shown
+    assert "UserWarning" not in shown
     header = json.loads((tmp_path / "all.json").read_text())["model"]
     assert (header["dense"], header["random_weights"], header["dtype"], header["batch_tokens"]) == (
         True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +47,12 @@ def open_probe(options: ModelOptions, probe_set: ProbeSet | None, console: Conso
         model, tokenizer = options.load(), load_tokenizer(options.source)
     if probe_set is None:
         probe_set = builtin_for(model, tokenizer, "the model has no tokenizer, which the built-in samples need")
-    probe = MUIProbe(model, probe_set, tokenizer=tokenizer, **asdict(options.settings))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        probe = MUIProbe(model, probe_set, tokenizer=tokenizer, **asdict(options.settings))
+    for warning in caught:
+        if warning.category is UserWarning:  # such as which samples are cut
+            console.print(str(warning.message), style="yellow", highlight=False, markup=False)
     neurons, experts = probe.layout.n_neurons, probe.layout.n_experts
     console.print(
         f"[bold]{name}[/]: {type(model).__name__}, {neurons:,} neurons in {experts:,} experts",
