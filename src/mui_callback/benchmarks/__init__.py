@@ -1,0 +1,1 @@
+"""Benchmarks: what is measured of the performance of the live model, next to the probe."""
