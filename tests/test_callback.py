@@ -79,7 +79,8 @@ def test_points_and_record(tmp_path: Path) -> None:
     for line, point in zip(lines, memory.points, strict=True):
         assert isinstance(point.report, MUIReport)
         assert line["scalars"] == point.scalars
-        assert point.scalars.keys() - point.report.scalars().keys() == ({OVERHEAD} if point.step else set())
+        added = {"mui/phase", "mui/a/phase", "mui/b/phase"} | ({OVERHEAD} if point.step else set())
+        assert point.scalars.keys() - point.report.scalars().keys() == added
         assert point.report.scalars().items() <= point.scalars.items()
         assert line["tasks"]["a"]["layer_mui"] == pytest.approx(point.report.tasks["a"].layer_mui, abs=1e-6)
         assert len(line["pooled"]["top_experts"]) == 10

@@ -88,8 +88,13 @@ def assert_trained_as(without: list[Seen], seen: list[Seen]) -> None:
 
 def assert_same_counts(first: MUIReport | None, second: MUIReport) -> None:
     assert first is not None
+    for one, other in zip(first.counts.key_sets, second.counts.key_sets, strict=True):
+        assert np.array_equal(one.neuron, other.neuron)
+        assert np.array_equal(one.end, other.end)
     for field in fields(ProbeCounts):
         found, expected = (getattr(report.counts, field.name) for report in (first, second))
+        if field.name == "key_sets":
+            continue
         if found.dtype.kind == "f":  # other batches, and added up in another order
             assert found == pytest.approx(expected, rel=1e-6, abs=1e-6), field.name
         else:

@@ -752,7 +752,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         f"{ProbeSet({'a': make_samples(7), 'b': make_samples(9)}).fingerprint[:12]}…)",
     ),
     "tasks": ({"probe_set": ProbeSet({"a": make_samples(7)})}, "tasks was ['a', 'b'], is ['a']; probe_set was "),
-    "threshold": ({"rules": "top_fraction=0.05"}, "(top_fraction was 0.001, is 0.05)"),
+    "threshold": ({"rules": "top_fraction=0.05"}, "(rules was ['top_fraction=0.001'], is ['top_fraction=0.05'])"),
     "two settings": (
         {"max_length": 64, "key_expert_frequency": 0.5},
         "(key_expert_frequency was 0.6, is 0.5; max_length was 512, is 64)",
@@ -794,9 +794,9 @@ def test_what_changed_in_the_experts_can_be_seen(model: PreTrainedModel, tmp_pat
 
 def test_the_first_way_of_probing_again(model: PreTrainedModel, tmp_path: Path) -> None:
     loop(model, tmp_path, range(1, 6), closed=False)
-    with pytest.warns(UserWarning, match="top_fraction was 0.001, is 0.05"):
+    with pytest.warns(UserWarning, match=r"rules was \['top_fraction=0.001'\], is \['top_fraction=0.05'\]"):
         loop(model, tmp_path, range(4, 8), closed=False, start_step=3, rules="top_fraction=0.05")
-    with pytest.warns(UserWarning, match="top_fraction was 0.05, is 0.001"):
+    with pytest.warns(UserWarning, match=r"rules was \['top_fraction=0.05'\], is \['top_fraction=0.001'\]"):
         _, third = loop(model, tmp_path, range(3, 8), start_step=2)
     assert steps(third) == [6, 7]  # that at step 4 was made in this way
 

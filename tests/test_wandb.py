@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
+from mui_callback.metrics.catalogue import CATALOGUE, key
 from training import STEPS
 
 HERE = Path(__file__).parent
@@ -54,7 +54,7 @@ def with_trainer(directory: Path) -> list[dict[str, Any]]:
 
 
 def test_keys_are_those_of_the_catalogue(with_trainer: list[dict[str, Any]]) -> None:
-    possible = {key(m.name) for m in CATALOGUE} | {key(m.name, "a") for m in CATALOGUE if m.scope is Scope.TASK}
+    possible = {key(m.name) for m in CATALOGUE} | {key(m.name, "a") for m in CATALOGUE if m.scope.is_per_task}
     assert mui_rows(with_trainer)
     for row in mui_rows(with_trainer):
         logged = {name for name in row if not name.startswith("_")} - {X}

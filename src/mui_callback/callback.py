@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
+from mui_callback.benchmarks.given import Benchmarks
 from mui_callback.forgiving import described, warn
+from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
+from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.parallel.processes import Processes
@@ -70,6 +73,17 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         dense: also probe the MLP of each layer without experts, as a layer of one expert.
         activation: ``"gate"`` leaves out the up factor.
         alignment: ``"same"`` scores a position against the token at it.
+        benchmarks: run on the live model and logged next to the probe: a callable ``(model, step) -> {name: number}``,
+            a JSONL file of samples with choices, a task of lm-evaluation-harness, or several; see
+            `mui_callback.benchmarks.given.as_benchmarks`.
+        benchmarks_every: optimizer steps between them, with a probe each time; ``"probe"``: with each probe.
+        performance: by task (None for all pooled) the score of a benchmark that is its performance in phases, with
+            ``-`` before it where lower is better. Without it, a score with the name of the task; or else choice
+            accuracy or the negative loss.
+        phase_window: points that a phase is called from; see `mui_callback.metrics.phases`.
+        phase_level: of the intervals of both trends.
+        ablate: ``"neurons"`` (or True) or ``"experts"``: after the last step, log the change of each task's loss
+            without its key ones, and without as many random ones.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -108,6 +122,12 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         dense: bool = ProbeSettings.dense,
         activation: Activation = ProbeSettings.activation,
         alignment: Alignment = ProbeSettings.alignment,
+        benchmarks: Benchmarks = (),
+        benchmarks_every: BenchmarksEvery = Asked.benchmarks_every,
+        performance: Mapping[str | None, str] | None = None,
+        phase_window: int = Asked.phase_window,
+        phase_level: float = Asked.phase_level,
+        ablate: Ablate = Asked.ablate,
     ) -> None:
         check_on_error(on_error)
         check_sinks(sinks)
@@ -126,6 +146,14 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             dense=dense,
             activation=activation,
             alignment=alignment,
+        )
+        self.asked = Asked(
+            benchmarks=benchmarks,
+            benchmarks_every=benchmarks_every,
+            performance={} if performance is None else performance,
+            phase_window=phase_window,
+            phase_level=phase_level,
+            ablate=ablate,
         )
         self.tokenizer = tokenizer
         self.sinks = tuple(sinks)
@@ -161,6 +189,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             on_error=self.on_error,
             output_dir=training.output_dir,
             sinks=[*training.trackers, *self.sinks],
+            asked=self.asked,
+            tokenizer=self.tokenizer or training.tokenizer,
             start_step=training.step,
             state=training.state,
         )

@@ -12,7 +12,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from mui_callback.benchmarks.given import Benchmarks
 from mui_callback.forgiving import warn
+from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
+from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.probe.default import builtin_for, check_probe_set
@@ -64,6 +67,14 @@ class MUIMonitor:
         batch_tokens: positions in a forward pass.
         max_length: tokens that longer samples are cut to.
         dense: also probe the MLP of each layer without experts.
+        activation: ``"gate"`` leaves out the up factor.
+        alignment: ``"same"`` scores a position against the token at it.
+        benchmarks: run on the live model and logged next to the probe; see `MUICallback`, as the following.
+        benchmarks_every: optimizer steps, or ``"probe"``.
+        performance: the score of a benchmark that is the performance of a task in phases, by task.
+        phase_window: points that a phase is called from.
+        phase_level: of the intervals of both trends.
+        ablate: ``"neurons"`` (or True) or ``"experts"``, when the monitor is closed.
 
     Raises:
         MUIError: see `MUICallback`.
@@ -96,6 +107,12 @@ class MUIMonitor:
         dense: bool = ProbeSettings.dense,
         activation: Activation = ProbeSettings.activation,
         alignment: Alignment = ProbeSettings.alignment,
+        benchmarks: Benchmarks = (),
+        benchmarks_every: BenchmarksEvery = Asked.benchmarks_every,
+        performance: Mapping[str | None, str] | None = None,
+        phase_window: int = Asked.phase_window,
+        phase_level: float = Asked.phase_level,
+        ablate: Ablate = Asked.ablate,
     ) -> None:
         schedule = Schedule(
             every, budget, at, warmup=warmup, at_start=at_start, at_end=at_end, on_evaluation=on_evaluation
@@ -108,6 +125,14 @@ class MUIMonitor:
             dense=dense,
             activation=activation,
             alignment=alignment,
+        )
+        asked = Asked(
+            benchmarks=benchmarks,
+            benchmarks_every=benchmarks_every,
+            performance={} if performance is None else performance,
+            phase_window=phase_window,
+            phase_level=phase_level,
+            ablate=ablate,
         )
         first = WandbSink() if tracker == "wandb" else tracker
         if first is not None and not hasattr(first, "write"):
@@ -126,6 +151,8 @@ class MUIMonitor:
             on_error=on_error,
             output_dir=Path(output_dir),
             sinks=[*([] if first is None else [first]), *sinks],
+            asked=asked,
+            tokenizer=tokenizer,
             start_step=self._start_step,
             state=state,
         )

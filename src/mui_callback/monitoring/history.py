@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from uuid import uuid4
 
+from mui_callback.metrics.trajectory import Trajectories, from_list, to_list
 from mui_callback.sinks.jsonl import RecordedRun
 from mui_callback.spent import Spent
 
@@ -25,6 +26,8 @@ class History:
     """The logged scalars by step; failed probes are not among them."""
     spent: Spent | None = None
     """What the processes before this one spent."""
+    trajectories: Trajectories = field(default_factory=dict)
+    """What phases are called from: the last points of each task."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -32,6 +35,7 @@ class History:
             "run_id": self.run_id,
             "points": [[step, scalars] for step, scalars in self.points.items()],
             "spent": asdict(self.spent) if self.spent else None,
+            "trajectories": to_list(self.trajectories),
         }
 
     @classmethod
@@ -43,7 +47,8 @@ class History:
         """
         try:
             spent = Spent(**state["spent"]) if state["spent"] else None
-            return cls(state["run_id"], {int(step): dict(scalars) for step, scalars in state["points"]}, spent)
+            points = {int(step): dict(scalars) for step, scalars in state["points"]}
+            return cls(state["run_id"], points, spent, from_list(state.get("trajectories", [])))
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"expected the state of a monitor, as state_dict() gives it, got {state!r:.80} "
@@ -75,13 +80,16 @@ def continued(
         return History(uuid4().hex[:12]), []
     run_id = remembered.run_id if remembered else _run_to_go_on_with(probed, start_step, recorded).id
     sections = [section for section in recorded if section.id == run_id]
-    pasts = [(section.probed, section.points, section.spent) for section in sections]
+    pasts = [(section.probed, section.points, section.spent, section.trajectories) for section in sections]
     if state and remembered:
-        pasts.insert(0, (state["probed"], remembered.points, remembered.spent or Spent()))
+        own = (state["probed"], remembered.points, remembered.spent or Spent(), remembered.trajectories)
+        pasts.insert(0, own)
     history = History(run_id)
-    for before, points, spent in pasts:
+    for before, points, spent, trajectories in pasts:
         if not _changes(before, probed):
             history.points |= points
+            for task, trajectory in trajectories.items():
+                history.trajectories.setdefault(task, {}).update(trajectory)
         if history.spent is None or spent.probing > history.spent.probing:
             history.spent = spent
     return history, _changes(pasts[-1][0], probed)

@@ -33,12 +33,19 @@ class Pace:
         """The time that the run has taken up to now."""
         return self.stopwatch.spent
 
-    def is_due(self, step: int, *, evaluated: bool, last: bool) -> bool:
-        """Whether to probe after this many optimizer steps."""
+    def is_due(self, step: int, *, evaluated: bool, last: bool, needed: bool = False) -> bool:
+        """Whether to probe after this many optimizer steps.
+
+        Args:
+            step: optimizer steps done.
+            evaluated: whether the trainer has just evaluated.
+            last: whether training ends here.
+            needed: whether a probe is to be made whatever the schedule says.
+        """
         previous, self.stopwatch.step = self.stopwatch.step, step
         if step == self._last_due:
             return False
-        if self.schedule.is_due(step, previous=previous, evaluated=evaluated, last=last):
+        if needed or self.schedule.is_due(step, previous=previous, evaluated=evaluated, last=last):
             self._last_due = step
         elif self.schedule.is_auto and step >= self._next_look:
             if self._processes.from_main(lambda: self.schedule.affords(self.spent)):

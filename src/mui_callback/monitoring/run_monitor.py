@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from traceback import format_exception
@@ -19,9 +20,11 @@ import torch
 from mui_callback.errors import DesynchronizedError, InterruptedPassError, ProbeError
 from mui_callback.forgiving import described, warn
 from mui_callback.metrics.catalogue import OVERHEAD
+from mui_callback.monitoring.besides import Asked, Besides, Found
 from mui_callback.monitoring.delivery import Delivery
-from mui_callback.monitoring.history import History, continued
+from mui_callback.monitoring.history import History
 from mui_callback.monitoring.pace import Pace
+from mui_callback.monitoring.recall import recalled
 from mui_callback.monitoring.schedule import Schedule
 from mui_callback.monitoring.stopwatch import Stopwatch
 from mui_callback.parallel.processes import Processes, in_words
@@ -29,7 +32,7 @@ from mui_callback.probe.freeze import random_state_kept
 from mui_callback.probe.run import MUIProbe
 from mui_callback.report import MUIReport
 from mui_callback.sinks.base import ProbePoint, RunDescription, Sink
-from mui_callback.sinks.jsonl import JsonlSink, RecordedRun, read_record
+from mui_callback.sinks.jsonl import JsonlSink
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +56,14 @@ class RunMonitor:
             ``"raise"``: the exception, in every process, after the point was written.
         output_dir: where the record is.
         sinks: where points go besides.
+        asked: what is to be found besides the probe.
+        tokenizer: for the benchmarks among it.
         start_step: optimizer steps done. At 0, the untrained model is probed at once.
         state: what `state_dict` gave, where a run goes on.
 
     Raises:
-        Exception: whatever `make_probe` raises, and a `ProbeError` in every other process.
+        Exception: whatever `make_probe` raises, or the benchmarks where they are loaded, and a `ProbeError` in every
+            other process.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class RunMonitor:
         on_error: OnError,
         output_dir: Path,
         sinks: Sequence[Sink],
+        asked: Asked = Asked(),  # noqa: B008 - it is frozen
+        tokenizer: Any = None,
         start_step: int = 0,
         state: Mapping[str, Any] | None = None,
     ) -> None:
@@ -88,10 +96,22 @@ class RunMonitor:
         )
         self._probed = run.to_dict()
         record = output_dir / RECORD_NAME
-        known = self._processes.from_main(lambda: self._remember(start_step, record, state))
+        before = partial(recalled, self._probed, start_step, record, state, asked.phase_window)
+        known = self._processes.from_main(lambda: before(must_be_known=on_error == "raise").to_dict())
         self._history = History.from_dict(known)
         self._logged_before = frozenset(self._history.points)
-        self._pace = Pace(schedule, Stopwatch(start_step, self._history.spent), self._processes)
+        stopwatch = Stopwatch(start_step, self._history.spent)
+        self._besides = Besides(
+            asked,
+            self._probe,
+            tokenizer,
+            schedule=schedule,
+            stopwatch=stopwatch,
+            processes=self._processes,
+            trajectories=self._history.trajectories,
+        )
+        self._latest: tuple[int, MUIReport] | None = None
+        self._pace = Pace(schedule, stopwatch, self._processes)
         self._delivery = Delivery((JsonlSink(record), *sinks) if self._processes.is_main else ())
         run = replace(run, id=self._history.run_id, start_step=start_step)
         logger.info("MUI: probing %r in %r", self._probe.probe_set, self._probe.layout)
@@ -127,15 +147,19 @@ class RunMonitor:
         if not self._is_probing:
             return
         try:
-            if not self._pace.is_due(step, evaluated=evaluated, last=last):
+            needed = self._besides.need_a_probe(step, last=last)
+            if not self._pace.is_due(step, evaluated=evaluated, last=last, needed=needed):
+                if last:
+                    self._complete(step)
                 return
+            self._latest = None
             if step in self._logged_before:
                 logger.info("MUI: the point at step %d was logged before training was resumed", step)
                 self._pace.skip(step)
                 return
             self._probe.wait_for_device()
             with random_state_kept(), self._pace.probing(step, last=last):
-                self._make_point(step)
+                self._make_point(step, last=last)
         except DesynchronizedError as error:
             self._write(self._failed_point(step, error))
             if self.on_error == "raise":
@@ -161,33 +185,6 @@ class RunMonitor:
         if error is not None and self.on_error == "raise":
             raise error
 
-    # What was before
-
-    def _remember(self, start_step: int, record: Path, state: Mapping[str, Any] | None) -> dict[str, Any]:
-        recorded: list[RecordedRun] = []
-        if start_step or state:
-            try:
-                recorded, complaints = read_record(record)
-            except OSError as error:
-                if self.on_error == "raise":
-                    raise
-                complaints = [f"the points that were logged before are not known: {described(error)}"]
-            for complaint in complaints:
-                warn(f"MUI: {complaint}")
-        try:
-            history, changed = continued(self._probed, start_step, recorded, state)
-        except ValueError as error:
-            if self.on_error == "raise":
-                raise
-            warn(f"MUI: the checkpoint does not say what was measured before: {error}")
-            history, changed = continued(self._probed, start_step, recorded, None)
-        if changed:
-            warn(
-                f"MUI: training goes on at step {start_step}, but is probed in another way than before "
-                f"({'; '.join(changed)}). Points before and after cannot be compared."
-            )
-        return history.to_dict()
-
     def _gone_back(self, step: int) -> None:
         message = (
             f"MUI: expected the number of optimizer steps done so far, at least {self._step}, got {step}. Steps count "
@@ -201,7 +198,7 @@ class RunMonitor:
 
     # One point
 
-    def _make_point(self, step: int) -> None:
+    def _make_point(self, step: int, *, last: bool) -> None:
         try:
             report, scalars = self._measure()
         except DesynchronizedError:
@@ -212,7 +209,27 @@ class RunMonitor:
         except Exception as error:
             self._fail(step, error)
         else:
-            self._succeed(step, report, scalars)
+            self._latest = step, report
+            self._succeed(step, report, scalars, self._find(step, report, last=last))
+
+    def _complete(self, step: int) -> None:
+        """What belongs to the last step, where nobody knew that it is the last when it was probed."""
+        probed, report = self._latest or (None, None)
+        if report is None or probed != step:
+            return
+        self._probe.wait_for_device()
+        with random_state_kept(), self._pace.stopwatch.apart():
+            found = self._find(step, report, last=True)
+            if found:
+                self._history.points[step] |= found.scalars
+                self._hand_on(ProbePoint(step, scalars=found.scalars, spent=self._pace.spent), found)
+
+    def _find(self, step: int, report: MUIReport, *, last: bool) -> Found:
+        try:
+            return self._besides.find(step, report, last=last)
+        except InterruptedPassError as error:
+            self._write(self._failed_point(step, error))
+            raise
 
     def _measure(self) -> tuple[MUIReport, dict[str, float]]:
         """One report, and what of it is logged; with smaller batches if memory runs out in any process."""
@@ -230,15 +247,28 @@ class RunMonitor:
                 f"({in_words(failures)})"
             )
 
-    def _succeed(self, step: int, report: MUIReport, scalars: dict[str, float]) -> None:
+    def _succeed(self, step: int, report: MUIReport, scalars: dict[str, float], found: Found) -> None:
         self._failures_in_a_row = 0
+        scalars |= found.scalars
         spent = self._pace.spent
         if spent.overhead is not None:
             scalars[OVERHEAD] = spent.overhead
         self._history.points[step] = scalars
         if report.not_finite:
             warn(f"MUI probe at step {step}: {report.not_finite} contributions are NaN or infinite and do not count.")
-        self._tell_sinks(lambda sink: sink.write(ProbePoint(step, report=report, scalars=scalars, spent=spent)))
+        self._hand_on(ProbePoint(step, report=report, scalars=scalars, spent=spent), found)
+
+    def _hand_on(self, point: ProbePoint, found: Found) -> None:
+        whole = replace(
+            point,
+            phases=found.phases,
+            benchmarks=found.benchmarks,
+            ablation=found.ablation,
+            failures=found.failures,
+        )
+        self._tell_sinks(lambda sink: sink.write(whole))
+        if found.error is not None and self.on_error == "raise":
+            raise found.error
 
     def _fail(self, step: int, error: Exception) -> None:
         self._failures_in_a_row += 1
@@ -278,7 +308,7 @@ class RunMonitor:
 def _usable(report: MUIReport) -> MUIReport:
     if report.broken_samples:
         raise ProbeError(
-            f"the loss of {report.broken_samples} of {report.samples} samples is NaN or infinite: the model puts "
+            f"the loss of {report.broken_samples} of {report.n_samples} samples is NaN or infinite: the model puts "
             "out no usable logits"
         )
     return report

@@ -28,6 +28,7 @@ class Stopwatch:
         self._probing = 0.0
         self._last_probe = self._before.last_probe
         self._probe_start: float | None = None
+        self._apart = 0.0
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -36,9 +37,23 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._last_probe = time.perf_counter() - self._probe_start
-            self._probing += self._last_probe
-            self._probe_start = None
+            took = time.perf_counter() - self._probe_start
+            self._probing += took
+            self._last_probe = took - self._apart
+            self._probe_start, self._apart = None, 0.0
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What happens inside is time in probes, but does not tell what the next one will take."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            if self._probe_start is None:
+                self._probing += took
+            else:
+                self._apart += took
 
     @property
     def spent(self) -> Spent:
@@ -50,5 +65,5 @@ class Stopwatch:
             steps=self._before.steps + self.step - self._start_step,
             training=self._before.training + now - self._start - probing,
             probing=self._before.probing + probing,
-            last_probe=self._last_probe if this_probe is None else this_probe,
+            last_probe=self._last_probe if this_probe is None else this_probe - self._apart,
         )

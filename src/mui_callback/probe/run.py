@@ -172,6 +172,11 @@ class MUIProbe:
         """What is known of the samples without running them."""
         return self._sample_table
 
+    @property
+    def shards(self) -> Shards:
+        """Which process runs what."""
+        return self._shards
+
     def losses(self, trials: Sequence[Trial]) -> list[FloatArray]:
         """Run some of the samples without some of the neurons, for their losses alone; nothing is read.
 

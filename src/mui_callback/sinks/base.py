@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from mui_callback.layout import ExpertLayout
+from mui_callback.metrics.phases import Point
+from mui_callback.metrics.trajectory import TaskPhase
+from mui_callback.probe.ablation import AblationReport
 from mui_callback.report import MUIReport
 from mui_callback.settings import ProbeSettings
 from mui_callback.spent import Spent
@@ -31,14 +35,17 @@ class RunDescription:
         return {
             "tasks": list(self.task_names),
             "probe_set": self.probe_set,
-            "settings": asdict(self.settings),
+            "settings": {**asdict(self.settings), "rules": list(self.settings.rules)},
             "layers": layers,
         }
 
 
 @dataclass(frozen=True, repr=False)
 class ProbePoint:
-    """One probe of a training run, at one step: a report, or the reason why there is none."""
+    """One probe of a training run, at one step: a report, or the reason why there is none.
+
+    At the end of training there may be one more at the last step, without either, that holds what was found besides.
+    """
 
     step: int
     """Optimizer steps done."""
@@ -51,9 +58,19 @@ class ProbePoint:
     """What is logged, by key; empty where the probe failed."""
     spent: Spent = field(default_factory=Spent)
     """The time that the run has taken up to this point."""
+    phases: Mapping[str | None, TaskPhase] = field(default_factory=dict)
+    """By task; None for all tasks pooled."""
+    benchmarks: Mapping[str, Point] = field(default_factory=dict)
+    """Scores of the benchmarks that were run, by name."""
+    ablation: AblationReport | None = None
+    """The causal check after the last step."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """What went wrong besides the probe, such as ``"benchmark arc_easy"``, and why, in a line."""
 
     def __repr__(self) -> str:
-        found = f"error={self.error!r}" if self.report is None else repr(self.report)
+        found = repr(self.report)
+        if self.report is None:
+            found = f"error={self.error!r}" if self.error is not None else ", ".join((*self.scalars, *self.failures))
         return f"ProbePoint(step={self.step}, {found})"
 
 

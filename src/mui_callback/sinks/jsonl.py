@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mui_callback.metrics.trajectory import Trajectories, TrajectoryPoint
 from mui_callback.sinks.base import ProbePoint, RunDescription
 from mui_callback.spent import Spent
 from mui_callback.task_report import TaskReport
@@ -21,8 +22,9 @@ class JsonlSink:
     The first line of a run, ``{"run": …}``, says how it is probed; where training goes on after a pause, there is
     another one with the same ``id``. Each line after it holds the ``id``, ``step``, ``time`` (seconds since the epoch),
     ``spent`` (see `Spent`), ``scalars`` (the logged keys), and under ``tasks`` and ``pooled`` what is too much for a
-    tracker: MUI by layer and the ten experts with the highest activated frequency. A failed probe has ``error``
-    and ``traceback`` instead.
+    tracker: MUI by layer, the ten experts with the highest activated frequency, and the phase with the trends that it
+    was called from. A failed probe has ``error`` and ``traceback`` instead. ``ablation`` holds the causal check after
+    the last step, and ``failures`` what went wrong besides the probe.
 
     Args:
         path: the file; its directory is made if it is not there.
@@ -43,11 +45,20 @@ class JsonlSink:
     def write(self, point: ProbePoint) -> None:
         """Append the point."""
         row: dict[str, Any] = {"id": self._id, "step": point.step, "time": time.time(), "spent": asdict(point.spent)}
-        if point.report is None:
+        if point.error is not None:
             row |= {"error": point.error, "traceback": point.traceback}
         else:
-            row |= {"scalars": point.scalars, "pooled": _task(point.report.pooled)}
+            row["scalars"] = point.scalars
+        if point.report is not None:
+            row["pooled"] = _task(point.report.pooled)
             row["tasks"] = {name: _task(task) for name, task in point.report.tasks.items()}
+        for task, phase in point.phases.items():
+            of_task = row.setdefault("pooled", {}) if task is None else row.setdefault("tasks", {}).setdefault(task, {})
+            of_task["phase"] = phase.to_dict()
+        if point.ablation is not None:
+            row["ablation"] = asdict(point.ablation)
+        if point.failures:
+            row["failures"] = dict(point.failures)
         self._tell()
         self._append(row)
 
@@ -87,6 +98,8 @@ class RecordedRun:
     """Scalars by step, without the probes that failed."""
     spent: Spent = field(default_factory=Spent)
     """Up to its last point."""
+    trajectories: Trajectories = field(default_factory=dict)
+    """What phases were called from, of every point."""
 
 
 def read_record(path: str | os.PathLike[str]) -> tuple[list[RecordedRun], list[str]]:
@@ -129,8 +142,20 @@ def _add_row(row: dict[str, Any], runs: list[RecordedRun]) -> None:
         raise ValueError(f"there is no run {row['id']!r} before it")
     spent = Spent(**row["spent"])
     if "error" not in row:
-        of_run.points[int(row["step"])] = dict(row["scalars"])
+        step = int(row["step"])
+        found = {task: point for task, of_task in _of_tasks(row) if (point := _trajectory_point(of_task)) is not None}
+        of_run.points[step] = of_run.points.get(step, {}) | row["scalars"]
+        for task, point in found.items():
+            of_run.trajectories.setdefault(task, {})[step] = point
     of_run.spent = spent
+
+
+def _of_tasks(row: dict[str, Any]) -> list[tuple[str | None, dict[str, Any]]]:
+    return [(None, row.get("pooled", {})), *row.get("tasks", {}).items()]
+
+
+def _trajectory_point(of_task: dict[str, Any]) -> TrajectoryPoint | None:
+    return TrajectoryPoint.from_dict(of_task["phase"]["point"]) if "phase" in of_task else None
 
 
 def _last_byte(path: Path) -> bytes:
@@ -141,7 +166,7 @@ def _last_byte(path: Path) -> bytes:
 
 def _task(task: TaskReport) -> dict[str, Any]:
     return {
-        "layer_mui": [round(value, 6) for value in task.layer_mui.tolist()],
+        "layer_mui": [None if value is None else round(value, 6) for value in task.layer_mui],
         "top_experts": [
             {"expert": label, "activated_frequency": frequency, "expert_mui": mui}
             for label, frequency, mui in task.top_experts()

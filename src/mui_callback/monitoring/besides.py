@@ -1,0 +1,193 @@
+"""What is found besides a probe at the same step: benchmarks, phases and, at the end of training, the causal check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, get_args
+
+from mui_callback.benchmarks.given import Benchmarks, as_benchmarks, check_benchmarks
+from mui_callback.benchmarks.names import benchmark_scalars
+from mui_callback.errors import DesynchronizedError, InterruptedPassError
+from mui_callback.forgiving import attempt, described, warn
+from mui_callback.metrics.phases import PhaseRule, Point
+from mui_callback.metrics.trajectory import TaskPhase, Trajectories
+from mui_callback.monitoring.benchmark_runs import BenchmarkResults, BenchmarkRuns, BenchmarksEvery, own_schedule
+from mui_callback.monitoring.final_ablation import ablation_scalars
+from mui_callback.monitoring.performance_axis import check_performance
+from mui_callback.monitoring.phases import Phases, phase_scalars
+from mui_callback.monitoring.schedule import Schedule
+from mui_callback.monitoring.stopwatch import Stopwatch
+from mui_callback.parallel.processes import Processes
+from mui_callback.probe.ablation import AblationReport, What, ablate
+from mui_callback.probe.run import MUIProbe
+from mui_callback.report import MUIReport
+
+Ablate = What | bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for besides the probe.
+
+    Raises:
+        TypeError: something is of the wrong kind.
+        ValueError: something is out of its range.
+        ImportError: there are tasks of lm-evaluation-harness, which is not installed.
+    """
+
+    benchmarks: Benchmarks = ()
+    """See `as_benchmarks`."""
+    benchmarks_every: BenchmarksEvery = "probe"
+    """``"probe"``: with each probe; or optimizer steps between them. Where they are due, a probe is made too."""
+    performance: Mapping[str | None, str] = field(default_factory=dict)
+    """By task (None for all pooled) the name of the score that is its performance in phases, with ``-`` before it where
+    lower is better; see `mui_callback.monitoring.performance_axis` for what it is otherwise."""
+    phase_window: int = PhaseRule.window
+    """See `PhaseRule`, as the following."""
+    phase_level: float = PhaseRule.level
+    ablate: Ablate = False
+    """``"neurons"`` (or True) or ``"experts"``: after the last step, run each task without its key ones; see
+    `mui_callback.probe.ablation.ablate`."""
+
+    def __post_init__(self) -> None:
+        check_benchmarks(self.benchmarks)
+        own_schedule(self.benchmarks_every, Schedule())
+        check_performance(self.performance)
+        self.rule  # noqa: B018 - raises
+        if self.ablate not in (*get_args(What), True, False):
+            raise ValueError(f"ablate: expected 'neurons', 'experts', True or False, got {self.ablate!r}")
+
+    @property
+    def rule(self) -> PhaseRule:
+        """Of the phases."""
+        return PhaseRule(self.phase_window, self.phase_level)
+
+    @property
+    def what(self) -> What | None:
+        """What is ablated."""
+        return "neurons" if self.ablate is True else self.ablate or None
+
+
+@dataclass
+class Found:
+    """What was found besides a probe at one step."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    """What is logged of it, by key."""
+    phases: Mapping[str | None, TaskPhase] = field(default_factory=dict)
+    benchmarks: Mapping[str, Point] = field(default_factory=dict)
+    ablation: AblationReport | None = None
+    failures: dict[str, str] = field(default_factory=dict)
+    """What went wrong, by what it was."""
+    error: Exception | None = None
+    """The first of it; in every process there is one, or in none."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.scalars or self.failures)
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Note what went wrong."""
+        self.failures[what] = described(error)
+        self.error = self.error or error
+
+
+class Besides:
+    """Finds it. In a distributed run every process has one and calls it in the same way.
+
+    Args:
+        asked: what is asked for.
+        probe: the model and the samples.
+        tokenizer: for benchmarks.
+        schedule: of the probe.
+        stopwatch: that of the run.
+        processes: those of the run.
+        trajectories: the points before, which those that are found are added to.
+
+    Raises:
+        Exception: whatever `as_benchmarks` raises, and a `ProbeError` in every other process.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        probe: MUIProbe,
+        tokenizer: Any,
+        *,
+        schedule: Schedule,
+        stopwatch: Stopwatch,
+        processes: Processes,
+        trajectories: Trajectories,
+    ) -> None:
+        self._probe = probe
+        self._processes = processes
+        self._stopwatch = stopwatch
+        benchmarks = processes.together(
+            lambda: as_benchmarks(
+                asked.benchmarks,
+                tokenizer,
+                max_length=probe.settings.max_length,
+                batch_tokens=probe.settings.batch_tokens,
+            )
+        )
+        self._benchmarks = BenchmarkRuns(benchmarks, asked.benchmarks_every, schedule, stopwatch.step, processes)
+        self._phases = Phases(asked.rule, asked.performance, trajectories, is_main=processes.is_main)
+        self._what: What | None = asked.what
+
+    def need_a_probe(self, step: int, *, last: bool) -> bool:
+        """Whether something is due at this step that a probe belongs to; to be asked once a step, or again."""
+        are_due = self._benchmarks.are_due(step, last=last)
+        return are_due or (last and self._what is not None)
+
+    def find(self, step: int, report: MUIReport, *, last: bool) -> Found:
+        """What is due at this step and was not found before.
+
+        Args:
+            step: optimizer steps done.
+            report: of the probe at this step.
+            last: whether training ends here.
+
+        Raises:
+            InterruptedPassError: a model failed where processes wait for each other in a forward pass.
+            DesynchronizedError: not all processes made this call.
+        """
+        found = Found()
+        results = self._run_benchmarks(step)
+        for failure in results.failures:
+            found.failed(f"benchmark {failure.name}", failure.error)
+        found.benchmarks = results.scores
+        self._call_phases(found, step, report, were_run=results.were_run)
+        if last and self._what is not None:
+            what, self._what = self._what, None
+            with self._stopwatch.apart():
+                self._ablate(found, step, report, what)
+        found.scalars = {
+            **benchmark_scalars(found.benchmarks),
+            **phase_scalars(found.phases),
+            **(ablation_scalars(found.ablation) if found.ablation else {}),
+        }
+        return found
+
+    def _run_benchmarks(self, step: int) -> BenchmarkResults:
+        if not self._benchmarks.have_own_interval:
+            return self._benchmarks.run(self._probe, step)
+        with self._stopwatch.apart():
+            return self._benchmarks.run(self._probe, step)
+
+    def _call_phases(self, found: Found, step: int, report: MUIReport, *, were_run: bool) -> None:
+        call = partial(self._phases.at, step, report, found.benchmarks)
+        phases, error = attempt(partial(call, were_run=were_run, more_to_come=self._benchmarks.go_on))
+        if error is not None:
+            warn(f"MUI at step {step}: there are no phases; training goes on. {described(error)}")
+            found.failed("phases", error)
+        found.phases = phases or {}
+
+    def _ablate(self, found: Found, step: int, report: MUIReport, what: What) -> None:
+        found.ablation, error = attempt(lambda: ablate(self._probe, report, what=what))
+        if isinstance(error, InterruptedPassError | DesynchronizedError):
+            raise error
+        if error is not None:
+            warn(f"MUI at step {step}: the ablation of key {what} failed; training goes on. {described(error)}")
+            found.failed("ablation", error)
