@@ -69,10 +69,21 @@ def test_key_neurons_equal_the_loops(model: nn.Module, naive: Naive) -> None:
         owners = [any(f"L{layer}-{expert}" == label for layer, expert, _ in sample) for sample in expected[:2]]
         assert value == sum(owners) / 2
 
+    for row, sample in zip(report.key_neuron_sets().toarray(), expected, strict=True):
+        assert {report.layout.name_neuron(int(neuron)) for neuron in row.nonzero()[0]} == sample
+    shared = [sum(expert[0] == "S" for _, expert, _ in sample) for sample in expected]
+    table = report.samples.to_pydict()
+    assert table["n_key_neurons"] == [len(sample) for sample in expected]
+    assert table["n_key_experts"] == [len({neuron[:2] for neuron in sample}) for sample in expected]
+    shares = [n / len(sample) for n, sample in zip(shared, expected, strict=True)]
+    assert table["shared_share"] == (shares if report.layout.is_shared.any() else [None] * len(expected))
+
     n_tokens = [len(values) for values in log_likelihoods]
     losses = [-sum(values) for values in log_likelihoods]
     assert report.tasks["b"].loss == pytest.approx(sum(losses[2:]) / sum(n_tokens[2:]), rel=1e-5)
     assert report.pooled.loss == pytest.approx(sum(losses) / sum(n_tokens), rel=1e-5)
+    own = [loss / n for loss, n in zip(losses, n_tokens, strict=True)]
+    assert table["loss"] == pytest.approx(own, rel=1e-5)
 
 
 def test_contribution_mass_equals_the_loops(model: nn.Module, naive: Naive) -> None:
@@ -85,6 +96,15 @@ def test_contribution_mass_equals_the_loops(model: nn.Module, naive: Naive) -> N
                 expected[f"L{layer.layer}-{expert[0]}{int(expert[1:])}"] += abs(value)
     for label, value in zip(report.layout.expert_labels, report.pooled.mass, strict=True):
         assert value == pytest.approx(expected[label], rel=1e-5, abs=1e-6)
+
+    shared_mass = report.estimate("shared_mass_share")
+    assert (None if shared_mass is None else shared_mass.value) == pytest.approx(report.pooled.shared_mass_share)
+    for number, (routed, shared) in enumerate(report.counts.sample_mass):
+        for kind, value in (("E", routed), ("S", shared)):
+            terms = [
+                abs(f) for layer in layers for (_, expert, _), f in layer.scores[number].items() if expert[0] == kind
+            ]
+            assert value == pytest.approx(sum(terms), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])

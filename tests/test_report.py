@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from made import LAYOUT, make_report
-from mui_callback import MUIReport
+from mui_callback import MUIReport, report_file
+from mui_callback.errors import MUIError
 from mui_callback.metrics import key_sets
 
 neurons = st.sets(st.integers(0, LAYOUT.n_neurons - 1), max_size=9)
@@ -45,8 +46,10 @@ def test_unions_and_activated_experts_are_those_of_plain_sets(samples: list[tupl
 
 @given(tasks_and_sets)
 def test_the_sets_are_a_sparse_matrix(samples: list[tuple[int, set[int]]]) -> None:
-    sets = make_report([one for _, one in samples]).key_neuron_sets()
+    report = make_report([one for _, one in samples])
+    sets = report.key_neuron_sets()
     assert sets.shape == (len(samples), LAYOUT.n_neurons)
+    assert not sets.nnz or np.shares_memory(sets.indices, report.counts.key_sets[0].neuron)
     assert sets.dtype == np.uint8
     dense = sets.toarray()
     for row, (_, one) in zip(dense, samples, strict=True):
@@ -86,3 +89,12 @@ def test_a_report_survives_a_file(tmp_path: Path) -> None:
         assert found.end.tolist() == expected.end.tolist()
     assert loaded.scalars() == report.scalars()
     assert loaded.counts.sample_mass.tolist() == report.counts.sample_mass.tolist()
+
+
+def test_a_report_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.mui"
+    with monkeypatch.context() as patch:
+        patch.setattr(report_file, "_FORMAT", "mui-report-2")
+        make_report([{0}]).save(path)
+    with pytest.raises(MUIError, match=r"r\.mui: expected format 'mui-report-3', got 'mui-report-2'"):
+        MUIReport.load(path)

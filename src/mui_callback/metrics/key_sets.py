@@ -39,6 +39,8 @@ class OwnedCounts:
 def as_sparse(sets: KeySets, n_neurons: int) -> csr_array:
     """The sets as a matrix of ones, uint8 ``[N, J]``; shares the memory of `sets` but for a byte a pair."""
     starts = np.concatenate([[0], sets.end])
+    if len(sets.neuron) <= np.iinfo(np.int32).max:
+        starts = starts.astype(np.int32)  # of one type with the neurons, which would be copied otherwise
     ones = np.ones(len(sets.neuron), dtype=np.uint8)
     return csr_array((ones, sets.neuron, starts), shape=(len(sets.end), n_neurons))
 
