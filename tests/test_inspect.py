@@ -152,6 +152,24 @@ def test_the_cost_is_that_of_the_probe_set(qwen2: Path, inspect: Any, tmp_path: 
     every = sum(p.numel() for p in skeleton.parameters()) - skeleton.model.embed_tokens.weight.numel()
     flops = 2 * (every - 2 * routed * (1 - 2 / 6)) * 24
     assert f"{flops / 1e9:.3g} GFLOP for the forward passes" in shown
+    # activations and projections: float32, of 2 routed experts and 2 shared ones of 8 neurons, for 12 tokens in a pass
+    assert f"{2 * 4 * (2 * 8 + 2 * 8) * 12 / 2**10:.3g} KiB for the scores" in shown
+    # 16 bytes for each expert, and for each sample 40 and its two layers' key neuron
+    assert f"{(16 * 16 + 3 * (40 + 2 * 4)) / 2**10:.3g} KiB to the host" in shown
+
+
+def test_the_cost_follows_the_rule_and_the_precision(qwen2: Path, inspect: Any) -> None:
+    for rule, key, per_sample in (
+        ("topscore=0.9", "Key: contributions of at least 0.9 times the highest of sample and layer.", 40),
+        ("global_topk=500", "Key: the 500 highest contributions of a sample in all layers together.", 40 + 4 * 500),
+    ):
+        _, shown = inspect(qwen2, "--rules", rule, "--dtype", "bfloat16")
+        assert rows(shown)[0][-1] == "-"
+        assert key in shown
+        assert f"{(3 * 16 * 16 + 60 * per_sample) / 2**10:.3g} KiB to the host" in shown
+    _, whole = inspect(qwen2)
+    sizes = [float(text.split(" MiB for the scores")[0].split()[-1]) for text in (whole, shown)]
+    assert sizes[0] == pytest.approx(2 * sizes[1], rel=0.01)
 
 
 @pytest.mark.parametrize(

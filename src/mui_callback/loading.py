@@ -87,9 +87,9 @@ def load_config(source: ModelSource) -> hf.PreTrainedConfig:
         return config
 
 
-def load_skeleton(source: ModelSource) -> nn.Module:
+def load_skeleton(source: ModelSource, *, dtype: DType = "auto") -> nn.Module:
     """Build the model on the meta device, however large it is: modules and shapes without weights."""
-    return load_random(source, device="meta")
+    return load_random(source, dtype=dtype, device="meta")
 
 
 def load_random(

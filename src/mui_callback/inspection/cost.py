@@ -31,7 +31,7 @@ class ProbeCost:
     score_flops: float
     """Operations of the one product more that the scores take in each layer."""
     score_bytes: int
-    """float32 scores of the largest batch in the widest layer; memory is needed for a few times as much."""
+    """The two factors of the scores of the largest batch in the widest layer, in the type of the weights."""
     host_bytes: int
     """What goes from the device to the host, once; with the rule ``topscore``, which takes as many neurons as there are
     above its threshold, without the key neurons."""
@@ -76,7 +76,10 @@ def probe_cost(
         passes=len(everything),
         forward_flops=2.0 * _active_weights(model, layers, described) * positions,
         score_flops=2.0 * LanguageModelHead(model).shape[1] * sum(widths) * scored,
-        score_bytes=4 * max(widths) * max((len(batch.target) for batch in batches), default=0),
+        score_bytes=2
+        * LanguageModelHead(model).weight_VD.element_size()
+        * max(widths)
+        * max((len(batch.target) for batch in batches), default=0),
         host_bytes=16 * len(encoded.task_names) * experts + (40 + 4 * entries) * len(encoded.samples),
     )
 

@@ -59,7 +59,7 @@ def inspect_model(
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
     source, settings = options.source, options.settings
-    skeleton, tokenizer = load_skeleton(source), load_tokenizer(source)
+    skeleton, tokenizer = load_skeleton(source, dtype=options.dtype), load_tokenizer(source)
     layers = find_expert_layers(skeleton, dense=settings.dense)
     described = describe(skeleton, layers, settings.parsed_rules[0])
     size = parameters(sum(parameter.numel() for parameter in skeleton.parameters()))
