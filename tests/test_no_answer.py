@@ -148,6 +148,22 @@ def test_losses_and_masses_that_are_not_finite() -> None:
     assert report.identity_error is None
 
 
+def test_a_loss_that_is_not_finite_spoils_no_bits_per_byte_that_it_is_not_in() -> None:
+    report = make_report([{0}, {1}, {2}], loss=np.array([np.inf, 3.0, 2.0]), table={"n_bytes": np.array([-1, 4, 4])})
+    assert_nothing_is_nan(report)
+    found = report.estimate("bits_per_byte")
+    assert found is not None
+    assert found.value == pytest.approx(report.pooled.bits_per_byte) == pytest.approx(5 / 8 / math.log(2))
+    assert report.estimate("loss") is None
+
+
+def test_dropped_tokens_are_of_the_layers_with_a_capacity() -> None:
+    report = make_report([{0}], dropped=np.array([3, 0]), assigned=np.array([12, 0]))
+    assert report.dropped_tokens == 0.25
+    assert report.layer_dropped_tokens == (0.25, None)
+    assert make_report([{0}]).dropped_tokens is None
+
+
 # Models
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from mui_callback.counts import KeySets, ProbeCounts
 from mui_callback.layout import ExpertLayout, LayerShape
+from mui_callback.metrics.utilization import ratio
 from mui_callback.report_file import read_report, write_report
 from mui_callback.sample_table import SampleTable
 from mui_callback.settings import ProbeSettings
@@ -71,8 +72,12 @@ class PassResults:
     def dropped_tokens(self) -> float | None:
         """Share of pairs of token and expert that routers with a limited capacity would have dropped, had the probe not
         let them pass; None without such routers."""
-        assigned = int(self.counts.assigned.sum())
-        return int(self.counts.dropped.sum()) / assigned if assigned else None
+        return ratio(int(self.counts.dropped.sum()), int(self.counts.assigned.sum()))
+
+    @property
+    def layer_dropped_tokens(self) -> tuple[float | None, ...]:
+        """The same of each layer."""
+        return tuple(map(ratio, self.counts.dropped.tolist(), self.counts.assigned.tolist()))
 
     @property
     def broken_samples(self) -> int:

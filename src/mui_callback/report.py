@@ -23,7 +23,6 @@ from mui_callback.metrics.utilization import BoolArray
 from mui_callback.pass_results import PassResults
 from mui_callback.rules import Rule
 from mui_callback.sample_results import ESTIMATED, EstimatedMetric, SampleResults, TaskEstimates
-from mui_callback.sample_table import SampleTable as SampleTable
 from mui_callback.samples_table import samples_table, write_parquet
 from mui_callback.task_report import TaskReport
 

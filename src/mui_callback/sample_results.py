@@ -118,10 +118,11 @@ class TaskEstimates:
     @property
     def _known(self) -> Mapping[str, Callable[[], Estimate | None]]:
         one, has_bytes = self.results, self.results.n_bytes >= 0
+        bits, n_bytes = (np.where(has_bytes, amount, 0) for amount in (one.loss / np.log(2), one.n_bytes))
         return {
             "mui": self._mui,
             "loss": lambda: _over(one.loss, one.n_tokens),
-            "bits_per_byte": lambda: _over(has_bytes * one.loss / np.log(2), has_bytes * one.n_bytes),
+            "bits_per_byte": lambda: _over(bits, n_bytes),
             "token_accuracy": lambda: _over(one.n_correct, one.n_tokens),
             "choice_accuracy": lambda: _over(one.is_right, one.has_choices),
             "shared_share": self._shared_share,

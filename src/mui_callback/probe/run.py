@@ -32,8 +32,9 @@ from mui_callback.probe.passes import Passed, ProbePass, Rounds
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
-from mui_callback.report import MUIReport, SampleTable
+from mui_callback.report import MUIReport
 from mui_callback.rules import Rules
+from mui_callback.sample_table import SampleTable
 from mui_callback.settings import Activation, Alignment, ProbeSettings
 
 
