@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from asked import EVERYTHING, NOT_OF_THE_MODEL, loss_of_four, merged, steps_done
 from integrations import INTEGRATIONS, Integration, Watch, failing, make_model, probe_set, raising_in_a_probe
 from mui_callback import MUIProbe, MUIReport
 from mui_callback.counts import ProbeCounts
@@ -110,6 +111,53 @@ def test_the_logged_values_are_the_same_in_all_of_them(watched: tuple[Trained, W
 
 def test_training_is_the_same_to_the_bit(without: Trained, watched: tuple[Trained, Watch]) -> None:
     assert_same_to_the_bit(without, watched[0])
+
+
+# With all that can be asked for
+
+
+@pytest.fixture
+def asked(way: Integration, directory: Path) -> tuple[Trained, Watch]:
+    return _fit_with_everything(way, directory)
+
+
+@cache
+def _fit_with_everything(way: Integration, directory: Path) -> tuple[Trained, Watch]:
+    watch = Watch({**EVERYTHING, "every": 2, "benchmarks": [loss_of_four, steps_done]})
+    return way.fit(directory / way.name / "asked", watch), watch
+
+
+def test_training_with_everything_is_the_same_to_the_bit(without: Trained, asked: tuple[Trained, Watch]) -> None:
+    assert_same_to_the_bit(without, asked[0])
+
+
+def test_everything_is_found_in_all_of_them(asked: tuple[Trained, Watch], way: Integration, directory: Path) -> None:
+    found = merged(asked[1].memory)
+    assert list(found) == [0, 2, 4, 6, STEPS]
+    for step, scalars in found.items():
+        assert {"mui/benchmark/loss", "mui/benchmark/a", "mui/phase", "mui/a/phase", "mui/b/phase"} <= scalars.keys()
+        assert ("mui/a/ablation/random_low" in scalars) == (step == STEPS)
+    _, other = _fit_with_everything(INTEGRATIONS["torch"], directory)
+    assert found[0] == merged(other.memory)[0]
+    lines = record(directory / way.name / "asked")[1:]
+    assert [line["tasks"]["a"]["phase"]["last_step"] for line in lines if "tasks" in line] == list(found)
+    for step in found:
+        recorded: dict[str, float] = {}
+        for line in lines:
+            recorded |= line["scalars"] if line["step"] == step else {}
+        assert {name: value for name, value in recorded.items() if name not in NOT_OF_THE_MODEL} == found[step]
+
+
+def test_a_benchmark_of_the_last_weights(asked: tuple[Trained, Watch]) -> None:
+    trained, watch = asked
+    model = make_model()
+    model.load_state_dict(trained.weights, strict=False)
+    with torch.no_grad():
+        expected, _ = loss_of_four(model.eval(), STEPS)["loss"]
+    assert merged(watch.memory)[STEPS]["mui/benchmark/loss"] == expected
+
+
+# What goes wrong
 
 
 def test_training_twice(way: Integration, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -285,6 +285,31 @@ def test_the_state_in_a_checkpoint_of_transformers_is_enough(tmp_path: Path) -> 
     assert second.points[0].spent.steps == STEPS
 
 
+def calls_of(memory: MemorySink) -> dict[int, Any]:
+    return {point.step: {task: phase.to_dict() for task, phase in point.phases.items()} for point in memory.points}
+
+
+CALLED: dict[str, Any] = {"phase_window": 3, "phase_level": 0.01, "rules": "top_fraction=0.05"}
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_a_run_of_transformers_that_goes_on_makes_the_same_calls(is_elsewhere: bool, tmp_path: Path) -> None:
+    """Where the record is gone as well as where it holds points that were made after the checkpoint."""
+    whole_callback, whole = watched(**CALLED)
+    hf_trainer(tmp_path / "whole", [whole_callback]).train()
+    callback, _ = watched(**CALLED)
+    with pytest.raises(Crashed):
+        hf_trainer(tmp_path / "old", [callback, Crash(7)]).train()
+    directory = tmp_path / "old"
+    if is_elsewhere:
+        directory = tmp_path / "new"
+        shutil.copytree(tmp_path / "old" / "checkpoint-3", directory / "checkpoint-3")
+    second = resume(directory, 3, **CALLED)
+    assert steps(second) == ([4, 6, STEPS] if is_elsewhere else [STEPS])
+    assert calls_of(second) == {step: calls_of(whole)[step] for step in steps(second)}
+    assert {call["phase"] for call in calls_of(whole)[STEPS].values()} != {"undecided"}
+
+
 # Whether the Trainer restored the experts
 
 
@@ -527,9 +552,9 @@ def fit(
     return trainer
 
 
-def lightning_crash(output_dir: Path, **options: Any) -> tuple[Path, MemorySink]:
+def lightning_crash(output_dir: Path, *, asked: Mapping[str, Any] = {}, **options: Any) -> tuple[Path, MemorySink]:
     """A training that ends after 7 steps, with a checkpoint after 3."""
-    callback, memory = watched()
+    callback, memory = watched(**asked)
     checkpoints = pl.callbacks.ModelCheckpoint(
         output_dir / "checkpoints", filename="{step}", every_n_train_steps=3, save_top_k=-1, **options
     )
@@ -563,6 +588,17 @@ def test_lightning_goes_on_from_the_state_in_its_checkpoint(tmp_path: Path) -> N
     assert second.points[0].spent.steps == 4
     assert second.points[0].spent.probing > first.points[1].spent.probing
     assert last_scalars(second) == last_scalars(whole)
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_a_run_of_lightning_that_goes_on_makes_the_same_calls(is_elsewhere: bool, tmp_path: Path) -> None:
+    whole_callback, whole = watched(**CALLED)
+    fit(tmp_path / "whole", [whole_callback])
+    checkpoint, _ = lightning_crash(tmp_path / "old", asked=CALLED)
+    callback, second = watched(**CALLED)
+    fit(tmp_path / ("new" if is_elsewhere else "old"), [callback], checkpoint)
+    assert steps(second) == ([4, 6, STEPS] if is_elsewhere else [STEPS])
+    assert calls_of(second) == {step: calls_of(whole)[step] for step in steps(second)}
 
 
 def test_lightning_knows_what_was_logged_after_the_checkpoint_from_the_record(tmp_path: Path) -> None:
