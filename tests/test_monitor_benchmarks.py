@@ -121,6 +121,7 @@ def test_at_the_last_step_they_come_later_if_it_was_probed_without_them(tmp_path
     assert more.phases["a"].call.first_step == 0  # from steps 0, 5 and 8
     assert repr(more) == "ProbePoint(step=8, mui/benchmark/a, mui/a/phase)"
     assert rows_of(tmp_path)[-1]["scalars"] == more.scalars
+    assert "mui/benchmark/a" not in loop.memory.points[-2].scalars
     _, points = loop.monitor.state_dict()["history"]["points"][-1]
     assert points == loop.memory.points[-2].scalars | more.scalars
     # and the record is read back as one point

@@ -205,6 +205,14 @@ def test_a_task_whose_score_alone_is_gone_is_not_waited_for_for_ever(tmp_path: P
     assert [point.step for point in loop.memory.points if "a" in point.phases] == [0, 1, 4, 5]
 
 
+def test_a_run_that_goes_on_without_its_benchmark_does_not_wait_for_it(tmp_path: Path) -> None:
+    state = Loop(tmp_path / "first", **RULE, benchmarks=steps_done).train(range(1, 5)).monitor.state_dict()
+    second = Loop(tmp_path / "second", **RULE, state=state).train(range(5, 9))
+    assert [point.phases["a"].point.axis for point in second.memory.points] == ["-loss", "-loss"]
+    assert [point.phases["a"].call.first_step for point in second.memory.points] == [6, 6]
+    assert [point.phases["b"].call.first_step for point in second.memory.points] == [2, 4]
+
+
 # What goes wrong
 
 

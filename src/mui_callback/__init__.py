@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mui_callback.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from mui_callback.benchmarks.tasks import LMEval
     from mui_callback.callback import MUICallback
     from mui_callback.experts.adapters import MoEBlock, StackedWeight, register_adapter
     from mui_callback.monitor import MUIMonitor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mui_callback.sinks.memory import MemorySink
 
 __all__ = [
+    "LMEval",
     "MUICallback",
     "MUIMonitor",
     "MUIProbe",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LMEval": "mui_callback.benchmarks.tasks",
     "MUICallback": "mui_callback.callback",
     "MUIMonitor": "mui_callback.monitor",
     "MUIProbe": "mui_callback.probe.run",

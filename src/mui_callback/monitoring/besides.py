@@ -141,6 +141,11 @@ class Besides:
         are_due = self._benchmarks.are_due(step, last=last)
         return are_due or (last and self._what is not None)
 
+    @property
+    def may_come_later(self) -> bool:
+        """Whether something can become due at a step that was probed, when it turns out to be the last."""
+        return self._what is not None or self._benchmarks.have_own_interval
+
     def find(self, step: int, report: MUIReport, *, last: bool) -> Found:
         """What is due at this step and was not found before.
 

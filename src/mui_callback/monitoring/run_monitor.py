@@ -209,7 +209,7 @@ class RunMonitor:
         except Exception as error:
             self._fail(step, error)
         else:
-            self._latest = step, report
+            self._latest = (step, report) if self._besides.may_come_later else None
             self._succeed(step, report, scalars, self._find(step, report, last=last))
 
     def _complete(self, step: int) -> None:
@@ -221,7 +221,7 @@ class RunMonitor:
         with random_state_kept(), self._pace.stopwatch.apart():
             found = self._find(step, report, last=True)
             if found:
-                self._history.points[step] |= found.scalars
+                self._history.points[step] = self._history.points[step] | found.scalars
                 self._hand_on(ProbePoint(step, scalars=found.scalars, spent=self._pace.spent), found)
 
     def _find(self, step: int, report: MUIReport, *, last: bool) -> Found:
