@@ -16,7 +16,7 @@ from torch import nn
 from transformers import ByT5Tokenizer
 
 from asked import Loop, loss_of_four, steps_done
-from distributed_training import Seen, fail_at, launch, output_dir, record, train
+from distributed_training import Seen, fail_at, launch, moe_model, output_dir, record, train
 from mui_callback import MemorySink, MUICallback
 from mui_callback.benchmarks.given import as_benchmarks
 from mui_callback.benchmarks.run import run_benchmarks
@@ -171,6 +171,13 @@ def test_three_failures_in_a_row_end_a_benchmark_and_no_other(tmp_path: Path) ->
     assert steps_with(loop, "mui/benchmark/a") == loop.steps == [0, 2, 4, 6, 8, 10, 12, 14]
 
 
+def test_each_has_its_own_count_of_failures(tmp_path: Path) -> None:
+    first, second = Failing(*range(99)), Failing(0, 6, 8, 10)
+    said({"benchmarks": [first, second]}, tmp_path, range(1, 15))
+    assert first.called == [0, 2, 4]
+    assert second.called == [0, 2, 4, 6, 8, 10]
+
+
 def test_an_interval_ends_with_the_last_benchmark(tmp_path: Path) -> None:
     loop, _ = said({"benchmarks": Failing(*range(99)), "benchmarks_every": 3, "every": 100}, tmp_path, range(1, 13))
     assert loop.steps == [0, 3, 6]
@@ -268,6 +275,20 @@ def test_two_that_go_on_make_the_calls_of_the_record_of_the_main_one(
     assert first == second
     last = record(tmp_path)[-1]
     assert [last["tasks"]["a"]["phase"][end] for end in ("first_step", "last_step")] == [6, STEPS + 2]
+
+
+def test_the_samples_of_a_benchmark_are_dealt_out_as_those_of_the_probe(tmp_path: Path) -> None:
+    """Each process runs its part of them."""
+    path, sizes, model = choices_file(tmp_path), [], moe_model()
+    handle = model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    run_benchmarks(as_benchmarks(path, ByT5Tokenizer()), model, 0)
+    handle.remove()
+    options = {"n_steps": 1, "at_end": False}
+    with_it = launch(tmp_path / "with", train, benchmarks=path, tokenizer=ByT5Tokenizer(), **options)
+    without = launch(tmp_path / "without", train, **options)
+    for one, plain in zip(with_it, without, strict=True):
+        n_tokens = sum(n for _, n in one.passes) - sum(n for _, n in plain.passes)
+        assert 0 < n_tokens < 0.8 * sum(sizes)
 
 
 def test_both_raise_a_failure_of_one_where_that_is_wanted(tmp_path: Path) -> None:
