@@ -61,4 +61,3 @@ class ProbeCounts:
     """How far, in the first batch, each layer is from the identity Σ f = ⟨output, W_head[y]⟩, relative, ``[L]``."""
     head_error: NDArray[np.float64]
     """How far, in the first batch, the targets' logits are from what W_head makes of the hidden states, ``[1]``."""
-

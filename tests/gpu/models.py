@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-_AUXILIARY = 0.01
+_AUXILIARY = 0.1
 """Weight of the loss that keeps the experts of DeepSpeed's MoE equally busy."""
 
 
@@ -59,13 +59,13 @@ def language_loss(output: Any, input_ids: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Sizes:
     vocab: int = 32000
-    d: int = 1024
-    n_layers: int = 12
+    d: int = 2048
+    n_layers: int = 5
     """The first one is dense."""
-    n_heads: int = 8
-    dense_width: int = 4096
+    n_heads: int = 16
+    dense_width: int = 8192
     n_experts: int = 16
-    width: int = 2048
+    width: int = 4096
     k: int = 2
     n_positions: int = 2048
 
@@ -160,19 +160,21 @@ def _draw(model: nn.Module, place: Place) -> None:
         if weight.dim() > 1:
             seed = zlib.crc32(f"{place.seed}/{_whole_names(name, place, distributed.get_rank())}".encode())
             generator = torch.Generator(weight.device).manual_seed(seed)
-            weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
+            # embeddings as large as what layers add to them, so that tokens differ and no expert gets all of them
+            scale = 1.0 if "embed_tokens" in name else weight.shape[-1] ** -0.5
+            weight.normal_(0, scale, generator=generator)
 
 
 # Models of transformers
 
 _COMMON = {
     "vocab_size": 32000,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "moe_intermediate_size": 512,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "moe_intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
     "max_position_embeddings": 2048,
     "pad_token_id": 0,
     "use_cache": False,
@@ -207,7 +209,7 @@ def _deepseek_v3(place: Place) -> Any:
         "qk_rope_head_dim": 32,
         "v_head_dim": 128,
     }
-    return DeepseekV3Config(**_COMMON, **kind, **experts, **heads, first_k_dense_replace=2)
+    return DeepseekV3Config(**_COMMON, **kind, **experts, **heads, first_k_dense_replace=1)
 
 
 def _qwen3_moe(place: Place) -> Any:

@@ -64,10 +64,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=128, help="samples in which every token is scored")
     parser.add_argument("--min-length", type=int, default=256)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--top-fraction", type=float, default=0.001)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--times-only", action="store_true", help="no comparison with one process")
     parser.add_argument("--profile", action="store_true", help="show the operators that one measurement spends time in")
     parser.add_argument("--deadline", type=float, default=400, help="seconds until a process that hangs ends itself")
     parser.add_argument("--reference", type=Path, help="a directory; the part of one process, started by this script")
@@ -272,7 +273,9 @@ def run_reference(args: argparse.Namespace) -> None:
     del state
     probe_set = make_probe_set(args, Chain(model.lm_head.out_features))
     report, times = measure_and_time(model, probe_set, args, place)
-    halved = MUIProbe(model, probe_set, batch_tokens=args.batch_tokens // 2, rules=f"top_fraction={args.top_fraction}").measure()
+    halved = MUIProbe(
+        model, probe_set, batch_tokens=args.batch_tokens // 2, rules=f"top_fraction={args.top_fraction}"
+    ).measure()
     report.save(directory / "one.npz")
     halved.save(directory / "halved.npz")
     (directory / "times.json").write_text(json.dumps(times))
@@ -337,6 +340,9 @@ def run_in_all(args: argparse.Namespace) -> None:
     trained = train(trainee, args, place, tokens, probe_set)
     say(f"trained: {trained}")
     report, times = measure_and_time(trainee.model, probe_set, args, place)
+    if args.times_only:
+        say(json.dumps({"backend": args.backend, "all_processes": times, "training": trained}))
+        return
     weights = whole_weights(backend, trainee.model, place)
     n_parameters = sum(value.numel() for value in weights.values())
     synchronize(place)

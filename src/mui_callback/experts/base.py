@@ -78,12 +78,11 @@ class Recorder(Protocol):
     def check_complete(self, tokens: ScoredTokens) -> None:
         """Raises `ProbeError` if the experts did not run, or not on the positions of the batch."""
 
-    @property
-    def knows_order(self) -> bool:
-        """Whether it is known which token each row belongs to, so that the tail need not be asked."""
+    def follow(self, tokens: ScoredTokens) -> bool:
+        """Find out which token each row belongs to without asking the tail, if that was learned to be possible."""
 
-    def note_order(self, tokens: ScoredTokens) -> None:
-        """Make sure of what is taken for granted about the order of rows, after the tail was asked."""
+    def learn(self, tokens: ScoredTokens) -> None:
+        """From what the tail was asked, learn how to do without; make sure of what is taken for granted."""
 
     def scores(self, tokens: ScoredTokens, readout_RD: Tensor) -> ExpertScores:
         """The contributions of the neurons to the scored tokens, after the rows were located or the tail transposed.

@@ -26,6 +26,9 @@ from mui_callback.scoring.rows import Contributions
 if TYPE_CHECKING:
     from mui_callback.experts.called import CalledExperts
 
+_ROUNDING = 2**-7
+"""Relative difference of two routing weights that rounding to 16 bits can explain."""
+
 
 @dataclass(eq=False)
 class _Call:
@@ -77,12 +80,15 @@ class CalledRecorder:
         self.tail = tail
         self.first = first
         self.knows_order = False
+        self.trusts_dispatch = False
         self.clear()
 
     def clear(self) -> None:
         """See `Recorder`."""
         self.calls: list[_Call] = []
         self.passed: list[_Call] = []
+        if self.experts.spread.dispatch is not None:
+            self.experts.spread.dispatch.clear()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -93,6 +99,8 @@ class CalledRecorder:
                 stack.enter_context(module.register_forward_hook(_resume))
             for module in self.experts.identities:
                 stack.enter_context(module.register_forward_hook(self._pass))
+            if self.experts.spread.dispatch is not None:
+                stack.enter_context(self.experts.spread.dispatch.watched())
             first = self.experts.first_down
             for down in self.experts.downs:
                 stack.enter_context(down.read(partial(self._take, first)))
@@ -131,28 +139,66 @@ class CalledRecorder:
         n_positions = tokens.n_rows * tokens.length
         return all(call.cut.n_rows == n_positions * call.product.n_experts for call in [*self.calls, *self.passed])
 
-    def note_order(self, tokens: ScoredTokens) -> None:
-        """See `Recorder`: shared experts see the positions as they are."""
+    def follow(self, tokens: ScoredTokens) -> bool:
+        """See `Recorder`."""
+        if self.trusts_dispatch:
+            for call, (token_S, weight_S) in zip(self.calls, self._arrivals(tokens), strict=True):
+                call.cut.token_S, call.cut.weight_S = token_S, weight_S
+        return self.knows_order or self.trusts_dispatch
+
+    def learn(self, tokens: ScoredTokens) -> None:
+        """See `Recorder`: shared experts see the positions as they are; a dispatch is believed if it says the same."""
         calls = [*self.calls, *self.passed]
         self.knows_order = (
             not self.experts.is_routed
             and self._are_positions(tokens)
             and all(call.cut.is_in_order(tokens) for call in calls)
         )
+        self.trusts_dispatch = self._is_dispatch_right(tokens)
+
+    def _arrivals(self, tokens: ScoredTokens) -> list[tuple[Tensor, Tensor]]:
+        """Token and weight of each row of each call, as the dispatch has it."""
+        spread, n_local = self.experts.spread, sum(down.n_experts for down in self.experts.downs)
+        assert spread.dispatch is not None
+        arrivals = spread.dispatch.arrivals(tokens.numbers(), spread.peers, n_local, self.calls[0].cut.n_rows)
+        found = []
+        for call in self.calls:
+            local_S = call.expert_S - self.experts.first_down
+            rank_S = torch.arange(len(local_S), device=local_S.device)
+            if call.product.expert_S is not None:
+                rank_S = rank_S - torch.searchsorted(local_S, local_S)
+            found.append(arrivals.at(local_S, rank_S))
+        return found
+
+    def _is_dispatch_right(self, tokens: ScoredTokens) -> bool:
+        """Whether it says of every row what the tail said, in all processes."""
+        spread = self.experts.spread
+        if spread.dispatch is None or self.passed or not spread.dispatch.has_run:
+            return False
+        is_wrong = torch.zeros((), device=tokens.position_R.device)
+        for call, (token_S, weight_S) in zip(self.calls, self._arrivals(tokens), strict=True):
+            assert call.cut.token_S is not None
+            is_wrong += ((token_S != call.cut.token_S) & (weight_S != 0)).sum()
+            if call.cut.weight_S is None:
+                is_wrong += 1
+            else:
+                is_wrong += ((weight_S - call.cut.weight_S).abs() > _ROUNDING * weight_S.abs())[token_S >= 0].sum()
+        spread.peers.highest(is_wrong)
+        return not bool(is_wrong)
 
     def scores(self, tokens: ScoredTokens, readout_RD: Tensor) -> ExpertScores:
         """See `Recorder`."""
         first_rows = np.cumsum([0, *(call.cut.n_rows for call in self.calls)]).tolist()
         found = self._positions(tokens, first_rows) if self.knows_order else self._located(first_rows)
-        projected, weights = [], []
+        activations, projected, weights = [], [], []
         for number, call in enumerate(self.calls):
             place_P = found.of_call(number, first_rows[number])
+            activations.append(call.act_SW[place_P])
             readout_PD, weight_P = call.cut.readouts_of(place_P, readout_RD)
             projected.append(call.product.projected(readout_PD, place_P))
             weights.append(weight_P)
-        act_PW = torch.cat([call.act_SW for call in self.calls])[found.place_P]
         rows = Contributions(
-            act_PW,
+            torch.cat(activations),
             torch.cat(projected),
             torch.cat([w for w in weights if w is not None]) if weights[0] is not None else None,
         )
@@ -194,9 +240,7 @@ class CalledRecorder:
         return self._ranked(place_P, token_P, expert_P, first_rows)
 
     def _ranked(self, place_P: Tensor, token_P: Tensor, expert_P: Tensor, first_rows: list[int]) -> _Rows:
-        rank_P = rank_in_token(token_P, expert_P)
-        pair_P = (token_P * self.experts.n_downs + expert_P).sort().values
-        n_repeated = (pair_P[1:] == pair_P[:-1]).sum()
+        rank_P, n_repeated = rank_in_token(token_P, expert_P, self.experts.n_downs)
         most = rank_P.max() if len(rank_P) else place_P.new_zeros(())
         is_mixed = self.tail.is_mixed if self.tail.is_mixed is not None else torch.zeros_like(n_repeated)
         bounds_P = torch.searchsorted(place_P, torch.tensor(first_rows, device=place_P.device))
@@ -216,13 +260,22 @@ class CalledRecorder:
             score_PW *= rows.weight_S[:, None]
         score_UW = score_PW.new_zeros(len(pair_U), rows.width).index_add_(0, row_P, score_PW)
         token_U, expert_U = pair_U // self.experts.n_downs, pair_U % self.experts.n_downs
-        rank_U = rank_in_token(token_U, expert_U)
+        rank_U, _ = rank_in_token(token_U, expert_U, self.experts.n_downs)
         united = replace(found, token_P=token_U, expert_P=expert_U, rank_P=rank_U, rows_per_token=int(rank_U.max()) + 1)
         return united, Contributions(score_UW, torch.ones_like(score_UW))
 
     def _of_experts(self, found: _Rows, rows: Contributions) -> ExpertScores:
         """A row for each expert, where a down projection holds several side by side."""
         n, width = self.experts.down_width // self.experts.width, self.experts.width
+        if n == 1:
+            return ExpertScores(
+                rows,
+                found.token_P,
+                self.first.expert + found.expert_P,
+                first_neuron_S=self.first.neuron + found.expert_P * width,
+                rank_S=found.rank_P,
+                rows_per_token=found.rows_per_token,
+            )
         part_n = torch.arange(n, device=rows.act_SI.device)
         expert_P = (found.expert_P[:, None] * n + part_n).flatten()
         return ExpertScores(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
 from typing import Any
 
 import torch
@@ -84,7 +83,8 @@ class _Capacity:
         if len(out) != 7 or out[3].shape[1] != len(is_token_T):
             return
         expert_KT, n_experts = out[3], len(router.wg.weight)
-        chosen_KT = expert_KT[:, is_token_T]
-        chosen_E = torch.bincount(chosen_KT.flatten().long(), minlength=n_experts)
-        places = max(ceil(chosen_KT.shape[1] / n_experts * self.factor), self.least)
+        chosen_KT = expert_KT.long().where(is_token_T & (expert_KT >= 0), n_experts)
+        chosen_E = torch.zeros(n_experts + 1, dtype=torch.int64, device=chosen_KT.device)
+        chosen_E = chosen_E.index_add_(0, chosen_KT.flatten(), torch.ones_like(chosen_KT.flatten()))[:-1]
+        places = (is_token_T.sum().double() / n_experts * self.factor).ceil().long().clamp(min=self.least)
         consume((chosen_E - places).clamp(min=0).sum(), chosen_E.sum())

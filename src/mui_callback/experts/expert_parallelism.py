@@ -1,8 +1,8 @@
 """Routed experts that are spread over processes: each has some of them, and tokens travel to whoever has theirs.
 
-How they travel is left to the backend. What follows the experts carries their outputs back, collectives included, and
-as it can be trained through, it can be transposed (see `experts.tail`): so the readout of a token reaches the process
-that has its expert, and with it the token's number.
+How they travel is left to the backend (but see `experts.dispatch`). What follows the experts carries their outputs
+back, collectives included, and as it can be trained through, it can be transposed (see `experts.tail`): so the readout
+of a token reaches the process that has its expert, and with it the token's number.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from mui_callback.errors import UnsupportedModelError
+from mui_callback.experts.dispatch import Dispatch, find_dispatch
 from mui_callback.experts.paths import is_numbered, outside
 from mui_callback.parallel.peers import Peers
 from mui_callback.parallel.weights import is_dtensor
@@ -25,6 +26,8 @@ class Spread:
 
     peers: Peers = field(default_factory=Peers)
     """The processes that have the experts of the layer, each once; this one alone if it has them all."""
+    dispatch: Dispatch | None = None
+    """How tokens travel to them, where that is known."""
 
     def first(self, n_local: int) -> int:
         """Number of the first expert of this process, which has `n_local`."""
@@ -46,13 +49,8 @@ def find_spread(modules: Mapping[str, nn.Module], path: str) -> Spread:
     Raises:
         UnsupportedModelError: they are, in a way that is not known.
     """
-    group = _group(modules, path)
-    return Spread(Peers(group)) if group is not None else NOT_SPREAD
-
-
-def _group(modules: Mapping[str, nn.Module], path: str) -> Any:
     if getattr(modules[path], "_is_expert_parallel", False):
-        return _group_of_transformers(path, modules[path])
+        return Spread(Peers(_group_of_transformers(path, modules[path])))
     while path and not is_numbered(path):
         # DeepSpeed's MOELayer and AutoEPMoELayer
         module: Any = modules[path]
@@ -62,9 +60,9 @@ def _group(modules: Mapping[str, nn.Module], path: str) -> Any:
                     f"{path}: its experts are to be spread over {module.ep_size} processes, which do not know each "
                     "other yet. Is the model used before deepspeed.initialize?"
                 )
-            return module.ep_group
+            return Spread(Peers(module.ep_group), find_dispatch(module))
         path = outside(path)
-    return None
+    return NOT_SPREAD
 
 
 def refuse_parts_of_experts(path: str, module: nn.Module) -> None:

@@ -91,10 +91,14 @@ class StackedRecorder:
 
     @property
     def knows_order(self) -> bool:
-        """See `Recorder`: in one process, the rows of the output are the positions."""
+        """In one process, the rows of the output are the positions."""
         return self.experts.spread.peers.is_alone
 
-    def note_order(self, tokens: ScoredTokens) -> None:
+    def follow(self, tokens: ScoredTokens) -> bool:
+        """See `Recorder`."""
+        return self.knows_order
+
+    def learn(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
         if self.knows_order and self.cut is not None and not self.cut.is_in_order(tokens):
             raise ProbeError(
@@ -120,7 +124,7 @@ class StackedRecorder:
         expert_S = expert_S.clamp(max=n_local - 1)
         if not self.knows_order:  # a token may have several rows
             self.tail.raise_if_mixed(is_mixed=bool(self.tail.is_mixed))
-            rank_S = rank_in_token(token_S, expert_S)
+            rank_S, _ = rank_in_token(token_S, expert_S, n_local)
             top_k = int(rank_S.max()) + 1 if len(rank_S) else 1
         readout_SD = readout_PD[from_S]
         if rows.raw_SD is not None:

@@ -156,7 +156,7 @@ class Tail:
         return bool(self.cuts) and _leaves_behind(x) >= {id(cut.value) for cut in self.cuts}
 
     def transpose(self, out: Tensor, readout_TD: Tensor, *, check: bool = False) -> None:
-        """Set the readout of every cut and constant.
+        """Set the readout of every cut and constant; without `check`, of those cuts alone whose weight is not known.
 
         Args:
             out: output of the layer, ``[…, D]`` of T positions.
@@ -167,7 +167,10 @@ class Tail:
             ProbeError: the outputs of the experts did not reach the output of the layer in a way that was recorded,
                 or the tail is not linear.
         """
-        cuts = [*self.cuts, *(cut for cut, _ in self.constants)]
+        if check:
+            cuts = [*self.cuts, *(cut for cut, _ in self.constants)]
+        else:
+            cuts = [cut for cut in self.cuts if cut.weight_S is None]
         readouts = self._seen_from(out, cuts, readout_TD, create_graph=check)
         if check:
             leaves = {id(cut.value) for cut in self.cuts}
@@ -195,20 +198,23 @@ class Tail:
         cuts = self.cuts
         n_bits = tokens.n_bits
         seen = self._sent_codewords(out, cuts, tokens)
-        found = [_read_codewords(code_SD if check else code_SD[:, : 1 + n_bits], n_bits) for code_SD in seen]
-        has_room = n_bits < out.shape[-1]
         if check:
-            self.moves_rows = has_room and all(bool(is_word_S.all()) for _, is_word_S in found)
-            self.is_weighting = self.moves_rows and all(_are_constant(code_SD) for code_SD in seen)
+            has_room = all(n_bits < code_SD.shape[1] for code_SD in seen)
+            self.moves_rows = has_room and all(_are_alike(code_SD, _SLACK) for code_SD in seen)
+            self.is_weighting = self.moves_rows and all(_are_alike(code_SD, 0) for code_SD in seen)
         if not self.moves_rows and self.peers.is_alone:
             for cut, token_S in zip(cuts, self._tokens_by_digits(out, cuts, tokens), strict=True):
                 cut.token_S = token_S
             return
-        for cut, code_SD, (number_S, is_word_S) in zip(cuts, seen, found, strict=True):
-            cut.token_S = number_S.where(is_word_S, -1)
-            cut.weight_S = code_SD[:, 0].float() if self.is_weighting else None
-            is_mixed = ~is_word_S.all()
-            self.is_mixed = is_mixed if self.is_mixed is None else self.is_mixed | is_mixed
+        code_SD = torch.cat([code_SD[:, : 1 + n_bits] for code_SD in seen])
+        number_S, is_word_S = _read_codewords(code_SD, n_bits)
+        self.is_mixed = ~is_word_S.all()
+        sizes = [cut.n_rows for cut in cuts]
+        for cut, token_S in zip(cuts, torch.split(number_S.where(is_word_S, -1), sizes), strict=True):
+            cut.token_S = token_S
+        if self.is_weighting:
+            for cut, weight_S in zip(cuts, torch.split(code_SD[:, 0].float(), sizes), strict=True):
+                cut.weight_S = weight_S
 
     def raise_if_mixed(self, *, is_mixed: bool) -> None:
         """To be called when no process waits for another.
@@ -303,7 +309,7 @@ class Tail:
             )
         sent = sent_TD.to(out.dtype).view_as(out)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.peers.counting():
                 seen = torch.autograd.grad(
                     out, values, sent, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
                 )
@@ -324,14 +330,16 @@ def _read_codewords(seen_SD: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
     """The number of each row, -1 for zeros, and whether the row is a codeword or zeros; ``[S]`` each."""
     first_S1 = seen_SD[:, :1]
     is_sign_SD = (seen_SD.abs() - first_S1.abs()).abs() <= _SLACK * first_S1.abs()
-    bits_Sb = (seen_SD[:, 1 : 1 + n_bits] * first_S1.sign() > 0).long()
-    number_S = (bits_Sb << torch.arange(bits_Sb.shape[1], device=seen_SD.device)).sum(-1)
+    is_one_Sb = (seen_SD[:, 1 : 1 + n_bits] > 0) == (first_S1 > 0)
+    weights_b = torch.ones(n_bits, dtype=torch.float64, device=seen_SD.device).mul_(2).cumprod(0) / 2
+    number_S = (is_one_Sb.double() @ weights_b[: is_one_Sb.shape[1]]).long()
     return number_S.where(first_S1[:, 0] != 0, -1), is_sign_SD.all(-1)
 
 
-def _are_constant(seen_SD: Tensor) -> bool:
-    """Whether all channels of each codeword are weighted alike, to the bit."""
-    return bool((seen_SD.abs() == seen_SD[:, :1].abs()).all())
+def _are_alike(seen_SD: Tensor, slack: float) -> bool:
+    """Whether all channels of each row are of one size, up to this relative difference."""
+    size_S1 = seen_SD[:, :1].abs()
+    return bool(((seen_SD.abs() - size_S1).abs() <= slack * size_S1).all())
 
 
 def add_inner(sum_R: Tensor, token_S: Tensor, value_SD: Tensor, readout_SD: Tensor) -> None:

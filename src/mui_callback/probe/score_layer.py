@@ -116,8 +116,7 @@ class LayerReader:
     def _together(self) -> Iterator[None]:
         """Where the processes that share the experts send each other tensors, so that none may stop alone."""
         try:
-            with self.layer.peers.counting():
-                yield
+            yield
         except Exception as error:
             is_of_the_model = isinstance(error, ProbeError) and not out_of_memory(error)  # and so the same in all
             if self.layer.peers.is_alone or is_of_the_model:
@@ -129,15 +128,13 @@ class LayerReader:
 
     def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
         """Follow the tail back to the experts, no further than needed."""
-        is_located = check or not all(recorder.knows_order for recorder in self.recorders)
-        if is_located:
+        if check or not all(recorder.follow(tokens) for recorder in self.recorders):
             self.tail.locate(out, tokens, check=check)
         if check:
             self.tail.locate_constants(out, tokens)
             for recorder in self.recorders:
-                recorder.note_order(tokens)
-        if check or not (is_located and self.tail.is_weighting):
-            self.tail.transpose(out, readout_TD, check=check)
+                recorder.learn(tokens)
+        self.tail.transpose(out, readout_TD, check=check)
 
     def _add_up(
         self,

@@ -11,6 +11,7 @@ Shapes: B samples, R scored tokens of the batch, S rows of scores, I neurons of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -61,6 +62,10 @@ class ScoredTokens(Responses):
 
     def numbers(self) -> Tensor:
         """The number of the scored token that each position predicts, int64 ``[B · T]``; -1 where none is scored."""
+        return self._numbers
+
+    @cached_property
+    def _numbers(self) -> Tensor:
         n_positions, device = self.n_rows * self.length, self.position_R.device
         numbers = torch.full((n_positions,), -1, dtype=torch.int64, device=device)
         numbers[self.position_R] = self.first + torch.arange(len(self.position_R), device=device)
@@ -98,14 +103,14 @@ class LayerScores:
     experts that pass their input on)."""
 
 
-def rank_in_token(token_S: Tensor, expert_S: Tensor) -> Tensor:
-    """The number of each row among those of its token, by expert, int64 ``[S]``."""
-    by_expert = expert_S.argsort(stable=True)
-    order_S = by_expert[token_S[by_expert].argsort(stable=True)]
-    sorted_S = token_S[order_S]
+def rank_in_token(token_S: Tensor, expert_S: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """The number of each row among those of its token, by expert, int64 ``[S]``; and how many rows repeat another's
+    token and expert, int64 scalar."""
+    pair_S, order_S = (token_S * n_experts + expert_S).sort(stable=True)
+    sorted_S = pair_S // n_experts
     rank_S = torch.empty_like(order_S)
     rank_S[order_S] = torch.arange(len(order_S), device=order_S.device) - torch.searchsorted(sorted_S, sorted_S)
-    return rank_S
+    return rank_S, (pair_S[1:] == pair_S[:-1]).sum()
 
 
 def add_conserved(sum_R: Tensor, part: ExpertScores) -> None:

@@ -19,8 +19,9 @@ from mui_callback.parallel.peers import Peers
 from mui_callback.rules import Rule
 from mui_callback.scoring.contributions import LayerScores, Responses, identity_error
 from mui_callback.scoring.key_marks import KeyMarks, entries_needed
+from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.meeting import Meeting
-from mui_callback.scoring.select import NeuronScores, Parts, highest_entries, neurons_above, thresholds
+from mui_callback.scoring.select import NeuronScores, highest_entries, neurons_above, thresholds
 from mui_callback.scoring.topk import Candidates, merge_candidates
 
 
@@ -162,14 +163,14 @@ class BatchCounts:
         meeting = self.meetings[layer]
         responses = self.responses if meeting is None else meeting.responses
         sample_B = self.sample_B if meeting is None else meeting.sample_B
-        parts = [(part, part.rows.summary()) for part in scores.parts]
-        if parts:  # none where another process counts
-            self._add_totals(layer, parts, responses, sample_B)
-            self.found[layer] = highest_entries(parts, responses, n_neurons, k)
+        if scores.parts:  # none where another process counts
+            rows = LayerRows.of(scores.parts)
+            self._add_totals(layer, rows, responses, sample_B)
+            self.found[layer] = highest_entries(rows, responses, n_neurons, k)
             if self.counts.topscore:
                 ratio = min(marks.rule.value for marks in self.counts.topscore)
                 lowest_B = thresholds(ratio, self.found[layer].score[:, 0])
-                self.above[layer] = neurons_above(parts, responses, n_neurons, lowest_B)
+                self.above[layer] = neurons_above(rows, responses, n_neurons, lowest_B)
         if scores.made_R is not None:
             self.counts.identity_error[layer] = identity_error(scores)
 
@@ -234,18 +235,17 @@ class BatchCounts:
                     threshold_B = thresholds(marks.rule.value, highest.score[:, 0])
                     marks.add_neurons(sample_B, layer, self.above[layer].at_least(threshold_B))
 
-    def _add_totals(self, layer: int, parts: Parts, responses: Responses, sample_B: Tensor) -> None:
+    def _add_totals(self, layer: int, rows: LayerRows, responses: Responses, sample_B: Tensor) -> None:
         """Mass and rows of each sample in each expert, and of these what is kept."""
         counts, experts = self.counts, self.counts.experts[layer]
         n_experts = experts.stop - experts.start
-        total_X2 = torch.zeros(responses.n_rows * n_experts, 2, dtype=torch.float64, device=counts.device)
-        for part, summary in parts:
-            place_S = responses.row_R[part.token_S] * n_experts + part.expert_S
-            is_row_S = part.rows.is_row_S
-            use_S = torch.ones_like(summary.mass_S) if is_row_S is None else is_row_S
-            total_X2.index_add_(0, place_S, torch.stack([summary.mass_S.double(), use_S.double()], dim=1))
-            counts.not_finite += summary.n_not_finite
-        total_BE2 = total_X2.view(responses.n_rows, n_experts, 2)
+        # A token has one row in an expert, so these are written and not added; what is no row goes to a column behind.
+        use_RE2 = torch.zeros(len(responses.row_R), n_experts + 1, 2, dtype=torch.float64, device=counts.device)
+        expert_S = rows.expert_S if rows.is_row_S is None else rows.expert_S.where(rows.is_row_S, n_experts)
+        use_RE2[rows.token_S, expert_S] = torch.stack([rows.mass_S, torch.ones_like(rows.mass_S)], dim=1).double()
+        counts.not_finite += rows.n_not_finite
+        is_of_BR = responses.row_R == torch.arange(responses.n_rows, device=counts.device)[:, None]
+        total_BE2 = (is_of_BR.double() @ use_RE2.flatten(1)).view(responses.n_rows, n_experts + 1, 2)[:, :-1]
         counts.totals[:, experts] += counts.totals.new_zeros(counts.n_tasks, n_experts, 2).index_add_(
             0, counts.task_of_sample[sample_B], total_BE2
         )

@@ -27,6 +27,22 @@ def can_run(act_SI: Tensor, projected_SI: Tensor) -> bool:
     return act_SI.device.type == "cuda" and is_laid_out and _kernels(act_SI.device) is not None
 
 
+def can_order(score_BM: Tensor) -> bool:
+    """Whether there is a kernel for `order_keys` of these scores."""
+    is_plain = score_BM.dtype == torch.float32 and score_BM.is_contiguous() and score_BM.numel() > 0
+    return is_plain and score_BM.device.type == "cuda" and _kernels(score_BM.device) is not None
+
+
+def order_keys(score_BM: Tensor) -> Tensor:
+    """Numbers that are in the order of the scores and, of equal ones, against that of the columns, int64 ``[B, M]``."""
+    key_BM = torch.empty(score_BM.shape, dtype=torch.int64, device=score_BM.device)
+    kernels, n_scores = _kernels(score_BM.device), score_BM.numel()
+    assert kernels is not None
+    with torch.cuda.device(score_BM.device):
+        kernels.order_keys[(-(-n_scores // _BLOCK),)](score_BM, key_BM, n_scores, score_BM.shape[1], BLOCK=_BLOCK)
+    return key_BM
+
+
 def summarize(
     act_SI: Tensor, projected_SI: Tensor, weight_S: Tensor | None, is_row_S: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +54,7 @@ def summarize(
     n_chunks = -(-width // chunk)
     mass_S = torch.empty(n_rows, dtype=torch.float32, device=device)
     highest_SC = torch.empty(n_rows, n_chunks, dtype=torch.float32, device=device)
-    n_bad = torch.zeros((), dtype=torch.int64, device=device)
+    n_bad = torch.zeros((), dtype=torch.int32, device=device)
     kernels = _kernels(device)
     assert kernels is not None
     block = min(max(1, _BLOCK // chunk), 1 << (n_chunks - 1).bit_length())
@@ -51,7 +67,7 @@ def summarize(
             CHUNK=chunk,
             BLOCK=block,
         )
-    return mass_S, highest_SC, n_bad
+    return mass_S, highest_SC, n_bad.long()
 
 
 def of_chunks(

@@ -5,21 +5,18 @@ Shapes: B samples, S rows of contributions, M entries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mui_callback.scoring.contributions import ExpertScores, Responses
-from mui_callback.scoring.rows import CHUNK, NOTHING, Summary
-from mui_callback.scoring.topk import Candidates, merge_candidates, top_entries
-
-Parts = Sequence[tuple[ExpertScores, Summary]]
-"""The contributions of the kinds of experts of one layer."""
+from mui_callback.scoring.contributions import Responses
+from mui_callback.scoring.layer_rows import LayerRows
+from mui_callback.scoring.rows import CHUNK, NOTHING
+from mui_callback.scoring.topk import Candidates, top_entries
 
 
-def highest_entries(parts: Parts, tokens: Responses, n_neurons: int, k: int) -> Candidates:
+def highest_entries(rows: LayerRows, tokens: Responses, n_neurons: int, k: int) -> Candidates:
     """The k highest contributions of each sample over all (position, expert, neuron) of one layer.
 
     One neuron may fill several entries.
@@ -27,22 +24,17 @@ def highest_entries(parts: Parts, tokens: Responses, n_neurons: int, k: int) -> 
     Returns:
         Entries whose ``place`` is ``position · n_neurons + neuron``.
     """
-    found = []
-    for part, summary in parts:
-        order_S = tokens.order_R[part.token_S]
-        found.append(
-            top_entries(
-                part.rows,
-                summary.highest_SC,
-                tokens.row_R[part.token_S],
-                order_S * part.rows_per_token + part.rank_S,
-                order_S * n_neurons + part.first_neuron_S,
-                n_samples=tokens.n_rows,
-                n_slots=tokens.n_orders * part.rows_per_token,
-                k=k,
-            )
-        )
-    return merge_candidates(found, k)
+    order_S = tokens.order_R[rows.token_S]
+    return top_entries(
+        rows,
+        rows.highest_SC,
+        tokens.row_R[rows.token_S],
+        order_S * rows.rows_per_token + rows.rank_S,
+        order_S * n_neurons + rows.first_neuron_S,
+        n_samples=tokens.n_rows,
+        n_slots=tokens.n_orders * rows.rows_per_token,
+        k=k,
+    )
 
 
 @dataclass(frozen=True)
@@ -73,21 +65,18 @@ def thresholds(ratio: float, highest_B: Tensor) -> Tensor:
     return torch.where(rounded_B < exact_B, up_B, rounded_B).masked_fill(highest_B == NOTHING, float("inf"))
 
 
-def neurons_above(parts: Parts, tokens: Responses, n_neurons: int, threshold_B: Tensor) -> NeuronScores:
+def neurons_above(rows: LayerRows, tokens: Responses, n_neurons: int, threshold_B: Tensor) -> NeuronScores:
     """Each sample's neurons that have an entry of at least its threshold in one layer.
 
     How many there are is asked of the device, which waits for it.
     """
-    keys, values = [], []
-    for part, summary in parts:
-        sample_S = tokens.row_R[part.token_S]
-        row_M, chunk_M = torch.nonzero(summary.highest_SC >= threshold_B[sample_S][:, None], as_tuple=True)
-        score_Mc = part.rows.of_chunks(row_M, chunk_M)
-        is_above_Mc = score_Mc >= threshold_B[sample_S[row_M]][:, None]
-        neuron_Mc = (part.first_neuron_S[row_M] + chunk_M * CHUNK)[:, None] + torch.arange(CHUNK, device=row_M.device)
-        keys.append((sample_S[row_M, None] * n_neurons + neuron_Mc)[is_above_Mc])
-        values.append(score_Mc[is_above_Mc])
-    return highest_of_each(torch.cat(keys), torch.cat(values), n_neurons)
+    sample_S = tokens.row_R[rows.token_S]
+    row_M, chunk_M = torch.nonzero(rows.highest_SC >= threshold_B[sample_S][:, None], as_tuple=True)
+    score_Mc = rows.of_chunks(row_M, chunk_M)
+    is_above_Mc = score_Mc >= threshold_B[sample_S[row_M]][:, None]
+    neuron_Mc = (rows.first_neuron_S[row_M] + chunk_M * CHUNK)[:, None] + torch.arange(CHUNK, device=row_M.device)
+    key_Mc = sample_S[row_M, None] * n_neurons + neuron_Mc
+    return highest_of_each(key_Mc[is_above_Mc], score_Mc[is_above_Mc], n_neurons)
 
 
 def highest_of_each(key_M: Tensor, score_M: Tensor, n_neurons: int) -> NeuronScores:

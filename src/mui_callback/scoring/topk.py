@@ -10,11 +10,28 @@ sample that are looked at, C chunks of a row, c neurons of a chunk, k entries th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mui_callback.scoring.rows import CHUNK, NOTHING, Contributions
+from mui_callback.scoring import kernels
+from mui_callback.scoring.rows import CHUNK, NOTHING
+
+
+class Chunks(Protocol):
+    """Rows of contributions that can be had in chunks; see `Contributions`."""
+
+    @property
+    def n_rows(self) -> int:
+        """S."""
+
+    @property
+    def n_chunks(self) -> int:
+        """C."""
+
+    def of_chunks(self, row_M: Tensor, chunk_M: Tensor) -> Tensor:
+        """The contributions of some chunks, float32 ``[M, c]``."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,8 @@ def ordered_topk(score_BM: Tensor, k: int) -> Tensor:
     the float in an order-preserving form above, the complement of the index below.
     """
     n_scores = score_BM.shape[1]
+    if kernels.can_order(score_BM):
+        return 0xFFFFFFFF - (kernels.order_keys(score_BM).topk(min(k, n_scores), dim=1).values & 0xFFFFFFFF)
     bits = (score_BM.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
     index = torch.arange(n_scores, device=score_BM.device)
@@ -55,7 +74,7 @@ def ordered_topk(score_BM: Tensor, k: int) -> Tensor:
 
 
 def top_entries(
-    rows: Contributions,
+    rows: Chunks,
     highest_SC: Tensor,
     sample_S: Tensor,
     slot_S: Tensor,

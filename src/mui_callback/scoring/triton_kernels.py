@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _products(a: Any, p: Any, weight: Any) -> Any:
+def _products(a: tl.tensor, p: tl.tensor, weight: tl.tensor) -> tl.tensor:
     return a.to(tl.float32) * p.to(tl.float32) * weight
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def summarize(
-    act: Any,
-    projected: Any,
-    weight: Any,
-    is_row: Any,
-    mass: Any,
-    highest: Any,
-    n_bad: Any,
-    width: Any,
-    n_chunks: Any,
-    act_stride: Any,
-    projected_stride: Any,
+    act: tl.tensor,
+    projected: tl.tensor,
+    weight: tl.tensor,
+    is_row: tl.tensor,
+    mass: tl.tensor,
+    highest: tl.tensor,
+    n_bad: tl.tensor,
+    width: tl.tensor,
+    n_chunks: tl.tensor,
+    act_stride: tl.tensor,
+    projected_stride: tl.tensor,
     HAS_WEIGHT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -37,15 +35,15 @@ def summarize(
     factor = 1.0
     if HAS_WEIGHT:
         factor = tl.load(weight + row)
-    counts = True
+    n_counted = width
     if HAS_ROWS:
-        counts = tl.load(is_row + row)
+        n_counted = tl.where(tl.load(is_row + row) != 0, width, 0)
     total = 0.0
-    bad: Any = 0
+    bad = 0
     for first in range(0, n_chunks, BLOCK):
         chunks = first + tl.arange(0, BLOCK)
         columns = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        is_there = (columns < width) & counts
+        is_there = columns < n_counted
         a = tl.load(act + row * act_stride + columns, mask=is_there, other=0.0)
         p = tl.load(projected + row * projected_stride + columns, mask=is_there, other=0.0)
         f = _products(a, p, factor)
@@ -57,21 +55,21 @@ def summarize(
         tl.store(highest + row * n_chunks + chunks, best, mask=chunks < n_chunks)
     tl.store(mass + row, total)
     if bad > 0:
-        tl.atomic_add(n_bad, bad.to(tl.int64))
+        tl.atomic_add(n_bad, bad)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def of_chunks(
-    act: Any,
-    projected: Any,
-    weight: Any,
-    is_row: Any,
-    rows: Any,
-    chunks: Any,
-    score: Any,
-    width: Any,
-    act_stride: Any,
-    projected_stride: Any,
+    act: tl.tensor,
+    projected: tl.tensor,
+    weight: tl.tensor,
+    is_row: tl.tensor,
+    rows: tl.tensor,
+    chunks: tl.tensor,
+    score: tl.tensor,
+    width: tl.tensor,
+    act_stride: tl.tensor,
+    projected_stride: tl.tensor,
     HAS_WEIGHT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -84,9 +82,10 @@ def of_chunks(
     factor = 1.0
     if HAS_WEIGHT:
         factor = tl.load(weight + row)
-    is_there = columns < width
+    n_counted = width
     if HAS_ROWS:
-        is_there = is_there & tl.load(is_row + row)
+        n_counted = tl.where(tl.load(is_row + row) != 0, width, 0)
+    is_there = columns < n_counted
     a = tl.load(act + row * act_stride + columns, mask=is_there, other=0.0)
     p = tl.load(projected + row * projected_stride + columns, mask=is_there, other=0.0)
     f = _products(a, p, factor)
@@ -94,7 +93,21 @@ def of_chunks(
     tl.store(score + number * CHUNK + offsets, tl.where(is_entry, f, float("-inf")))
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def order_keys(
+    score: tl.tensor, key: tl.tensor, n_scores: tl.tensor, n_columns: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """The bits of each score in an order-preserving form above, the complement of its column below."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_there = place < n_scores
+    bits = (tl.load(score + place, mask=is_there, other=0.0) + 0.0).to(tl.int32, bitcast=True)
+    ascending = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    column = (place % n_columns).to(tl.int64)
+    tl.store(key + place, (ascending << 32) | (0xFFFFFFFF - column), mask=is_there)
+
+
 def try_out(one: Tensor) -> None:
-    """Run both on one neuron; raises whatever does not work."""
-    summarize[(1,)](one, one, None, None, one.clone(), one.clone(), one.long(), 1, 1, 1, 1, False, False, 64, 1)
+    """Run each on one neuron; raises whatever does not work."""
+    order_keys[(1,)](one, one.long(), 1, 1, 1024)
+    summarize[(1,)](one, one, None, None, one.clone(), one.clone(), one.int(), 1, 1, 1, 1, False, False, 64, 1)
     of_chunks[(1,)](one, one, None, None, one.long() * 0, one.long() * 0, one.new_zeros(64), 1, 1, 1, False, False, 64)

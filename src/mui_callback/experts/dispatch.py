@@ -1,0 +1,149 @@
+"""Where the tokens of DeepSpeed's expert parallelism go, told by their routers.
+
+The transposed tail tells for any backend which token came to which row (see `experts.tail`), at the price of sending as
+much as the tail itself. Where a router is known, its choices can be sent along instead: a number and a weight for each
+pair of a token and an expert. What that gives is believed only if it is what the transposed tail gave in the first
+batch of a pass.
+
+Shapes: T positions of this process, K experts of a position, L experts of each process, P processes, C places of an
+expert for each process, N pairs that came to this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mui_callback.parallel.peers import Peers
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Pairs of a token and an expert, those of the first local expert first, each in the order of its rows."""
+
+    first_L: Tensor
+    """Where the pairs of each expert begin, int64 ``[L]``."""
+    n_L: Tensor
+    """How many it has, int64 ``[L]``."""
+    token_N: Tensor
+    """Number of the scored token, int64 ``[N]``; -1 where there is none."""
+    weight_N: Tensor
+    """Routing weight, float32 ``[N]``."""
+
+    def at(self, expert_S: Tensor, rank_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and weight of the n-th row of an expert, ``[S]`` each; -1 and 0 where it has none."""
+        place_S = (self.first_L[expert_S] + rank_S).clamp(max=max(len(self.token_N) - 1, 0))
+        is_there_S = rank_S < self.n_L[expert_S]
+        if not len(self.token_N):
+            return torch.full_like(expert_S, -1), torch.zeros_like(expert_S, dtype=torch.float32)
+        return self.token_N[place_S].where(is_there_S, -1), self.weight_N[place_S].where(is_there_S, 0)
+
+
+class Dispatch(Protocol):
+    """Follows the tokens of one layer."""
+
+    def watched(self) -> Any:
+        """A context in which the choices of the router are noted."""
+
+    def clear(self) -> None:
+        """Forget the last forward pass."""
+
+    @property
+    def has_run(self) -> bool:
+        """Whether there are choices that can be followed; the same in all processes."""
+
+    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int, n_rows: int) -> Arrivals:
+        """What came to the experts of this process. All processes make this call.
+
+        Args:
+            number_T: number of the scored token of each position of this process, -1 where there is none.
+            peers: the processes that the experts are spread over.
+            n_local: L.
+            n_rows: rows of the first expert.
+        """
+
+
+class _Watched:
+    def __init__(self, router: nn.Module) -> None:
+        self.router = router
+        self.choices: Any = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """See `Dispatch`."""
+        with self.router.register_forward_hook(self._note):
+            yield
+
+    def clear(self) -> None:
+        """See `Dispatch`."""
+        self.choices = None
+
+    def _note(self, router: nn.Module, args: Any, out: Any) -> None:
+        self.choices = out
+
+
+class SlotDispatch(_Watched):
+    """DeepSpeed's MoE: each expert has C places for the tokens of each process, which may be empty."""
+
+    @property
+    def has_run(self) -> bool:
+        """See `Dispatch`."""
+        return isinstance(self.choices, tuple) and len(self.choices) == 7
+
+    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int, n_rows: int) -> Arrivals:
+        """See `Dispatch`."""
+        expert_KT, place_KT, weight_KT = self.choices[3:6]
+        n_places = n_rows // peers.n
+        n_slots = peers.n * n_local * n_places
+        slot_KT = (expert_KT * n_places + place_KT).where(expert_KT >= 0, n_slots)
+        sent_S2 = torch.zeros(n_slots + 1, 2, dtype=torch.float64, device=number_T.device)
+        sent_S2[:, 0] = -1
+        pair_KT2 = torch.stack([number_T.expand_as(weight_KT).double(), weight_KT.detach().double()], dim=-1)
+        sent_S2[slot_KT.flatten()] = pair_KT2.flatten(0, 1)
+        n_each = [n_local * n_places] * peers.n
+        came_PLC2 = peers.exchange(sent_S2[:n_slots], n_each, n_each).view(peers.n, n_local, n_places, 2)
+        token_N, weight_N = came_PLC2.transpose(0, 1).reshape(-1, 2).unbind(1)
+        experts = torch.arange(n_local, device=number_T.device)
+        return Arrivals(experts * n_rows, torch.full_like(experts, n_rows), token_N.long(), weight_N.float())
+
+
+class SortedDispatch(_Watched):
+    """DeepSpeed's AutoEP: pairs are sorted by expert, sent, and sorted again by expert and sender."""
+
+    @property
+    def has_run(self) -> bool:
+        """See `Dispatch`."""
+        return isinstance(self.choices, tuple) and len(self.choices) >= 3
+
+    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int, n_rows: int) -> Arrivals:
+        """See `Dispatch`. The host waits for the number of pairs."""
+        weight_TK, expert_TK = self.choices[0], self.choices[1]
+        order_X = expert_TK.flatten().argsort(stable=True)
+        sent_X2 = torch.stack(
+            [number_T[order_X // expert_TK.shape[1]].double(), weight_TK.detach().flatten()[order_X].double()], dim=1
+        )
+        counts = torch.zeros(peers.n * n_local, dtype=torch.int64, device=number_T.device)
+        counts.index_add_(0, expert_TK.flatten().long(), torch.ones_like(order_X))
+        came_PL = peers.exchange(counts, [n_local] * peers.n, [n_local] * peers.n).view(peers.n, n_local)
+        sizes = torch.cat([counts.view(peers.n, n_local).sum(1), came_PL.sum(1)]).tolist()
+        came_N2 = peers.exchange(sent_X2, sizes[: peers.n], sizes[peers.n :])
+        expert_N = torch.arange(n_local, device=number_T.device).repeat(peers.n)
+        expert_N = expert_N.repeat_interleave(came_PL.flatten(), output_size=len(came_N2))
+        token_N, weight_N = came_N2[expert_N.argsort(stable=True)].unbind(1)
+        n_L = came_PL.sum(0)
+        return Arrivals(n_L.cumsum(0) - n_L, n_L, token_N.long(), weight_N.float())
+
+
+def find_dispatch(block: nn.Module) -> Dispatch | None:
+    """That of a block that spreads its experts, if its router is one that is known."""
+    gate, router = getattr(block, "gate", None), getattr(block, "router", None)
+    if isinstance(gate, nn.Module) and hasattr(gate, "drop_tokens") and hasattr(gate, "wg"):
+        return SlotDispatch(gate)
+    if isinstance(router, nn.Module) and hasattr(block, "score_apply"):
+        return SortedDispatch(router)
+    return None
