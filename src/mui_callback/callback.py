@@ -51,7 +51,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             without eval data, or with a warning where they cannot be probed, the built-in set through the trainer's
             tokenizer.
         every: optimizer steps between probes; ``"auto"`` for as many as `budget` allows; None for no regular ones.
-        budget: with ``every="auto"``, time spent in probes as share of the time spent in training.
+        budget: with ``every="auto"``, time spent in probes, and in all that comes with them, as share of the time spent
+            in training.
         at: steps to probe besides.
         warmup: also probe after 1, 2, 4, 8, … steps, up to `every` (up to 256 without a fixed interval).
         at_start: also probe before the first step.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
+from mui_callback.benchmarks.base import Benchmark
 from mui_callback.benchmarks.given import Benchmarks, as_benchmarks, check_benchmarks
 from mui_callback.benchmarks.names import benchmark_scalars
 from mui_callback.errors import DesynchronizedError, InterruptedPassError
@@ -23,6 +24,7 @@ from mui_callback.parallel.processes import Processes
 from mui_callback.probe.ablation import AblationReport, What, ablate
 from mui_callback.probe.run import MUIProbe
 from mui_callback.report import MUIReport
+from mui_callback.settings import ProbeSettings
 
 Ablate = What | bool
 
@@ -64,6 +66,20 @@ class Asked:
         """Of the phases."""
         return PhaseRule(self.phase_window, self.phase_level)
 
+    def load(self, settings: ProbeSettings, tokenizer: Any) -> tuple[Benchmark, ...]:
+        """The benchmarks.
+
+        Args:
+            settings: of the probe.
+            tokenizer: for samples that are text.
+
+        Raises:
+            Exception: see `as_benchmarks`.
+        """
+        return as_benchmarks(
+            self.benchmarks, tokenizer, max_length=settings.max_length, batch_tokens=settings.batch_tokens
+        )
+
     @property
     def what(self) -> What | None:
         """What is ablated."""
@@ -99,22 +115,19 @@ class Besides:
 
     Args:
         asked: what is asked for.
+        benchmarks: those among it, loaded.
         probe: the model and the samples.
-        tokenizer: for benchmarks.
         schedule: of the probe.
         stopwatch: that of the run.
         processes: those of the run.
         trajectories: the points before, which those that are found are added to.
-
-    Raises:
-        Exception: whatever `as_benchmarks` raises, and a `ProbeError` in every other process.
     """
 
     def __init__(
         self,
         asked: Asked,
+        benchmarks: Sequence[Benchmark],
         probe: MUIProbe,
-        tokenizer: Any,
         *,
         schedule: Schedule,
         stopwatch: Stopwatch,
@@ -122,16 +135,7 @@ class Besides:
         trajectories: Trajectories,
     ) -> None:
         self._probe = probe
-        self._processes = processes
         self._stopwatch = stopwatch
-        benchmarks = processes.together(
-            lambda: as_benchmarks(
-                asked.benchmarks,
-                tokenizer,
-                max_length=probe.settings.max_length,
-                batch_tokens=probe.settings.batch_tokens,
-            )
-        )
         self._benchmarks = BenchmarkRuns(benchmarks, asked.benchmarks_every, schedule, stopwatch.step, processes)
         self._phases = Phases(asked.rule, asked.performance, trajectories, is_main=processes.is_main)
         self._what: What | None = asked.what

@@ -88,6 +88,7 @@ class RunMonitor:
         self._processes = Processes()
         self._probe = self._processes.together(make_probe)
         self._probe.agree(self._processes)
+        benchmarks = self._processes.together(lambda: asked.load(self._probe.settings, tokenizer))
         run = RunDescription(
             self._probe.probe_set.task_names,
             self._probe.probe_set.fingerprint,
@@ -103,8 +104,8 @@ class RunMonitor:
         stopwatch = Stopwatch(start_step, self._history.spent)
         self._besides = Besides(
             asked,
+            benchmarks,
             self._probe,
-            tokenizer,
             schedule=schedule,
             stopwatch=stopwatch,
             processes=self._processes,

@@ -34,7 +34,7 @@ class Schedule:
     """Optimizer steps between probes; ``"auto"`` for as many as `budget` allows; None for no regular probes."""
     budget: float = 0.01
     """With ``every="auto"``: time spent in probes, as share of the time spent in training. Probes that are asked for
-    in other ways are made anyway, and paid from it."""
+    in other ways, and benchmarks, are made anyway and paid from it."""
     at: Iterable[int] = ()
     """Steps to probe besides."""
     warmup: bool = False
