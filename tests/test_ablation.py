@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -333,7 +334,7 @@ def test_nothing_is_left_afterwards(report: MUIReport, fails: bool) -> None:
 def test_intervals_resample_samples_under_all_masks_alike() -> None:
     rng, n = np.random.default_rng(0), 9
     tokens = rng.integers(1, 6, n)
-    loss, key, random = rng.gamma(2, 5, n), rng.gamma(2, 8, n), rng.gamma(2, 6, (3, n))
+    loss, key, random = rng.gamma(2, 5, n), rng.gamma(2, 8, n), rng.gamma(2, 6, (1, n))
     found = loss_changes(loss, key, random, tokens, level=0.9, seed=4)
     assert found is not None
     replicates = {"key": [], "random": [], "difference": []}
@@ -341,9 +342,7 @@ def test_intervals_resample_samples_under_all_masks_alike() -> None:
         for weight in weights:
             whole = sum(w * t for w, t in zip(weight, tokens, strict=True))
             of_key = sum(w * (k - b) for w, k, b in zip(weight, key, loss, strict=True)) / whole
-            of_random = np.mean(
-                [sum(w * (r - b) for w, r, b in zip(weight, draw, loss, strict=True)) / whole for draw in random]
-            )
+            of_random = sum(w * (r - b) for w, r, b in zip(weight, random[0], loss, strict=True)) / whole
             for name, value in (("key", of_key), ("random", of_random), ("difference", of_key - of_random)):
                 replicates[name].append(value)
     for name, values in replicates.items():
@@ -354,6 +353,42 @@ def test_intervals_resample_samples_under_all_masks_alike() -> None:
         assert 0.015 < share_below < 0.05  # the tails of 5 % are made longer for so few samples
         assert 0.015 < share_above < 0.05
     assert found.loss == pytest.approx(loss.sum() / tokens.sum())
+
+
+def test_what_the_draws_differ_by_is_in_the_intervals() -> None:
+    rng, n = np.random.default_rng(0), 9
+    tokens, loss, key = rng.integers(1, 6, n), rng.gamma(2, 5, n), rng.gamma(2, 8, n)
+    random = loss + tokens * np.array([[1.0], [1.2], [1.7]]) + rng.normal(size=n)
+    found = loss_changes(loss, key, random, tokens, level=0.9, seed=4)
+    of_mean = loss_changes(loss, key, random.mean(axis=0, keepdims=True), tokens, level=0.9, seed=4)
+    assert found is not None
+    assert of_mean is not None
+    assert found.key == of_mean.key
+    draws = [sum(draw - loss) / sum(tokens) for draw in random]
+    low, high = scipy.stats.t.interval(0.9, 2, np.mean(draws), scipy.stats.sem(draws))
+    for name in ("random", "difference"):
+        change, over_samples = getattr(found, name), getattr(of_mean, name)
+        assert change.value == pytest.approx(over_samples.value)
+        below = np.hypot(change.value - over_samples.interval.low, (high - low) / 2)
+        above = np.hypot(change.value - over_samples.interval.high, (high - low) / 2)
+        assert (change.interval.low, change.interval.high) == pytest.approx(
+            (change.value - below, change.value + above)
+        )
+
+
+@pytest.mark.parametrize("draws", [3, 8])
+def test_the_interval_holds_what_all_random_ones_do_to_all_samples(draws: int) -> None:
+    """Samples differ, draws differ, and each sample takes each draw in its own way; the mean of all is 0.5."""
+    rng, n, tokens = np.random.default_rng(1), 20, np.full(20, 4)
+    held = []
+    for _ in range(200):
+        change = 0.5 + 0.1 * rng.normal(size=n) + 0.05 * rng.normal(size=(draws, 1)) + 0.1 * rng.normal(size=(draws, n))
+        loss = rng.gamma(2, 5, n)
+        found = loss_changes(loss, loss, loss + 4 * change, tokens, level=0.95, seed=0)
+        assert found is not None
+        assert found.random.interval is not None
+        held.append(found.random.interval.low < 0.5 < found.random.interval.high)
+    assert np.mean(held) > 0.93
 
 
 def test_samples_of_very_different_loss_that_change_alike_have_a_short_interval() -> None:

@@ -251,7 +251,7 @@ def test_the_outcome_is_said_in_words(width: int) -> None:
     show_ablation(console, AblationReport("neurons", 2, 0.95, 0, tasks))
     shown = console.export_text()
     assert max(map(len, shown.splitlines())) <= width
-    said = " ".join(shown.split("drawn")[1].split())
+    said = " ".join(shown.split("samples and draws.")[1].split())
     for expected in (
         "more: key neurons matter more than random ones, by 0.500 to 1.500 nats less:",
         "less: key neurons matter less than random ones, by 0.500 to 1.500 nats neither:",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mui_callback.metrics.rarefaction import t_quantile
 from mui_callback.metrics.resampling import Interval, bootstrap_intervals, ratio_of_sums
 from mui_callback.metrics.utilization import FloatArray, IntArray
 
@@ -19,7 +20,7 @@ class LossChange:
 
     value: float
     interval: Interval | None
-    """Over samples, by the paired bootstrap; None for fewer than two samples, or where all change alike."""
+    """None for fewer than two samples, or where all change alike."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class LossChanges:
     loss: float
     """With nothing masked, in nats per response token."""
     key: LossChange
-    """With the key ones masked."""
+    """With the key ones masked; its interval is over samples."""
     random: LossChange
-    """With random ones masked, mean over the draws. The interval takes the draws as they are."""
+    """With random ones masked, mean over the draws; its interval is over samples and draws, as the next."""
     difference: LossChange
     """`key` less `random`."""
     random_draws: tuple[float, ...]
@@ -47,7 +48,12 @@ def loss_changes(
     level: float,
     seed: int,
 ) -> LossChanges | None:
-    """The change of loss per token and its intervals, which resample the same samples under all masks.
+    """The change of loss per token and its intervals.
+
+    Over samples they are those of the bootstrap, with the same samples under all masks. Which random ones are drawn is
+    another source of error: the mean of the draws has Student's interval of K - 1 degrees of freedom. The two are put
+    together as those of independent parts of a sum: by the root of the sum of the squares of what each reaches to one
+    side (Zou and Donner 2008). A single draw does not tell how draws differ; the interval is then over samples alone.
 
     Args:
         loss_N: Σ loss of each sample's response tokens with nothing masked, in nats.
@@ -70,7 +76,13 @@ def loss_changes(
     n_tokens = n_tokens_N.astype(np.float64)
     estimates = {name: ratio_of_sums(amount_N, n_tokens) for name, amount_N in amounts.items()}
     intervals = bootstrap_intervals(estimates, level=level, seed=seed)
-    known = {name: LossChange(one.value, intervals[name]) for name, one in estimates.items() if one is not None}
+    draws_K = (random_loss_KN - loss_N).sum(axis=1) / max(n_tokens.sum(), 1)
+    reach = {"random": _reach(draws_K, level), "difference": _reach(draws_K, level)}
+    known = {
+        name: LossChange(one.value, _widened(one.value, intervals[name], reach.get(name, 0.0)))
+        for name, one in estimates.items()
+        if one is not None
+    }
     if len(known) < len(estimates):
         return None
     return LossChanges(
@@ -78,5 +90,19 @@ def loss_changes(
         key=known["key"],
         random=known["random"],
         difference=known["difference"],
-        random_draws=tuple(((random_loss_KN - loss_N).sum(axis=1) / n_tokens.sum()).tolist()),
+        random_draws=tuple(draws_K.tolist()),
     )
+
+
+def _reach(draws_K: FloatArray, level: float) -> float:
+    """Half of Student's interval of the mean; 0 for a single draw."""
+    k = len(draws_K)
+    return t_quantile(k - 1, level) * float(draws_K.std(ddof=1)) / k**0.5 if k > 1 else 0.0
+
+
+def _widened(value: float, interval: Interval | None, reach: float) -> Interval | None:
+    """The interval with another, independent source of error, which reaches as far to both sides."""
+    if interval is None:
+        return None
+    low, high = ((end - value) ** 2 + reach**2 for end in (interval.low, interval.high))
+    return Interval(value - low**0.5, value + high**0.5, interval.level)

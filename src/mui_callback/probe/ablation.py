@@ -81,7 +81,7 @@ def ablate(
         what: ``"neurons"``, or ``"experts"``: all neurons of the key experts.
         tasks: by name; all tasks of the probe where it is None.
         draws: random controls of each task, at least 1.
-        level: of the intervals over samples, in (0, 1).
+        level: of the intervals, in (0, 1).
         seed: of the random controls and the bootstrap.
 
     Raises:

@@ -20,11 +20,14 @@ def show_ablation(console: Console, found: AblationReport) -> None:
             shown = [Text(f"{changes.loss:.3f}"), _change(changes.key), _change(changes.random)]
         table.add_row(Text(name, style="bold"), f"{task.n_samples:,}", f"{task.n_key:,}", *shown)
     console.print(table)
-    times = "once" if found.draws == 1 else f"{found.draws} times"
+    draws = (
+        "one draw; its interval is over samples"
+        if found.draws == 1
+        else (f"the mean\nof {found.draws} draws; its interval is over samples and draws")
+    )
     console.print(
         "loss: nats per response token. without: how much it is higher with these masked,\n"
-        f"and the {100 * found.level:g} % interval over samples. random: as many of the same layers and\n"
-        f"kinds, drawn {times}, mean.",
+        f"and the {100 * found.level:g} % interval. random: as many of the same layers and kinds, {draws}.",
         style="dim",
         highlight=False,
     )
