@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=128, help="samples in which every token is scored")
     parser.add_argument("--min-length", type=int, default=256)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--top-fraction", type=float, default=0.001)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)

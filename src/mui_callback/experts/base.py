@@ -78,8 +78,12 @@ class Recorder(Protocol):
     def check_complete(self, tokens: ScoredTokens) -> None:
         """Raises `ProbeError` if the experts did not run, or not on the positions of the batch."""
 
-    def follow(self, tokens: ScoredTokens) -> bool:
-        """Find out which token each row belongs to without asking the tail, if that was learned to be possible."""
+    @property
+    def can_follow(self) -> bool:
+        """Whether it was learned to be possible to know the token of each row without asking the tail."""
+
+    def follow(self, tokens: ScoredTokens) -> None:
+        """Find out which token each row belongs to, without asking the tail."""
 
     def learn(self, tokens: ScoredTokens) -> None:
         """From what the tail was asked, learn how to do without; make sure of what is taken for granted."""
@@ -92,8 +96,8 @@ class Recorder(Protocol):
             readout_RD: unembedding row of the target of each token that meets in the layer.
         """
 
-    def add_output(self, output_R: Tensor, tokens: ScoredTokens) -> None:
+    def add_output(self, output_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """Add ⟨output of the experts, readout⟩ of each token to float32 ``[R]``."""
 
-    def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens) -> None:
+    def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """Add what no neuron made of that: output biases, experts that pass their input on."""

@@ -139,12 +139,19 @@ class CalledRecorder:
         n_positions = tokens.n_rows * tokens.length
         return all(call.cut.n_rows == n_positions * call.product.n_experts for call in [*self.calls, *self.passed])
 
-    def follow(self, tokens: ScoredTokens) -> bool:
+    @property
+    def can_follow(self) -> bool:
+        """See `Recorder`."""
+        return self.knows_order or self.trusts_dispatch
+
+    def follow(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
         if self.trusts_dispatch:
             for call, (token_S, weight_S) in zip(self.calls, self._arrivals(tokens), strict=True):
                 call.cut.token_S, call.cut.weight_S = token_S, weight_S
-        return self.knows_order or self.trusts_dispatch
+        else:
+            for call in (*self.calls, *self.passed):
+                call.cut.token_S = tokens.numbers().repeat(call.product.n_experts)
 
     def learn(self, tokens: ScoredTokens) -> None:
         """See `Recorder`: shared experts see the positions as they are; a dispatch is believed if it says the same."""
@@ -291,21 +298,21 @@ class CalledRecorder:
             rows_per_token=found.rows_per_token * n,
         )
 
-    def add_output(self, output_R: Tensor, tokens: ScoredTokens) -> None:
+    def add_output(self, output_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """See `Recorder`."""
         for call in (*self.calls, *self.passed):
             assert call.cut.token_S is not None
-            add_inner(output_R, call.cut.token_S, call.cut.value_SD, call.cut.readout_SD)
+            add_inner(output_R, call.cut.token_S, call.cut.value_SD, call.cut.all_readouts(readout_RD))
 
-    def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens) -> None:
+    def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """See `Recorder`."""
         for call in self.calls:
             assert call.cut.token_S is not None
             if call.product.bias is not None:
-                add_inner(unmade_R, call.cut.token_S, call.product.bias, call.cut.readout_SD)
+                add_inner(unmade_R, call.cut.token_S, call.product.bias, call.cut.all_readouts(readout_RD))
         for call in self.passed:
             assert call.cut.token_S is not None
-            add_inner(unmade_R, call.cut.token_S, call.cut.value_SD, call.cut.readout_SD)
+            add_inner(unmade_R, call.cut.token_S, call.cut.value_SD, call.cut.all_readouts(readout_RD))
 
 
 def _pause(module: nn.Module, args: Any) -> None:

@@ -94,13 +94,20 @@ class StackedRecorder:
         """In one process, the rows of the output are the positions."""
         return self.experts.spread.peers.is_alone
 
-    def follow(self, tokens: ScoredTokens) -> bool:
+    @property
+    def can_follow(self) -> bool:
         """See `Recorder`."""
         return self.knows_order
 
+    def follow(self, tokens: ScoredTokens) -> None:
+        """See `Recorder`."""
+        assert self.cut is not None
+        self.cut.token_S = tokens.numbers()
+
     def learn(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
-        if self.knows_order and self.cut is not None and not self.cut.is_in_order(tokens):
+        assert self.cut is not None
+        if self.knows_order and len(tokens.position_R) and not self.cut.is_in_order(tokens):
             raise ProbeError(
                 f"{self.tail.where}: expected its experts to see the positions of the batch in their order, as "
                 "[batch, positions, width], got them in another."
@@ -144,20 +151,19 @@ class StackedRecorder:
             rows_per_token=top_k,
         )
 
-    def add_output(self, output_R: Tensor, tokens: ScoredTokens) -> None:
+    def add_output(self, output_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """See `Recorder`."""
         assert self.cut is not None
-        token_T = tokens.numbers() if self.knows_order else self.cut.token_S
-        assert token_T is not None
-        add_inner(output_R, token_T, self.cut.value_SD, self.cut.readout_SD)
+        assert self.cut.token_S is not None
+        add_inner(output_R, self.cut.token_S, self.cut.value_SD, self.cut.all_readouts(readout_RD))
 
-    def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens) -> None:
+    def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """See `Recorder`: output biases."""
         rows, place_P, token_P = self._read(tokens)
         if rows.down_bias is None:
             return
         assert self.cut is not None
-        readout_PD = self.cut.readout_SD[place_P]
+        readout_PD = self.cut.all_readouts(readout_RD)[place_P]
         expert_PK = rows.expert_TK[place_P].clamp(max=self.experts.n_local - 1)
         weight_PK = rows.weight_TK[place_P].float()
         for expert_P, weight_P in zip(expert_PK.unbind(1), weight_PK.unbind(1), strict=True):

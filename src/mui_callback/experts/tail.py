@@ -64,7 +64,7 @@ class Cut:
         """Whether the rows, once they are located, are the positions of the batch in order, once or several times."""
         assert self.token_S is not None
         number_T = tokens.numbers()
-        if len(self.token_S) % len(number_T):
+        if len(self.token_S) % len(number_T) or not len(tokens.position_R):
             return False
         expected_S = number_T.repeat(len(self.token_S) // len(number_T))
         # a row that is weighted with zero says nothing
@@ -80,6 +80,14 @@ class Cut:
         if self.weight_S is not None and self.token_S is not None:
             return readout_RD[self.token_S[place_P]], self.weight_S[place_P]
         return self.readout_SD[place_P], None
+
+    def all_readouts(self, readout_RD: Tensor) -> Tensor:
+        """The same for all rows, weighted; anything for rows that go to no scored token."""
+        if self.weight_S is None or self.token_S is None:
+            return self.readout_SD
+        if not len(readout_RD):
+            return self.value_SD
+        return readout_RD[self.token_S.clamp(min=0)] * self.weight_S[:, None]
 
 
 class Tail:
@@ -97,15 +105,15 @@ class Tail:
         self.where = where
         self.peers = peers
         self.moves_rows = False
-        """Whether a codeword that is sent through arrives as one; known from the last check."""
+        """Whether a codeword that is sent through arrives as one, as far as was learned."""
         self.is_weighting = False
-        """Whether rows are moved and weighted, all channels alike, and nothing else; known from the last check."""
+        """Whether rows are moved and weighted, all channels alike, and nothing else, as far as was learned."""
         self.clear()
 
     def clear(self) -> None:
         """Forget the last forward pass."""
         self.is_mixed: Tensor | None = None
-        """Whether a row came that is of no one token, though there were none in the last check."""
+        """Whether a row came that is of no one token."""
         self.complaint: str | None = None
         """What is wrong with where its rows come from; to be raised when no process waits for another."""
         self.cuts: list[Cut] = []
@@ -155,24 +163,22 @@ class Tail:
         """Whether the tensor holds the outputs of all cuts so far."""
         return bool(self.cuts) and _leaves_behind(x) >= {id(cut.value) for cut in self.cuts}
 
-    def transpose(self, out: Tensor, readout_TD: Tensor, *, check: bool = False) -> None:
-        """Set the readout of every cut and constant; without `check`, of those cuts alone whose weight is not known.
+    def transpose(self, out: Tensor, readout_TD: Tensor, *, learn: bool = False) -> None:
+        """Set the readout of every constant, and of those cuts whose weight is not known.
 
         Args:
             out: output of the layer, ``[…, D]`` of T positions.
             readout_TD: unembedding row of the token that each position predicts, zero where none is scored.
-            check: whether to make sure that the tail is linear.
+            learn: whether to set the readout of every cut, and make sure that the tail is linear.
 
         Raises:
             ProbeError: the outputs of the experts did not reach the output of the layer in a way that was recorded,
                 or the tail is not linear.
         """
-        if check:
-            cuts = [*self.cuts, *(cut for cut, _ in self.constants)]
-        else:
-            cuts = [cut for cut in self.cuts if cut.weight_S is None]
-        readouts = self._seen_from(out, cuts, readout_TD, create_graph=check)
-        if check:
+        cuts = [cut for cut in self.cuts if learn or cut.weight_S is None]
+        cuts += [cut for cut, _ in self.constants]
+        readouts = self._seen_from(out, cuts, readout_TD, create_graph=learn)
+        if learn:
             leaves = {id(cut.value) for cut in self.cuts}
             if any(_leaves_behind(readout) & leaves for readout in readouts):
                 raise ProbeError(
@@ -182,7 +188,7 @@ class Tail:
         for cut, readout in zip(cuts, readouts, strict=True):
             cut.readout = readout.detach()
 
-    def locate(self, out: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
+    def locate(self, out: Tensor, tokens: ScoredTokens, *, learn: bool) -> None:
         """Set the token of each row of each cut and, where the tail moves and weights rows and does nothing else, its
         weight. To be called before `transpose`.
 
@@ -193,15 +199,13 @@ class Tail:
         Args:
             out: output of the layer, ``[…, D]`` of T positions.
             tokens: the scored tokens of those.
-            check: whether to find out anew, in all channels, what the tail does.
+            learn: whether to find out, in all channels, what the tail does.
         """
         cuts = self.cuts
         n_bits = tokens.n_bits
         seen = self._sent_codewords(out, cuts, tokens)
-        if check:
-            has_room = all(n_bits < code_SD.shape[1] for code_SD in seen)
-            self.moves_rows = has_room and all(_are_alike(code_SD, _SLACK) for code_SD in seen)
-            self.is_weighting = self.moves_rows and all(_are_alike(code_SD, 0) for code_SD in seen)
+        if learn:
+            self._learn(seen, n_bits)
         if not self.moves_rows and self.peers.is_alone:
             for cut, token_S in zip(cuts, self._tokens_by_digits(out, cuts, tokens), strict=True):
                 cut.token_S = token_S
@@ -215,6 +219,17 @@ class Tail:
         if self.is_weighting:
             for cut, weight_S in zip(cuts, torch.split(code_SD[:, 0].float(), sizes), strict=True):
                 cut.weight_S = weight_S
+
+    def _learn(self, seen: Sequence[Tensor], n_bits: int) -> None:
+        """What the tail does to codewords; the same for all processes that it reaches over."""
+        has_room = all(n_bits < code_SD.shape[1] for code_SD in seen)
+        moves_rows = has_room and all(_are_alike(code_SD, _SLACK) for code_SD in seen)
+        is_weighting = moves_rows and all(_are_alike(code_SD, 0) for code_SD in seen)
+        has_words = any(bool(code_SD.any()) for code_SD in seen)  # from nothing, nothing can be learned
+        flags = torch.tensor([not moves_rows, not is_weighting, has_words], device=seen[0].device).double()
+        self.peers.highest(flags)
+        does_not_move, does_not_weight, was_seen = flags.bool().tolist()
+        self.moves_rows, self.is_weighting = not does_not_move, was_seen and not does_not_weight
 
     def raise_if_mixed(self, *, is_mixed: bool) -> None:
         """To be called when no process waits for another.

@@ -42,7 +42,8 @@ class Reading:
 
     def __init__(self, layers: tuple[ExpertLayer, ...], *, counts: bool = True) -> None:
         self.layers = layers
-        self.counts = counts
+        self.readers = tuple(LayerReader(layer, counts=counts) for layer in layers)
+        """What they learn in one pass serves those after it."""
         self.error: Exception | None = None
         """The first thing that went wrong."""
         self._batch: _Batch | None = None
@@ -56,6 +57,7 @@ class Reading:
         consume: LayerConsumer,
         *,
         check: bool = False,
+        learn: bool = False,
     ) -> Iterator[None]:
         """Every layer is read once inside, and handed to `consume`; if not, `error` says why.
 
@@ -64,13 +66,15 @@ class Reading:
             readout_RD: unembedding rows of their targets.
             met_readout: unembedding rows of the targets of all tokens that meet in a layer, by layer.
             consume: takes what was read of each layer.
-            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``, and make sure that
-                what follows the experts of each layer is linear.
+            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``.
+            learn: see `LayerReader.scores`.
         """
         own = tokens(0)
         readout_TD = readout_RD.new_zeros(own.n_rows * own.length, readout_RD.shape[1])
         readout_TD[own.position_R] = readout_RD
-        batch = self._batch = _Batch(tokens, readout_TD, met_readout, consume, check, set(range(len(self.layers))))
+        batch = self._batch = _Batch(
+            tokens, readout_TD, met_readout, consume, check, learn, set(range(len(self.layers)))
+        )
         try:
             yield
         finally:
@@ -105,7 +109,10 @@ class Reading:
         batch.not_read.remove(index)
         tokens = batch.tokens(index)
         scores = reader.scores(
-            out, batch.readout_TD, tokens, batch.met_readout(index), is_output=is_output, check=batch.check
+            *(out, batch.readout_TD, tokens, batch.met_readout(index)),
+            is_output=is_output,
+            check=batch.check,
+            learn=batch.learn,
         )
         batch.consume(index, scores)
 
@@ -118,6 +125,7 @@ class _Batch:
     met_readout: Callable[[int], Tensor]
     consume: LayerConsumer
     check: bool
+    learn: bool
     not_read: set[int]
     """Positions of the layers that have not run yet."""
 
@@ -138,7 +146,7 @@ class _LayerCapture:
         self.index = index
         self.layer = layer
         self.reading = reading
-        self.reader = LayerReader(layer, counts=reading.counts)
+        self.reader = reading.readers[index]
         self.whole = KeptWhole([module for module in layer.scope.modules() if module is not layer.scope])
         self.is_open = False
         self.recording = ExitStack()

@@ -38,6 +38,8 @@ class Passed:
     """What a process counted."""
 
     counts: DeviceCounts
+    reading: Reading
+    """What it learned about the layers."""
     is_coarse: bool
     """Whether the forward pass was in 16 bits."""
 
@@ -53,6 +55,8 @@ class ProbePass:
         encoded: the samples.
         shards: which of them are whose.
         settings: how it is made.
+        reading: reads the layers.
+        learns: whether nothing was read before that went well in all processes.
     """
 
     model: nn.Module
@@ -61,6 +65,8 @@ class ProbePass:
     encoded: EncodedProbeSet
     shards: Shards
     settings: ProbeSettings
+    reading: Reading
+    learns: bool = True
 
     def run(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
         """What this process counts.
@@ -85,14 +91,14 @@ class ProbePass:
                 rules=self.settings.parsed_rules,
                 device=common_device(self.model),
             )
-            running = _Running(self, head, counts, Reading(self.layers, counts=self.shards.counts), capacities)
+            running = _Running(self, head, counts, capacities)
             with nobody_left_waiting(self.shards):
                 running.samples(rounds)
                 running.choices(choice_rounds)
-            if running.reading.error is not None:
-                raise running.reading.error
+            if self.reading.error is not None:
+                raise self.reading.error
             counts.head_error.copy_(head.error)
-            return Passed(counts, head.is_coarse or _has_16_bits(self.model))
+            return Passed(counts, self.reading, head.is_coarse or _has_16_bits(self.model))
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,11 @@ class _Running:
     of: ProbePass
     head: LanguageModelHead
     counts: DeviceCounts
-    reading: Reading
     capacities: Capacities
 
     def samples(self, rounds: Rounds) -> None:
         """Read the layers in every batch; what goes wrong in that is kept."""
-        with instrument(self.reading):
+        with instrument(self.of.reading):
             for number, batches in enumerate(rounds):
                 if self._takes_part(batches):
                     self._read(batches, is_first=number == 0)
@@ -134,14 +139,18 @@ class _Running:
         batch_counts = counts.batch(tokens, now.inputs.sample_B, now.meetings)
         is_token_T = now.inputs.attention_mask.flatten().bool() & (not batches[shards.own].is_stand_in)
         with (
-            self.reading.batch(now.tokens, now.readout_RD, now.readout, batch_counts.add_layer, check=is_first),
+            self.of.reading.batch(
+                *(now.tokens, now.readout_RD, now.readout, batch_counts.add_layer),
+                check=is_first,
+                learn=is_first and self.of.learns,
+            ),
             self.capacities.counted(is_token_T, counts.add_dropped),
         ):
             logits_RV = self.head.logits(now.inputs, now.readout_RD if is_first else None)
         batch_counts.finish()
         if shards.counts:
             _, error = attempt(lambda: batch_counts.add_predictions(*token_losses(logits_RV, tokens.target_R)))
-            self.reading.note(error)
+            self.of.reading.note(error)
 
 
 @contextmanager

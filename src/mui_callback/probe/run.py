@@ -23,6 +23,7 @@ from mui_callback.parallel.shards import Shards
 from mui_callback.parallel.weights import common_device, is_spread
 from mui_callback.probe.ablation import AblationReport, What, ablate
 from mui_callback.probe.batches import make_rounds
+from mui_callback.probe.capture import Reading
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead
@@ -89,6 +90,7 @@ class MUIProbe:
             vocab_size = LanguageModelHead(self.model).shape[0]
         self.layout = layout_of(self.layers)
         self._processes: Processes | None = None
+        self._learned: Reading | None = None
         self._device = common_device(self.model)
         self.settings = replace(settings, max_length=max_length or context_length(self.model))
         self._encoded = encode(
@@ -150,6 +152,7 @@ class MUIProbe:
         failures = processes.gather_failures(error)
         if failures or passed is None:
             return Outcome(error=error, failures=failures)
+        self._learned = passed.reading
         counts = passed.counts
         counts.merge(self._shards.world)
         n_bytes = torch.tensor([self._sent - sent, float(passed.is_coarse)], dtype=torch.float64, device=self._device)
@@ -267,6 +270,7 @@ class MUIProbe:
 
     def _use(self, shards: Shards) -> None:
         self._shards = shards
+        self._learned = None
         self._make_batches(self.settings.batch_tokens)
 
     def _alone_if_models_differ(self, processes: Processes) -> None:
@@ -299,7 +303,12 @@ class MUIProbe:
 
     def _one_pass(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
         self._device = common_device(self.model)
-        one = ProbePass(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings)
+        reading, self._learned = self._learned, None  # to be learned anew if this pass fails
+        one = ProbePass(
+            *(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings),
+            reading or Reading(self.layers, counts=self._shards.counts),
+            learns=reading is None,
+        )
         return one.run(rounds, choice_rounds)
 
     def _make_batches(self, batch_tokens: int) -> None:

@@ -43,6 +43,7 @@ class LayerReader:
                 self._counted.append(recorder)
             first = First(first.expert + experts.n_experts, first.neuron + experts.n_experts * experts.width)
         self._counts = counts
+        self._can_follow = False
 
     def clear(self) -> None:
         """Forget the last forward pass."""
@@ -68,6 +69,7 @@ class LayerReader:
         *,
         is_output: bool,
         check: bool = False,
+        learn: bool = False,
     ) -> LayerScores:
         """The contributions of the neurons of the layer that are in this process, to the scored tokens that meet here.
 
@@ -80,7 +82,8 @@ class LayerReader:
             tokens: the scored tokens.
             readout_RD: unembedding row of the target of each token that meets in the layer.
             is_output: whether `out` is the output of the experts alone; if not, there is a residual in it.
-            check: also compute what the conservation identity compares, and make sure the tail is linear.
+            check: also compute what the conservation identity compares.
+            learn: find out what the tail does, whether it is linear, and how little has to be asked of it from then on.
 
         Raises:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
@@ -91,7 +94,7 @@ class LayerReader:
         if is_output and check:
             self._note_own_bias(out)
         with self._together():
-            self._trace(out, readout_TD, tokens, check=check)
+            self._trace(out, readout_TD, tokens, check=check, learn=learn)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             parts, error = attempt(lambda: tuple(recorder.scores(tokens, readout_RD) for recorder in self._counted))
             if not check:
@@ -100,7 +103,9 @@ class LayerReader:
                 return LayerScores(parts or ())
             made, output, unmade = sums = torch.zeros(3, tokens.n_numbers, dtype=torch.float64, device=out.device)
             if error is None:
-                _, error = attempt(lambda: self._add_up(parts or (), made, output, unmade, tokens, is_output=is_output))
+                _, error = attempt(
+                    lambda: self._add_up(parts or (), made, output, unmade, tokens, readout_RD, is_output=is_output)
+                )
             if is_output and self._counts:
                 add_inner(output, tokens.numbers(), out.detach().reshape(readout_TD.shape), readout_TD)
                 for cut, value in self.tail.constants:
@@ -126,15 +131,23 @@ class LayerReader:
                 f"others wait for it in vain and nothing can go on ({described(error)})."
             ) from error
 
-    def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
+    def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, check: bool, learn: bool) -> None:
         """Follow the tail back to the experts, no further than needed."""
-        if check or not all(recorder.follow(tokens) for recorder in self.recorders):
-            self.tail.locate(out, tokens, check=check)
+        if learn or not self._can_follow:
+            self.tail.locate(out, tokens, learn=learn)
+        else:
+            for recorder in self.recorders:
+                recorder.follow(tokens)
         if check:
             self.tail.locate_constants(out, tokens)
+        if learn:
             for recorder in self.recorders:
                 recorder.learn(tokens)
-        self.tail.transpose(out, readout_TD, check=check)
+            cannot = torch.tensor([not all(recorder.can_follow for recorder in self.recorders)], device=out.device)
+            cannot = cannot.double()
+            self.layer.peers.highest(cannot)  # all of them go the same way, as there are collectives on it
+            self._can_follow = not bool(cannot)
+        self.tail.transpose(out, readout_TD, learn=learn)
 
     def _add_up(
         self,
@@ -143,15 +156,16 @@ class LayerReader:
         output_R: Tensor,
         unmade_R: Tensor,
         tokens: ScoredTokens,
+        readout_RD: Tensor,
         *,
         is_output: bool,
     ) -> None:
         for part in parts:
             add_conserved(made_R, part)
         for recorder in self._counted:
-            recorder.add_unmade(unmade_R, tokens)
+            recorder.add_unmade(unmade_R, tokens, readout_RD)
             if not is_output:
-                recorder.add_output(output_R, tokens)
+                recorder.add_output(output_R, tokens, readout_RD)
 
     def _check_output(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens) -> None:
         shapes = ((tokens.n_rows, tokens.length), (1, tokens.n_rows * tokens.length), (tokens.n_rows * tokens.length,))
