@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mui_callback.experts.expert_parallelism import Spread
 from mui_callback.experts.tail import Tail
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens
+from mui_callback.settings import Activation
 
 
 class First(NamedTuple):
@@ -50,8 +51,12 @@ class Experts(Protocol):
     def width(self) -> int:
         """Neurons of each expert."""
 
-    def recorder(self, tail: Tail, first: First) -> Recorder:
-        """What reads these experts."""
+    def recorder(self, tail: Tail, first: First, activation: Activation) -> Recorder:
+        """What reads these experts.
+
+        Raises:
+            UnsupportedModelError: they have no activations of this kind that can be read.
+        """
 
     def masked(self, is_masked_EI: Tensor, note_use: Callable[[], None]) -> AbstractContextManager[None]:
         """A context in which the activations of some neurons are zero, for forward passes without gradients.
@@ -88,12 +93,13 @@ class Recorder(Protocol):
     def learn(self, tokens: ScoredTokens) -> None:
         """From what the tail was asked, learn how to do without; make sure of what is taken for granted."""
 
-    def scores(self, tokens: ScoredTokens, readout_RD: Tensor) -> ExpertScores:
+    def scores(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> ExpertScores:
         """The contributions of the neurons to the scored tokens, after the rows were located or the tail transposed.
 
         Args:
             tokens: the scored tokens.
             readout_RD: unembedding row of the target of each token that meets in the layer.
+            activation: which activations; ``"gate"`` only for a recorder that was made for it.
         """
 
     def add_output(self, output_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:

@@ -20,6 +20,7 @@ from mui_callback.experts.called_recorder import CalledRecorder
 from mui_callback.experts.down import DownProjection, StackedDown
 from mui_callback.experts.expert_parallelism import NOT_SPREAD, Spread
 from mui_callback.experts.tail import Tail
+from mui_callback.settings import Activation
 
 
 class CalledExperts:
@@ -33,6 +34,7 @@ class CalledExperts:
         width: neurons that make an expert, where a down projection holds several side by side.
         identities: modules beside the experts that pass tokens on as they are ("zero experts").
         spread: which experts of the layer these are, where each process has some.
+        activations_in: the modules that hold their activation functions, if not `modules`.
 
     Raises:
         UnsupportedModelError: the experts have different widths.
@@ -48,8 +50,10 @@ class CalledExperts:
         width: int | None = None,
         identities: Sequence[nn.Module] = (),
         spread: Spread = NOT_SPREAD,
+        activations_in: Sequence[nn.Module] | None = None,
     ) -> None:
         self.path = path
+        self.activations_in = tuple(modules if activations_in is None else activations_in)
         self.downs = tuple(downs)
         self.modules = tuple(modules)
         self.is_routed = is_routed
@@ -78,9 +82,9 @@ class CalledExperts:
         """See `Experts`."""
         return self.n_downs * (self.down_width // self.width)
 
-    def recorder(self, tail: Tail, first: First) -> CalledRecorder:
+    def recorder(self, tail: Tail, first: First, activation: Activation) -> CalledRecorder:
         """See `Experts`."""
-        return CalledRecorder(self, tail, first)
+        return CalledRecorder(self, tail, first, activation)
 
     @contextmanager
     def masked(self, is_masked_EI: Tensor, note_use: Callable[[], None]) -> Iterator[None]:

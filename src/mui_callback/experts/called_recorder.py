@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from mui_callback.errors import ProbeError
 from mui_callback.experts.base import First
 from mui_callback.experts.down import Product
+from mui_callback.experts.gates import GateReader
 from mui_callback.experts.tail import Cut, Tail, add_inner
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_in_token
 from mui_callback.scoring.rows import Contributions
+from mui_callback.settings import Activation
 
 if TYPE_CHECKING:
     from mui_callback.experts.called import CalledExperts
@@ -37,10 +39,21 @@ class _Call:
     product: Product
     cut: Cut
     first_expert: int
+    gate: Tensor | None = None
+    """Activations without the up factor, where they are read."""
 
-    @property
-    def act_SW(self) -> Tensor:
-        return self.product.act.detach().reshape(-1, self.product.act.shape[-1])
+    def activations(self, activation: Activation) -> Tensor:
+        """``[S, W]``."""
+        act = self.product.act
+        if activation == "gate":
+            if self.gate is None or self.gate.shape != act.shape:
+                raise ProbeError(
+                    "activation='gate': expected one output of the activation function of shape "
+                    f"{tuple(act.shape)} before each down projection, got "
+                    f"{'none' if self.gate is None else tuple(self.gate.shape)}"
+                )
+            act = self.gate
+        return act.detach().reshape(-1, act.shape[-1])
 
     @property
     def expert_S(self) -> Tensor:
@@ -75,8 +88,9 @@ class _Rows:
 class CalledRecorder:
     """See `Recorder`."""
 
-    def __init__(self, experts: CalledExperts, tail: Tail, first: First) -> None:
+    def __init__(self, experts: CalledExperts, tail: Tail, first: First, activation: Activation) -> None:
         self.experts = experts
+        self.gates = GateReader(experts.path, experts.activations_in) if activation == "gate" else None
         self.tail = tail
         self.first = first
         self.knows_order = False
@@ -101,6 +115,8 @@ class CalledRecorder:
                 stack.enter_context(module.register_forward_hook(self._pass))
             if self.experts.spread.dispatch is not None:
                 stack.enter_context(self.experts.spread.dispatch.watched())
+            if self.gates is not None:
+                stack.enter_context(self.gates.attached())
             first = self.experts.first_down
             for down in self.experts.downs:
                 stack.enter_context(down.read(partial(self._take, first)))
@@ -109,7 +125,8 @@ class CalledRecorder:
 
     def _take(self, first_expert: int, product: Product) -> Tensor:
         cut = self.tail.cut(product.out)
-        self.calls.append(_Call(product, cut, first_expert + product.expert))
+        gate = None if self.gates is None else self.gates.take()
+        self.calls.append(_Call(product, cut, first_expert + product.expert, gate))
         return cut.value.clone()  # models write to the outputs of their experts in place
 
     def _pass(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -193,14 +210,14 @@ class CalledRecorder:
         spread.peers.highest(is_wrong)
         return not bool(is_wrong)
 
-    def scores(self, tokens: ScoredTokens, readout_RD: Tensor) -> ExpertScores:
+    def scores(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> ExpertScores:
         """See `Recorder`."""
         first_rows = np.cumsum([0, *(call.cut.n_rows for call in self.calls)]).tolist()
         found = self._positions(tokens, first_rows) if self.knows_order else self._located(first_rows)
         activations, projected, weights = [], [], []
         for number, call in enumerate(self.calls):
             place_P = found.of_call(number, first_rows[number])
-            activations.append(call.act_SW[place_P])
+            activations.append(call.activations(activation)[place_P])
             readout_PD, weight_P = call.cut.readouts_of(place_P, readout_RD)
             projected.append(call.product.projected(readout_PD, place_P))
             weights.append(weight_P)
@@ -241,7 +258,7 @@ class CalledRecorder:
         is_row_S = token_S >= 0
         if self.experts.is_routed and any(call.product.n_experts > 1 for call in self.calls):
             # All experts ran on all tokens at once; those that were not chosen for a token had zeros as input.
-            is_row_S &= torch.cat([(call.act_SW != 0).any(-1) for call in self.calls])
+            is_row_S &= torch.cat([(call.activations("product") != 0).any(-1) for call in self.calls])
         (place_P,) = torch.nonzero(is_row_S, as_tuple=True)
         token_P, expert_P = token_S[place_P], torch.cat([call.expert_S for call in self.calls])[place_P]
         return self._ranked(place_P, token_P, expert_P, first_rows)

@@ -25,7 +25,7 @@ def find_dense_layers(modules: dict[str, nn.Module], taken: Sequence[str]) -> li
         down = _own_mlp(path, module) if is_numbered(path) else down_projection(path, module)
         if down is None:
             continue
-        experts = CalledExperts(path, [LinearDown(path, down)], [down], is_routed=False)
+        experts = CalledExperts(path, [LinearDown(path, down)], [down], is_routed=False, activations_in=[module])
         shape = LayerShape(layer=0, path=path, n_routed=1, routed_width=experts.width)
         adds_residual = "residual" in inspect.signature(type(module).forward).parameters
         layers.append((path, ExpertLayer(shape, (experts,), module, not is_numbered(path) and not adds_residual)))

@@ -50,7 +50,7 @@ class Product:
             return grouped_mm(readout_PD, self.weight, group_offsets(self.expert_S[place_P], len(self.weight)))
         readout_SD = self.out.new_zeros(self.out.numel() // self.out.shape[-1], self.out.shape[-1])
         readout_SD[place_P] = readout_PD.to(readout_SD.dtype)
-        (grad,) = torch.autograd.grad(self.out, self.act, readout_SD.view_as(self.out))
+        (grad,) = torch.autograd.grad(self.out, self.act, readout_SD.view_as(self.out), retain_graph=True)
         return grad.reshape(-1, grad.shape[-1])[place_P]
 
 

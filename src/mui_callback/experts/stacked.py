@@ -26,6 +26,7 @@ from mui_callback.experts.norms import channel_scale
 from mui_callback.experts.stacked_recorder import RoutedRows, StackedRecorder
 from mui_callback.experts.tail import Tail
 from mui_callback.parallel.weights import check_readable, whole_shape
+from mui_callback.settings import Activation
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
@@ -85,9 +86,9 @@ class StackedExperts:
         """See `Experts`."""
         return (self.module,)
 
-    def recorder(self, tail: Tail, first: First) -> StackedRecorder:
+    def recorder(self, tail: Tail, first: First, activation: Activation) -> StackedRecorder:
         """See `Experts`."""
-        return StackedRecorder(self, tail, first)
+        return StackedRecorder(self, tail, first, keep_gate=activation == "gate")
 
     @contextmanager
     def masked(self, is_masked_EI: Tensor, note_use: Callable[[], None]) -> Iterator[None]:
@@ -107,13 +108,20 @@ class StackedExperts:
         return ("gate_up_proj" if self.module.has_gate else "up_proj", "down_proj")
 
     def run(
-        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, is_masked_EI: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        is_masked_EI: Tensor | None = None,
+        *,
+        keep_gate: bool = False,
     ) -> tuple[Tensor, RoutedRows]:
         """The module's forward, with everything that a contribution is made of.
 
         Experts are numbered as in this process. An id of E stands for "no expert" (some routers skip, some experts
         are elsewhere): such a pair is computed with the last expert and weighted with zero, so that no row
-        is left unwritten. The activations of the neurons in ``is_masked_EI`` are set to zero.
+        is left unwritten. The activations of the neurons in ``is_masked_EI`` are set to zero. With `keep_gate`, the
+        rows hold what activations are made of.
 
         Returns:
             The output ``[T, D]`` in the dtype of the input, and the rows behind it.
@@ -147,10 +155,35 @@ class StackedExperts:
             row_TK=row_S.view(n_tokens, top_k),
             act_SI=act_SI,
             raw_SD=raw_SD if module.has_post_expert_norm else None,
+            up_S=up_S if keep_gate else None,
             down=module.down_proj.detach(),
             down_bias=module.down_proj_bias.detach() if module.has_bias else None,
         )
         return out_TD, rows
+
+    def gate(self, rows: RoutedRows) -> Tensor:
+        """act(x·W_g) of rows that were run with `keep_gate`, ``[S, I]``.
+
+        Raises:
+            ProbeError: activations are made in another way.
+        """
+        module = self.module
+        if not module.has_gate:
+            return rows.act_SI
+        up_S, width = rows.up_S, self.width
+        assert up_S is not None
+        gate_half_SI, factor_SI = (
+            (up_S[:, :width], up_S[:, width:])
+            if getattr(module, "is_concatenated", True)
+            else (up_S[:, ::2], up_S[:, 1::2])
+        )
+        gate_SI: Tensor | None = module.act_fn(gate_half_SI) if hasattr(module, "act_fn") else None
+        if gate_SI is None or not torch.allclose(gate_SI * factor_SI, rows.act_SI, 0.02, 1e-4, equal_nan=True):
+            raise ProbeError(
+                f"{self.path}: activation='gate' wants activations of the form act(x·W_g)·(x·W_u), but these experts "
+                f"make theirs in another way ({type(module).__name__}._apply_gate)."
+            )
+        return gate_SI
 
     def _linear(self, x_SN: Tensor, name: str, expert_S: Tensor, offsets_E: Tensor) -> Tensor:
         weight = getattr(self.module, name)

@@ -20,6 +20,7 @@ from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.tail import Cut, Tail, add_inner
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_in_token
 from mui_callback.scoring.rows import Contributions
+from mui_callback.settings import Activation
 
 if TYPE_CHECKING:
     from mui_callback.experts.stacked import StackedExperts
@@ -30,15 +31,16 @@ class RoutedRows:
     """What the experts did with each (token, expert) pair, sorted by expert.
 
     ``row_TK`` says which row the k-th expert of a token is; ``act_SI`` are the activations that feed the down
-    projection; ``raw_SD`` is the experts' output before the norm that follows it, where there is one; ``down`` and
-    ``down_bias`` are the down projection as it was in this forward (adapters make it anew each time, expert
-    parallelism puts the part of this process there).
+    projection, ``up_S`` what they are made of, where that was asked for; ``raw_SD`` is the experts' output before the
+    norm that follows it, where there is one; ``down`` and ``down_bias`` are the down projection as it was in this
+    forward (adapters make it anew each time, expert parallelism puts the part of this process there).
     """
 
     expert_TK: Tensor
     weight_TK: Tensor
     row_TK: Tensor
     act_SI: Tensor
+    up_S: Tensor | None
     raw_SD: Tensor | None
     down: Tensor
     down_bias: Tensor | None
@@ -47,8 +49,9 @@ class RoutedRows:
 class StackedRecorder:
     """See `Recorder`."""
 
-    def __init__(self, experts: StackedExperts, tail: Tail, first: First) -> None:
+    def __init__(self, experts: StackedExperts, tail: Tail, first: First, *, keep_gate: bool) -> None:
         self.experts = experts
+        self.keep_gate = keep_gate
         self.tail = tail
         self.first = first
         self.clear()
@@ -66,7 +69,7 @@ class StackedRecorder:
 
     def _run(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):
-            out_TD, self.rows = self.experts.run(x_TD, expert_TK, weight_TK)
+            out_TD, self.rows = self.experts.run(x_TD, expert_TK, weight_TK, keep_gate=self.keep_gate)
         self.cut = self.tail.cut(out_TD)
         return self.cut.value
 
@@ -113,9 +116,10 @@ class StackedRecorder:
                 "[batch, positions, width], got them in another."
             )
 
-    def scores(self, tokens: ScoredTokens, readout_RD: Tensor) -> ExpertScores:
+    def scores(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> ExpertScores:
         """See `Recorder`."""
         rows, place_P, token_P = self._read(tokens)
+        act_SI = self.experts.gate(rows) if activation == "gate" else rows.act_SI
         assert self.cut is not None
         n_local, top_k = self.experts.n_local, rows.expert_TK.shape[1]
         readout_PD, scale_P = self.cut.readouts_of(place_P, readout_RD)
@@ -139,7 +143,7 @@ class StackedRecorder:
         expert_of_layer_S = self.experts.spread.first(n_local) + expert_S
         return ExpertScores(
             Contributions(
-                rows.act_SI[row_S],
+                act_SI[row_S],
                 self.experts.project(rows, readout_SD, expert_S),
                 weight_PK.flatten()[order_S],
                 is_row_S,

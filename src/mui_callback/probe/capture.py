@@ -25,6 +25,7 @@ from mui_callback.forgiving import attempt
 from mui_callback.parallel.weights import KeptWhole
 from mui_callback.probe.score_layer import LayerReader
 from mui_callback.scoring.contributions import LayerScores, ScoredTokens
+from mui_callback.settings import Activation
 
 LayerConsumer = Callable[[int, LayerScores], None]
 """Takes the position of a layer and its contributions to one batch."""
@@ -38,11 +39,17 @@ class Reading:
     Args:
         layers: the layers of the model.
         counts: see `LayerReader`.
+        activation: see `ProbeSettings`.
+
+    Raises:
+        UnsupportedModelError: see `LayerReader`.
     """
 
-    def __init__(self, layers: tuple[ExpertLayer, ...], *, counts: bool = True) -> None:
+    def __init__(
+        self, layers: tuple[ExpertLayer, ...], *, counts: bool = True, activation: Activation = "product"
+    ) -> None:
         self.layers = layers
-        self.readers = tuple(LayerReader(layer, counts=counts) for layer in layers)
+        self.readers = tuple(LayerReader(layer, counts=counts, activation=activation) for layer in layers)
         """What they learn in one pass serves those after it."""
         self.error: Exception | None = None
         """The first thing that went wrong."""

@@ -134,7 +134,7 @@ class _Running:
 
     def _read(self, batches: tuple[Batch, ...], *, is_first: bool) -> None:
         shards, counts = self.of.shards, self.counts
-        now = Round.of(batches, shards, self.of.layers, self.head, counts.device)
+        now = Round.of(batches, shards, self.of.layers, self.head, counts.device, self.of.settings.alignment)
         tokens = now.inputs.tokens
         batch_counts = counts.batch(tokens, now.inputs.sample_B, now.meetings)
         is_token_T = now.inputs.attention_mask.flatten().bool() & (not batches[shards.own].is_stand_in)

@@ -17,6 +17,7 @@ from mui_callback.probe.device_batch import DeviceBatch, to_device
 from mui_callback.probe.head import LanguageModelHead
 from mui_callback.scoring.contributions import Responses, ScoredTokens
 from mui_callback.scoring.meeting import Meeting
+from mui_callback.settings import Alignment
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Round:
     """
 
     inputs: DeviceBatch
+    scored: ScoredTokens
+    """Its scored tokens, and the positions whose activations are scored against them."""
     meetings: tuple[Meeting | None, ...]
     """By layer, whose tokens meet there; None for a layer whose experts are all in this process."""
     firsts: tuple[int, ...]
@@ -42,6 +45,7 @@ class Round:
         layers: tuple[ExpertLayer, ...],
         head: LanguageModelHead,
         device: torch.device,
+        alignment: Alignment,
     ) -> Round:
         """Of the batches of all shards."""
         known: dict[tuple[int, ...], tuple[Meeting | None, int]] = {}
@@ -50,7 +54,10 @@ class Round:
                 known[layer.peers.ranks] = _meeting(layer.peers, batches, shards, device)
         meetings, firsts = zip(*(known[layer.peers.ranks] for layer in layers), strict=True)
         readout_RD = head.rows([batch.target for batch in batches], shards, device)
-        return cls(to_device(batches[shards.own], device), meetings, firsts, readout_RD)
+        inputs = to_device(batches[shards.own], device)
+        shift = 1 if alignment == "same" else 0
+        scored = replace(inputs.tokens, position_R=inputs.tokens.position_R + shift)
+        return cls(inputs, scored, meetings, firsts, readout_RD)
 
     def tokens(self, index: int) -> ScoredTokens:
         """The scored tokens of this process, numbered as they meet in a layer."""
@@ -62,10 +69,10 @@ class Round:
 
     @cached_property
     def _met(self) -> list[tuple[ScoredTokens, Tensor]]:
-        known: dict[int, tuple[ScoredTokens, Tensor]] = {id(None): (self.inputs.tokens, self.readout_RD)}
+        known: dict[int, tuple[ScoredTokens, Tensor]] = {id(None): (self.scored, self.readout_RD)}
         for meeting, first in zip(self.meetings, self.firsts, strict=True):
             if meeting is not None and id(meeting) not in known:
-                tokens = replace(self.inputs.tokens, first=first, n_met=len(meeting.responses.row_R))
+                tokens = replace(self.scored, first=first, n_met=len(meeting.responses.row_R))
                 known[id(meeting)] = tokens, meeting.gather_rows(self.readout_RD)
         return [known[id(meeting)] for meeting in self.meetings]
 

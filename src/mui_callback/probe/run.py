@@ -271,6 +271,7 @@ class MUIProbe:
     def _use(self, shards: Shards) -> None:
         self._shards = shards
         self._learned = None
+        self._new_reading()  # raises for a model that cannot be read
         self._make_batches(self.settings.batch_tokens)
 
     def _alone_if_models_differ(self, processes: Processes) -> None:
@@ -306,10 +307,13 @@ class MUIProbe:
         reading, self._learned = self._learned, None  # to be learned anew if this pass fails
         one = ProbePass(
             *(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings),
-            reading or Reading(self.layers, counts=self._shards.counts),
+            reading or self._new_reading(),
             learns=reading is None,
         )
         return one.run(rounds, choice_rounds)
+
+    def _new_reading(self) -> Reading:
+        return Reading(self.layers, counts=self._shards.counts, activation=self.settings.activation)
 
     def _make_batches(self, batch_tokens: int) -> None:
         self.settings = replace(self.settings, batch_tokens=batch_tokens)

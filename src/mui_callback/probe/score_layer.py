@@ -19,6 +19,7 @@ from mui_callback.experts.tail import Cut, Tail, add_inner
 from mui_callback.forgiving import attempt, described
 from mui_callback.parallel.processes import out_of_memory
 from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens, add_conserved
+from mui_callback.settings import Activation
 
 
 class LayerReader:
@@ -28,16 +29,21 @@ class LayerReader:
         layer: the layer.
         counts: whether this process counts what it sees of experts that others have as well. Not if another one has
             the same batch.
+        activation: see `ProbeSettings`.
+
+    Raises:
+        UnsupportedModelError: the experts have no such activations that can be read.
     """
 
-    def __init__(self, layer: ExpertLayer, *, counts: bool = True) -> None:
+    def __init__(self, layer: ExpertLayer, *, counts: bool = True, activation: Activation = "product") -> None:
         self.layer = layer
+        self.activation = activation
         self.tail = Tail(f"layer {layer.shape.layer} ({layer.shape.path})", layer.peers)
         self.recorders: list[Recorder] = []
         self._counted: list[Recorder] = []
         first = First(0, 0)
         for experts in layer.experts:
-            recorder = experts.recorder(self.tail, first)
+            recorder = experts.recorder(self.tail, first, activation)
             self.recorders.append(recorder)
             if counts or not experts.spread.peers.is_alone:
                 self._counted.append(recorder)
@@ -96,7 +102,7 @@ class LayerReader:
         with self._together():
             self._trace(out, readout_TD, tokens, check=check, learn=learn)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-            parts, error = attempt(lambda: tuple(recorder.scores(tokens, readout_RD) for recorder in self._counted))
+            parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
             if not check:
                 if error is not None:
                     raise error
@@ -149,6 +155,9 @@ class LayerReader:
             self._can_follow = not bool(cannot)
         self.tail.transpose(out, readout_TD, learn=learn)
 
+    def _parts(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> tuple[ExpertScores, ...]:
+        return tuple(recorder.scores(tokens, readout_RD, activation) for recorder in self._counted)
+
     def _add_up(
         self,
         parts: tuple[ExpertScores, ...],
@@ -160,6 +169,8 @@ class LayerReader:
         *,
         is_output: bool,
     ) -> None:
+        if self.activation != "product":  # only these add up
+            parts = self._parts(tokens, readout_RD, "product")
         for part in parts:
             add_conserved(made_R, part)
         for recorder in self._counted:
