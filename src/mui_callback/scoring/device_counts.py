@@ -168,8 +168,10 @@ class BatchCounts:
             self._add_totals(layer, rows, responses, sample_B)
             self.found[layer] = highest_entries(rows, responses, n_neurons, k)
             if self.counts.topscore:
-                ratio = min(marks.rule.value for marks in self.counts.topscore)
-                lowest_B = thresholds(ratio, self.found[layer].score[:, 0])
+                highest_B = self.found[layer].score[:, 0]
+                # where the highest score is negative, the loosest rule is the one with the highest ratio
+                of_rules = [thresholds(marks.rule.value, highest_B) for marks in self.counts.topscore]
+                lowest_B = torch.stack(of_rules).amin(0)
                 self.above[layer] = neurons_above(rows, responses, n_neurons, lowest_B)
         if scores.made_R is not None:
             self.counts.identity_error[layer] = identity_error(scores)
