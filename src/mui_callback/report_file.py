@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mui_callback.errors import MUIError
+from mui_callback.whole_file import replaced_at_once
 
 _FORMAT = "mui-report-3"
 
@@ -25,15 +25,9 @@ def write_report(path: str | os.PathLike[str], header: Mapping[str, Any], arrays
     Raises:
         OSError: it cannot be written.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     text = json.dumps({"format": _FORMAT, **header}).encode()
-    try:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, header=np.frombuffer(text, np.uint8), **arrays)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced_at_once(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, header=np.frombuffer(text, np.uint8), **arrays)
 
 
 def read_report(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mui_callback.sample_results import SampleResults
 from mui_callback.sample_table import SampleTable
+from mui_callback.whole_file import replaced_at_once
 
 if TYPE_CHECKING:
     import pyarrow
@@ -66,13 +66,8 @@ def write_parquet(path: str | os.PathLike[str], table: pyarrow.Table) -> None:
     _pyarrow()
     from pyarrow import parquet
 
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with replaced_at_once(path) as partial:
         parquet.write_table(table, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _pyarrow() -> Any:
