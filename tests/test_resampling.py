@@ -143,6 +143,12 @@ def test_without_samples_there_is_no_value_and_with_one_no_error() -> None:
 # The bootstrap
 
 
+def test_replicates_that_all_miss_the_samples_with_an_answer_give_no_interval() -> None:
+    accuracy = ratio_of_sums(np.array([1.0, 0.0] + 50 * [0.0]), np.array([1.0, 1.0] + 50 * [0.0]))
+    assert not weights(52, replicates=1, seed=2)[:, :2].any()
+    assert bootstrap_intervals({"accuracy": accuracy}, replicates=1, seed=2) == {"accuracy": None}
+
+
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 5))
 def test_a_replicate_draws_as_many_samples_as_there_are(n: int, replicates: int, seed: int) -> None:
     drawn = weights(n, replicates, seed)

@@ -202,7 +202,7 @@ def bootstrap_intervals(
     interval stays too short. A replicate in which a ratio has no denominator does not count for it.
 
     There is no interval for fewer than two samples, nor where every sample adds the same: that all of ten answers are
-    right does not tell how likely a wrong one is.
+    right does not tell how likely a wrong one is; nor where no replicate counts.
 
     Memory is that of `bootstrap_weights` and 8 bytes for each replicate of each measure.
 
@@ -238,7 +238,10 @@ def _has_spread(estimate: Estimate) -> bool:
     return bool(np.abs(estimate.influence).max(initial=0) > _ROUNDING * abs(estimate.value))
 
 
-def _percentiles(value_R: FloatArray, n_samples: int, level: float) -> Interval:
+def _percentiles(value_R: FloatArray, n_samples: int, level: float) -> Interval | None:
+    known_R = value_R[np.isfinite(value_R)]
+    if not len(known_R):
+        return None
     tail = float(ndtr(-np.sqrt(n_samples / (n_samples - 1)) * t_quantile(n_samples - 1, level)))
-    low, high = np.quantile(value_R[np.isfinite(value_R)], [tail, 1 - tail])
+    low, high = np.quantile(known_R, [tail, 1 - tail])
     return Interval(float(low), float(high), level)
