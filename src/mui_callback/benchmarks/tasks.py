@@ -75,7 +75,7 @@ def check_installed() -> None:
         raise ImportError("tasks of lm-evaluation-harness need more packages: pip install 'mui-callback[lm-eval]'")
 
 
-class Asked(NamedTuple):
+class AskedTask(NamedTuple):
     """A task, a group or a tag that was asked for."""
 
     label: str | None
@@ -91,7 +91,7 @@ class LoadedTasks(NamedTuple):
 
     harness: dict[str, Any]
     """What the harness evaluates."""
-    asked: list[Asked]
+    asked: list[AskedTask]
 
 
 def load_tasks(options: LMEval) -> LoadedTasks:
@@ -103,14 +103,14 @@ def load_tasks(options: LMEval) -> LoadedTasks:
     managers = _Managers(options.include_path)
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    asked: list[Asked] = []
+    asked: list[AskedTask] = []
     for label, name in options.named:
         try:
             loaded = managers.load(name)
         except Exception as error:
             raise ValueError(f"lm-eval: cannot load the task {name!r}: {described(error)}") from error
         parts = list(loaded["tasks"])
-        asked.append(Asked(label, next(iter(loaded["groups"]), parts[0] if len(parts) == 1 else name), parts))
+        asked.append(AskedTask(label, next(iter(loaded["groups"]), parts[0] if len(parts) == 1 else name), parts))
         tasks |= loaded["tasks"]
         groups |= loaded["groups"]
     for task in tasks.values():
