@@ -182,7 +182,7 @@ class MUIReport(PassResults):
         `mui_callback.metrics.resampling.bootstrap_intervals`.
 
         The same seed gives the same intervals, whatever other metrics there are. Memory beside the report is, at most,
-        7 bytes for each pair of a sample and a key neuron, 20 bytes for each neuron of the model, 256 MiB (or 32 bytes
+        7 bytes for each pair of a sample and a key neuron, 25 bytes for each neuron of the model, 256 MiB (or 32 bytes
         for each sample, where that is more), and 8 bytes for each replicate of each metric.
 
         Args:
