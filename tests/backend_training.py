@@ -22,7 +22,8 @@ from tiny import VOCAB
 from tiny_samples import make_samples
 
 N_STEPS = 3
-SETTINGS: dict[str, Any] = {"batch_tokens": 40, "rules": "top_fraction=0.02"}
+RULES = ("top_fraction=0.02", "top_fraction=0.1", "topscore=0.5", "topscore=1", "global_topk=7")
+SETTINGS: dict[str, Any] = {"batch_tokens": 40, "rules": RULES}
 
 
 def many() -> ProbeSet:
