@@ -31,7 +31,7 @@ def without_kernels() -> Iterator[None]:
 def rows_of(
     dtype: torch.dtype, width: int, *, is_weighted: bool, is_masked: bool, n_rows: int = 37, seed: int = 0
 ) -> Contributions:
-    """Rows with NaN, infinity and zeros among them, one all of NaN, in memory that has gaps between them."""
+    """Rows with NaN, infinity and zeros in all that makes them, one all of NaN, in memory with gaps between them."""
     random = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -44,9 +44,11 @@ def rows_of(
     act[5] = math.nan
     projected[6] = -projected[6].abs()
     act[6] = act[6].abs() + 1  # all below zero, or not finite
-    weight = drawn(n_rows).to(DEVICE) if is_weighted else None
+    weight = drawn(n_rows)
+    weight[7], weight[8] = math.inf, math.nan
     is_row = (torch.rand(n_rows, generator=random) < 0.7).to(DEVICE) if is_masked else None
-    return Contributions(act.to(DEVICE, dtype)[:, :width], projected.to(DEVICE, dtype), weight, is_row)
+    of_rows = weight.to(DEVICE) if is_weighted else None
+    return Contributions(act.to(DEVICE, dtype)[:, :width], projected.to(DEVICE, dtype), of_rows, is_row)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

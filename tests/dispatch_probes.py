@@ -1,0 +1,98 @@
+"""What each process does in the tests of routers that tell where their tokens go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backend_training import SETTINGS, many
+from backends import BACKENDS
+from mui_callback import MUIProbe, MUIReport
+from mui_callback.experts.called_recorder import CalledRecorder
+from mui_callback.experts.dispatch import Arrivals, SlotDispatch, SortedDispatch
+
+
+def _another_token(came: Arrivals) -> Arrivals:
+    token_N = came.token_N.clone()
+    place = torch.nonzero((token_N >= 0) & (came.weight_N != 0))[:1, 0]  # of one pair only
+    token_N[place] = (token_N[place] + 1) % (token_N.max() + 1)
+    return replace(came, token_N=token_N)
+
+
+def _no_tokens(came: Arrivals) -> Arrivals:
+    return replace(came, token_N=torch.full_like(came.token_N, -1))
+
+
+def _another_weight(came: Arrivals) -> Arrivals:
+    return replace(came, weight_N=came.weight_N * 1.1)
+
+
+Lie = Callable[[Arrivals], Arrivals]
+LIES: dict[str, Lie] = {
+    "another token": _another_token,
+    "no tokens": _no_tokens,
+    "another weight": _another_weight,
+}
+
+
+@dataclass
+class Told:
+    """What came out of a probe."""
+
+    report: MUIReport
+    believes: list[bool]
+    """Of the routed experts of each layer, whether what their dispatch says was found to be so."""
+
+
+def measure(
+    rank: int, directory: Path, *, name: str, liar: int | None = None, lies: tuple[str | None, ...] = (None,)
+) -> list[Told]:
+    """Probe a model once for each lie.
+
+    Args:
+        rank: this process.
+        directory: of the launch.
+        name: of the backend.
+        liar: the process in which it is told.
+        lies: what is wrong with what is said to come to its experts.
+    """
+    model, found = BACKENDS[name].build().model, []
+    for lie in lies:
+        with _noted() as believes, _lying(LIES[lie] if lie is not None and rank == liar else None):
+            found.append(Told(MUIProbe(model, many(), **SETTINGS).measure(), believes))
+    return found
+
+
+@contextmanager
+def _noted() -> Iterator[list[bool]]:
+    """What the routed experts of each layer made of what their dispatch says, in the order of the layers."""
+    believes: list[bool] = []
+    learn = CalledRecorder.learn
+
+    def note(recorder: CalledRecorder, *args: Any) -> None:
+        learn(recorder, *args)
+        if recorder.experts.is_routed:
+            believes.append(recorder.trusts_dispatch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CalledRecorder, "learn", note)
+        yield believes
+
+
+@contextmanager
+def _lying(lie: Lie | None) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (SlotDispatch, SortedDispatch) if lie is not None else ():
+            patch.setattr(kind, "arrivals", partialmethod(_told, lie, kind.arrivals))
+        yield
+
+
+def _told(dispatch: Any, lie: Lie, arrivals: Callable[..., Arrivals], *args: Any) -> Arrivals:
+    return lie(arrivals(dispatch, *args))
