@@ -222,6 +222,7 @@ def test_entries_and_neurons_of_a_layer_are_those_of_a_sort(made: Made, k: int, 
     st.floats(min_value=0, max_value=1, exclude_min=True),
     st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
+@settings(deadline=None)
 def test_a_threshold_divides_float32_as_the_exact_product_does(
     highest: list[float], ratio: float, score: float
 ) -> None:
