@@ -56,7 +56,7 @@ def layer_scores(
             batch = to_device(host_batch, device)
             readout_RD = head.rows([host_batch.target], Shards(), device)
             tokens, readout = partial(_same, batch.tokens), partial(_same, readout_RD)
-            with reading.batch(tokens, readout_RD, readout, consume, check=conservation, learn=conservation):
+            with reading.batch(tokens, readout_RD, readout, consume, check=conservation):
                 head.logits(batch)
     if reading.error is not None:
         raise reading.error

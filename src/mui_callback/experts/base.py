@@ -102,8 +102,8 @@ class Recorder(Protocol):
             activation: which activations; ``"gate"`` only for a recorder that was made for it.
         """
 
-    def add_output(self, output_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
-        """Add ⟨output of the experts, readout⟩ of each token to float32 ``[R]``."""
+    def add_output(self, output_R: Tensor, readout_RD: Tensor) -> None:
+        """Add ⟨output of the experts, readout⟩ of each token to float64 ``[R]``."""
 
     def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """Add what no neuron made of that: output biases, experts that pass their input on."""

@@ -168,7 +168,7 @@ class CalledRecorder:
                 call.cut.token_S, call.cut.weight_S = token_S, weight_S
         else:
             for call in (*self.calls, *self.passed):
-                call.cut.token_S = tokens.numbers().repeat(call.product.n_experts)
+                call.cut.token_S, call.cut.weight_S = tokens.numbers().repeat(call.product.n_experts), None
 
     def learn(self, tokens: ScoredTokens) -> None:
         """See `Recorder`: shared experts see the positions as they are; a dispatch is believed if it says the same."""
@@ -213,7 +213,7 @@ class CalledRecorder:
     def scores(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> ExpertScores:
         """See `Recorder`."""
         first_rows = np.cumsum([0, *(call.cut.n_rows for call in self.calls)]).tolist()
-        found = self._positions(tokens, first_rows) if self.knows_order else self._located(first_rows)
+        found = self._positions(tokens) if self.knows_order else self._located(first_rows)
         activations, projected, weights = [], [], []
         for number, call in enumerate(self.calls):
             place_P = found.of_call(number, first_rows[number])
@@ -230,7 +230,7 @@ class CalledRecorder:
             found, rows = self._united(found, rows)
         return self._of_experts(found, rows)
 
-    def _positions(self, tokens: ScoredTokens, first_rows: list[int]) -> _Rows:
+    def _positions(self, tokens: ScoredTokens) -> _Rows:
         """Where each expert sees every position: nothing has to be asked of the device."""
         n_scored, device = len(tokens.position_R), tokens.position_R.device
         n_positions = tokens.n_rows * tokens.length
@@ -315,7 +315,7 @@ class CalledRecorder:
             rows_per_token=found.rows_per_token * n,
         )
 
-    def add_output(self, output_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
+    def add_output(self, output_R: Tensor, readout_RD: Tensor) -> None:
         """See `Recorder`."""
         for call in (*self.calls, *self.passed):
             assert call.cut.token_S is not None

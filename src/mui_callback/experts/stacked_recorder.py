@@ -105,11 +105,12 @@ class StackedRecorder:
     def follow(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
         assert self.cut is not None
-        self.cut.token_S = tokens.numbers()
+        self.cut.token_S, self.cut.weight_S = tokens.numbers(), None
 
     def learn(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
         assert self.cut is not None
+        self.tail.raise_if_mixed(is_mixed=False)
         if self.knows_order and len(tokens.position_R) and not self.cut.is_in_order(tokens):
             raise ProbeError(
                 f"{self.tail.where}: expected its experts to see the positions of the batch in their order, as "
@@ -155,7 +156,7 @@ class StackedRecorder:
             rows_per_token=top_k,
         )
 
-    def add_output(self, output_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
+    def add_output(self, output_R: Tensor, readout_RD: Tensor) -> None:
         """See `Recorder`."""
         assert self.cut is not None
         assert self.cut.token_S is not None

@@ -38,7 +38,8 @@ class Cut:
     value: Tensor
     """``[…, D]``: a leaf of autograd, or a tensor in the tail."""
     token_S: Tensor | None = None
-    """Number of the scored token that each row goes to, int64 ``[S]``, -1 where there is none; set by `Tail.locate`."""
+    """Number of the scored token that each row goes to, int64 ``[S]``, -1 where there is none; set by `Tail.locate`, or
+    by who knows it otherwise."""
     weight_S: Tensor | None = None
     """What the tail multiplies each row with, float32 ``[S]``, where it does nothing else; set by `Tail.locate`."""
     readout: Tensor | None = None
@@ -91,7 +92,7 @@ class Cut:
 
 
 class Tail:
-    """The tail of one layer in one forward pass.
+    """The tail of one layer, in one forward pass after another.
 
     Where experts are spread over processes, the tail holds the collectives that carry their outputs back, and so does
     its transpose: all of the processes have to make the same calls.
@@ -163,22 +164,22 @@ class Tail:
         """Whether the tensor holds the outputs of all cuts so far."""
         return bool(self.cuts) and _leaves_behind(x) >= {id(cut.value) for cut in self.cuts}
 
-    def transpose(self, out: Tensor, readout_TD: Tensor, *, learn: bool = False) -> None:
+    def transpose(self, out: Tensor, readout_TD: Tensor, *, check: bool = False) -> None:
         """Set the readout of every constant, and of those cuts whose weight is not known.
 
         Args:
             out: output of the layer, ``[…, D]`` of T positions.
             readout_TD: unembedding row of the token that each position predicts, zero where none is scored.
-            learn: whether to set the readout of every cut, and make sure that the tail is linear.
+            check: whether to make sure that the tail is linear.
 
         Raises:
             ProbeError: the outputs of the experts did not reach the output of the layer in a way that was recorded,
                 or the tail is not linear.
         """
-        cuts = [cut for cut in self.cuts if learn or cut.weight_S is None]
+        cuts = [cut for cut in self.cuts if cut.weight_S is None]
         cuts += [cut for cut, _ in self.constants]
-        readouts = self._seen_from(out, cuts, readout_TD, create_graph=learn)
-        if learn:
+        readouts = self._seen_from(out, cuts, readout_TD, create_graph=check)
+        if check:
             leaves = {id(cut.value) for cut in self.cuts}
             if any(_leaves_behind(readout) & leaves for readout in readouts):
                 raise ProbeError(
@@ -188,7 +189,7 @@ class Tail:
         for cut, readout in zip(cuts, readouts, strict=True):
             cut.readout = readout.detach()
 
-    def locate(self, out: Tensor, tokens: ScoredTokens, *, learn: bool) -> None:
+    def locate(self, out: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
         """Set the token of each row of each cut and, where the tail moves and weights rows and does nothing else, its
         weight. To be called before `transpose`.
 
@@ -199,12 +200,12 @@ class Tail:
         Args:
             out: output of the layer, ``[…, D]`` of T positions.
             tokens: the scored tokens of those.
-            learn: whether to find out, in all channels, what the tail does.
+            check: whether to find out, in all channels, what the tail does.
         """
         cuts = self.cuts
         n_bits = tokens.n_bits
         seen = self._sent_codewords(out, cuts, tokens)
-        if learn:
+        if check:
             self._learn(seen, n_bits)
         if not self.moves_rows and self.peers.is_alone:
             for cut, token_S in zip(cuts, self._tokens_by_digits(out, cuts, tokens), strict=True):
@@ -249,8 +250,9 @@ class Tail:
             )
 
     def _tokens_by_digits(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
-        """The same, one digit at a time: every digit is sent along a fixed direction, and read off as a multiple of
-        what 1 becomes. Digits are small enough to be exact in half precision, whichever the tail computes in.
+        """The token of each row of each cut, one digit of its number at a time: every digit is sent along a fixed
+        direction, and read off as a multiple of what 1 becomes. Digits are small enough to be exact in half precision,
+        whichever the tail computes in.
         """
         number_T = tokens.numbers() + 1
         direction_D = torch.arange(out.shape[-1], device=out.device).mul(2654435761).bitwise_right_shift(16) % 2 * 2 - 1

@@ -50,7 +50,6 @@ class Reading:
     ) -> None:
         self.layers = layers
         self.readers = tuple(LayerReader(layer, counts=counts, activation=activation) for layer in layers)
-        """What they learn in one pass serves those after it."""
         self.error: Exception | None = None
         """The first thing that went wrong."""
         self._batch: _Batch | None = None
@@ -64,7 +63,6 @@ class Reading:
         consume: LayerConsumer,
         *,
         check: bool = False,
-        learn: bool = False,
     ) -> Iterator[None]:
         """Every layer is read once inside, and handed to `consume`; if not, `error` says why.
 
@@ -73,15 +71,13 @@ class Reading:
             readout_RD: unembedding rows of their targets.
             met_readout: unembedding rows of the targets of all tokens that meet in a layer, by layer.
             consume: takes what was read of each layer.
-            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``.
-            learn: see `LayerReader.scores`.
+            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``, and learn how the
+                layers are read; for the first batch.
         """
         own = tokens(0)
         readout_TD = readout_RD.new_zeros(own.n_rows * own.length, readout_RD.shape[1])
         readout_TD[own.position_R] = readout_RD
-        batch = self._batch = _Batch(
-            tokens, readout_TD, met_readout, consume, check, learn, set(range(len(self.layers)))
-        )
+        batch = self._batch = _Batch(tokens, readout_TD, met_readout, consume, check, set(range(len(self.layers))))
         try:
             yield
         finally:
@@ -119,7 +115,6 @@ class Reading:
             *(out, batch.readout_TD, tokens, batch.met_readout(index)),
             is_output=is_output,
             check=batch.check,
-            learn=batch.learn,
         )
         batch.consume(index, scores)
 
@@ -132,7 +127,6 @@ class _Batch:
     met_readout: Callable[[int], Tensor]
     consume: LayerConsumer
     check: bool
-    learn: bool
     not_read: set[int]
     """Positions of the layers that have not run yet."""
 

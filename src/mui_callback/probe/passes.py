@@ -38,8 +38,6 @@ class Passed:
     """What a process counted."""
 
     counts: DeviceCounts
-    reading: Reading
-    """What it learned about the layers."""
     is_coarse: bool
     """Whether the forward pass was in 16 bits."""
 
@@ -56,7 +54,6 @@ class ProbePass:
         shards: which of them are whose.
         settings: how it is made.
         reading: reads the layers.
-        learns: whether nothing was read before that went well in all processes.
     """
 
     model: nn.Module
@@ -66,7 +63,6 @@ class ProbePass:
     shards: Shards
     settings: ProbeSettings
     reading: Reading
-    learns: bool = True
 
     def run(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
         """What this process counts.
@@ -98,7 +94,7 @@ class ProbePass:
             if self.reading.error is not None:
                 raise self.reading.error
             counts.head_error.copy_(head.error)
-            return Passed(counts, self.reading, head.is_coarse or _has_16_bits(self.model))
+            return Passed(counts, head.is_coarse or _has_16_bits(self.model))
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,6 @@ class _Running:
             self.of.reading.batch(
                 *(now.tokens, now.readout_RD, now.readout, batch_counts.add_layer),
                 check=is_first,
-                learn=is_first and self.of.learns,
             ),
             self.capacities.counted(is_token_T, counts.add_dropped),
         ):

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mui_callback.experts.layer import ExpertLayer
@@ -89,7 +90,7 @@ def _meeting(
     rows = [batches[shard].row + first for shard, first in zip(met, first_rows, strict=True)]
     samples = np.concatenate([batches[shard].sample for shard in met])
 
-    def move(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
+    def move(array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     meeting = Meeting(

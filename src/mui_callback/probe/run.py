@@ -90,7 +90,6 @@ class MUIProbe:
             vocab_size = LanguageModelHead(self.model).shape[0]
         self.layout = layout_of(self.layers)
         self._processes: Processes | None = None
-        self._learned: Reading | None = None
         self._device = common_device(self.model)
         self.settings = replace(settings, max_length=max_length or context_length(self.model))
         self._encoded = encode(
@@ -152,7 +151,6 @@ class MUIProbe:
         failures = processes.gather_failures(error)
         if failures or passed is None:
             return Outcome(error=error, failures=failures)
-        self._learned = passed.reading
         counts = passed.counts
         counts.merge(self._shards.world)
         n_bytes = torch.tensor([self._sent - sent, float(passed.is_coarse)], dtype=torch.float64, device=self._device)
@@ -270,7 +268,6 @@ class MUIProbe:
 
     def _use(self, shards: Shards) -> None:
         self._shards = shards
-        self._learned = None
         self._new_reading()  # raises for a model that cannot be read
         self._make_batches(self.settings.batch_tokens)
 
@@ -304,11 +301,9 @@ class MUIProbe:
 
     def _one_pass(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
         self._device = common_device(self.model)
-        reading, self._learned = self._learned, None  # to be learned anew if this pass fails
         one = ProbePass(
             *(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings),
-            reading or self._new_reading(),
-            learns=reading is None,
+            self._new_reading(),
         )
         return one.run(rounds, choice_rounds)
 

@@ -75,7 +75,6 @@ class LayerReader:
         *,
         is_output: bool,
         check: bool = False,
-        learn: bool = False,
     ) -> LayerScores:
         """The contributions of the neurons of the layer that are in this process, to the scored tokens that meet here.
 
@@ -88,8 +87,8 @@ class LayerReader:
             tokens: the scored tokens.
             readout_RD: unembedding row of the target of each token that meets in the layer.
             is_output: whether `out` is the output of the experts alone; if not, there is a residual in it.
-            check: also compute what the conservation identity compares.
-            learn: find out what the tail does, whether it is linear, and how little has to be asked of it from then on.
+            check: also compute what the conservation identity compares; find out what the tail does, and how little
+                has to be asked of it from then on.
 
         Raises:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
@@ -100,7 +99,7 @@ class LayerReader:
         if is_output and check:
             self._note_own_bias(out)
         with self._together():
-            self._trace(out, readout_TD, tokens, check=check, learn=learn)
+            self._trace(out, readout_TD, tokens, check=check)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
             if not check:
@@ -137,23 +136,22 @@ class LayerReader:
                 f"others wait for it in vain and nothing can go on ({described(error)})."
             ) from error
 
-    def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, check: bool, learn: bool) -> None:
+    def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
         """Follow the tail back to the experts, no further than needed."""
-        if learn or not self._can_follow:
-            self.tail.locate(out, tokens, learn=learn)
-        else:
-            for recorder in self.recorders:
-                recorder.follow(tokens)
+        if check or not self._can_follow:
+            self.tail.locate(out, tokens, check=check)
         if check:
             self.tail.locate_constants(out, tokens)
-        if learn:
             for recorder in self.recorders:
                 recorder.learn(tokens)
-            cannot = torch.tensor([not all(recorder.can_follow for recorder in self.recorders)], device=out.device)
-            cannot = cannot.double()
+            can_follow = all(recorder.can_follow for recorder in self.recorders)
+            cannot = torch.tensor([not can_follow], dtype=torch.float64, device=out.device)
             self.layer.peers.highest(cannot)  # all of them go the same way, as there are collectives on it
             self._can_follow = not bool(cannot)
-        self.tail.transpose(out, readout_TD, learn=learn)
+        if self._can_follow:
+            for recorder in self.recorders:
+                recorder.follow(tokens)
+        self.tail.transpose(out, readout_TD, check=check)
 
     def _parts(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> tuple[ExpertScores, ...]:
         return tuple(recorder.scores(tokens, readout_RD, activation) for recorder in self._counted)
@@ -176,7 +174,7 @@ class LayerReader:
         for recorder in self._counted:
             recorder.add_unmade(unmade_R, tokens, readout_RD)
             if not is_output:
-                recorder.add_output(output_R, tokens, readout_RD)
+                recorder.add_output(output_R, readout_RD)
 
     def _check_output(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens) -> None:
         shapes = ((tokens.n_rows, tokens.length), (1, tokens.n_rows * tokens.length), (tokens.n_rows * tokens.length,))

@@ -189,7 +189,7 @@ class BatchCounts:
                     alone[layer] = self.found[layer]
             else:
                 together.setdefault(id(meeting), []).append(layer)
-        self._mark_above(alone, self.sample_B)
+        self._mark_above({layer: found.score[:, 0] for layer, found in alone.items()}, self.sample_B)
         for layers in together.values():
             alone |= self._met(layers)
         for marks in self.counts.by_rank:
@@ -214,27 +214,18 @@ class BatchCounts:
         if self.counts.topscore:
             highest_BL = torch.stack([candidates.score[:, 0] for candidates in found.values()], dim=1)
             meeting.peers.highest(highest_BL)
-            highest = zip(layers, highest_BL.unbind(1), strict=True)
-            self._mark_above(
-                {layer: Candidates(one[:, None], found[layer].place) for layer, one in highest}, meeting.sample_B
-            )
+            self._mark_above(dict(zip(layers, highest_BL.unbind(1), strict=True)), meeting.sample_B)
         received = meeting.exchange(list(found.values()))
-        return (
-            {
-                layer: merge_candidates(parts, k)
-                for layer, parts, k in zip(layers, received, sizes, strict=True)
-                if parts
-            }
-            if received
-            else {}
-        )
+        if not received:
+            return {}
+        return {layer: merge_candidates(parts, k) for layer, parts, k in zip(layers, received, sizes, strict=True)}
 
-    def _mark_above(self, found: dict[int, Candidates], sample_B: Tensor) -> None:
+    def _mark_above(self, highest_B: dict[int, Tensor], sample_B: Tensor) -> None:
         """What the rules ``topscore`` take of this process' experts, given the highest score of each sample."""
         for marks in self.counts.topscore:
-            for layer, highest in found.items():
+            for layer, highest in highest_B.items():
                 if layer in self.above:
-                    threshold_B = thresholds(marks.rule.value, highest.score[:, 0])
+                    threshold_B = thresholds(marks.rule.value, highest)
                     marks.add_neurons(sample_B, layer, self.above[layer].at_least(threshold_B))
 
     def _add_totals(self, layer: int, rows: LayerRows, responses: Responses, sample_B: Tensor) -> None:
