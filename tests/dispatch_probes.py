@@ -34,11 +34,16 @@ def _another_weight(came: Arrivals) -> Arrivals:
     return replace(came, weight_N=came.weight_N * 1.1)
 
 
+def _fewer_pairs(came: Arrivals) -> Arrivals:
+    return replace(came, n_L=came.n_L // 2)
+
+
 Lie = Callable[[Arrivals], Arrivals]
 LIES: dict[str, Lie] = {
     "another token": _another_token,
     "no tokens": _no_tokens,
     "another weight": _another_weight,
+    "fewer pairs": _fewer_pairs,
 }
 
 

@@ -202,11 +202,12 @@ class CalledRecorder:
         is_wrong = torch.zeros((), device=tokens.position_R.device)
         for call, (token_S, weight_S) in zip(self.calls, self._arrivals(tokens), strict=True):
             assert call.cut.token_S is not None
-            is_wrong += ((token_S != call.cut.token_S) & (weight_S != 0)).sum()
             if call.cut.weight_S is None:
                 is_wrong += 1
-            else:
-                is_wrong += ((weight_S - call.cut.weight_S).abs() > _ROUNDING * weight_S.abs())[token_S >= 0].sum()
+                continue
+            counts_S = (weight_S != 0) | (call.cut.weight_S != 0)  # neither may miss a row that the other has
+            is_wrong += ((token_S != call.cut.token_S) & counts_S).sum()
+            is_wrong += ((weight_S - call.cut.weight_S).abs() > _ROUNDING * weight_S.abs())[token_S >= 0].sum()
         spread.peers.highest(is_wrong)
         return not bool(is_wrong)
 
