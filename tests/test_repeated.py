@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import tiny
 from backends import language_loss
 from distributed_training import launch
-from mui_callback import MUIReport
+from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.counts import ProbeCounts
-from plain_moe import build_plain
+from plain_moe import NormedMLP, build_plain
 from repeated_probes import Passes, in_processes, measure_again_and_again
+from tiny_samples import make_samples
 
 MODELS: dict[str, Any] = {
     "qwen2_moe": lambda: tiny.build("qwen2_moe"),
@@ -62,6 +63,24 @@ def test_a_process_alone(name: str, layer: int) -> None:
     passes = measure_again_and_again(model, lambda ids: _train(model, ids), fails=True, layer=layer)
     assert passes.error == "ArithmeticError: injected"
     assert_nothing_is_left(passes)
+
+
+def test_a_scale_behind_the_experts_that_is_trained_away_from_ones() -> None:
+    """At first it looks like a weight that is the same for all channels."""
+    model, samples = build_plain("expert_norm"), ProbeSet({"a": make_samples()})
+    scales = [module.norm.weight for module in model.modules() if isinstance(module, NormedMLP)]
+    with torch.no_grad():
+        for scale in scales:
+            scale.fill_(1)
+        probe = MUIProbe(model, samples, rules="top_fraction=0.05")
+        first = probe.measure()
+        for scale in scales:
+            scale += 1e-3 * torch.randn_like(scale)
+    again, fresh = probe.measure(), MUIProbe(model, samples, rules="top_fraction=0.05").measure()
+    assert_same_to_the_bit(again, fresh)
+    assert again.identity_error is not None
+    assert again.identity_error < 1e-5
+    assert not np.allclose(again.counts.mass, first.counts.mass, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "fails_in"), [("ddp", 1), ("moe_k2", 1), ("autoep", 0)])
