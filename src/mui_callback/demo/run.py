@@ -17,7 +17,7 @@ from mui_callback.demo.corpus import Corpus, load_corpus
 from mui_callback.demo.model import build_model, build_tokenizer
 from mui_callback.demo.packing import Row, pack
 from mui_callback.demo.picture import save_picture
-from mui_callback.demo.tracking import wandb_command, wandb_run
+from mui_callback.demo.tracking import command_line, wandb_run
 from mui_callback.monitoring.run_monitor import RECORD_NAME
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.writers import sample_row, write_rows
@@ -137,14 +137,15 @@ def _say_what_next(console: Console, picture: Path, run: Any) -> None:
     if run is None:
         lines += ["W&B               is not installed, so it has nothing of this run: pip install wandb"]
     elif run.offline:
-        folder, wandb = Path(run.dir).parent, wandb_command()
+        folder, wandb = Path(run.dir).parent, command_line("wandb")
         lines += [f"W&B, in terminal  {wandb} leet {folder}", f"W&B, to upload    {wandb} sync {folder}"]
     elif run.url:
         lines += [f"W&B               {run.url}"]
     model, samples = (picture.with_name(name) for name in (MODEL_NAME, HELD_OUT_NAME))
     study = f"{model} --rules top_fraction={_TOP_FRACTION}"
+    command = command_line("mui-callback")
     lines += [
-        f"key, or not       mui-callback ablate {study} --probe {samples}/*.jsonl",
-        f"coverage          mui-callback diversity {study} --data {samples}/*.jsonl",
+        f"key, or not       {command} ablate {study} --probe {samples}/*.jsonl",
+        f"coverage          {command} diversity {study} --data {samples}/*.jsonl",
     ]
     console.print("", *lines, sep="\n", soft_wrap=True, markup=False)

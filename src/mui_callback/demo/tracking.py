@@ -35,9 +35,9 @@ def wandb_run(output_dir: Path) -> Iterator[Any]:
         run.finish()
 
 
-def wandb_command() -> str:
-    """How to call W&B's command line from here, where its environment may not be the active one."""
-    if which("wandb"):
-        return "wandb"
-    command, here = Path(sys.executable).with_name("wandb"), Path.cwd()
+def command_line(name: str) -> str:
+    """How to call a command from here, where its environment may not be the active one."""
+    if which(name):
+        return name
+    command, here = Path(sys.executable).with_name(name), Path.cwd()
     return str(command.relative_to(here) if command.is_relative_to(here) else command)

@@ -195,19 +195,22 @@ class CalledRecorder:
         return found
 
     def _is_dispatch_right(self, tokens: ScoredTokens) -> bool:
-        """Whether it says of every row what the tail said, in all processes."""
+        """Whether it says of every row what the tail said, of rows of every expert and in all processes."""
         spread = self.experts.spread
         if spread.dispatch is None or self.passed or not spread.dispatch.has_run:
             return False
-        is_wrong = torch.zeros((), device=tokens.position_R.device)
+        n_local, device = sum(down.n_experts for down in self.experts.downs), tokens.position_R.device
+        is_wrong, is_reached_L = torch.zeros((), device=device), torch.zeros(n_local, device=device)
         for call, (token_S, weight_S) in zip(self.calls, self._arrivals(tokens), strict=True):
             assert call.cut.token_S is not None
             if call.cut.weight_S is None:
                 is_wrong += 1
                 continue
+            is_reached_L.index_add_(0, call.expert_S - self.experts.first_down, (token_S >= 0).float())
             counts_S = (weight_S != 0) | (call.cut.weight_S != 0)  # neither may miss a row that the other has
             is_wrong += ((token_S != call.cut.token_S) & counts_S).sum()
             is_wrong += ((weight_S - call.cut.weight_S).abs() > _ROUNDING * weight_S.abs())[token_S >= 0].sum()
+        is_wrong += (is_reached_L == 0).sum()  # nothing was seen of what happens to the outputs of such an expert
         spread.peers.highest(is_wrong)
         return not bool(is_wrong)
 

@@ -106,9 +106,9 @@ class Tail:
         self.where = where
         self.peers = peers
         self.moves_rows = False
-        """Whether a codeword that is sent through arrives as one, as far as was learned."""
+        """Whether a codeword that is sent through arrives as one, at the last pass of the tail."""
         self.is_weighting = False
-        """Whether rows are moved and weighted, all channels alike, and nothing else, as far as was learned."""
+        """Whether rows are moved and weighted, all channels alike, and nothing else, at the last pass of the tail."""
         self.clear()
 
     def clear(self) -> None:
@@ -189,7 +189,7 @@ class Tail:
         for cut, readout in zip(cuts, readouts, strict=True):
             cut.readout = readout.detach()
 
-    def locate(self, out: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
+    def locate(self, out: Tensor, tokens: ScoredTokens) -> None:
         """Set the token of each row of each cut and, where the tail moves and weights rows and does nothing else, its
         weight. To be called before `transpose`.
 
@@ -200,13 +200,11 @@ class Tail:
         Args:
             out: output of the layer, ``[…, D]`` of T positions.
             tokens: the scored tokens of those.
-            check: whether to find out, in all channels, what the tail does.
         """
         cuts = self.cuts
         n_bits = tokens.n_bits
         seen = self._sent_codewords(out, cuts, tokens)
-        if check:
-            self._learn(seen, n_bits)
+        self._learn(seen, n_bits)
         if not self.moves_rows and self.peers.is_alone:
             for cut, token_S in zip(cuts, self._tokens_by_digits(out, cuts, tokens), strict=True):
                 cut.token_S = token_S

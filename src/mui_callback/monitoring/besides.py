@@ -57,6 +57,8 @@ class Asked:
         check_benchmarks(self.benchmarks)
         own_schedule(self.benchmarks_every, Schedule())
         check_performance(self.performance)
+        if self.benchmarks_every != "probe" and not self.benchmarks:
+            raise ValueError(f"benchmarks_every: {self.benchmarks_every!r} was given, but there are no benchmarks")
         self.rule  # noqa: B018 - raises
         if self.ablate not in (*get_args(What), True, False):
             raise ValueError(f"ablate: expected 'neurons', 'experts', True or False, got {self.ablate!r}")
@@ -64,7 +66,10 @@ class Asked:
     @property
     def rule(self) -> PhaseRule:
         """Of the phases."""
-        return PhaseRule(self.phase_window, self.phase_level)
+        try:
+            return PhaseRule(self.phase_window, self.phase_level)
+        except ValueError as error:
+            raise ValueError(f"phase_{error}") from None
 
     def load(self, settings: ProbeSettings, tokenizer: Any) -> tuple[Benchmark, ...]:
         """The benchmarks.
@@ -121,6 +126,9 @@ class Besides:
         stopwatch: that of the run.
         processes: those of the run.
         trajectories: the points before, which those that are found are added to.
+
+    Raises:
+        ValueError: the performance of a task is named that is none of the probe set.
     """
 
     def __init__(
@@ -134,6 +142,11 @@ class Besides:
         processes: Processes,
         trajectories: Trajectories,
     ) -> None:
+        tasks = probe.probe_set.task_names
+        if unknown := [task for task in asked.performance if task is not None and task not in tasks]:
+            raise ValueError(
+                f"performance: expected tasks of the probe set, {', '.join(tasks)}, got {', '.join(unknown)}"
+            )
         self._probe = probe
         self._stopwatch = stopwatch
         self._benchmarks = BenchmarkRuns(benchmarks, asked.benchmarks_every, schedule, stopwatch.step, processes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from mui_callback.errors import ProbeError
+from mui_callback.probe.checksum import checksum
 
 _LEARNT = frozenset({"_external_params"})
 """Attributes that say which weights a module uses that are not its own: ZeRO-3 learns it in the first forward, marks
@@ -35,7 +36,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         ProbeError: a forward pass in eval mode wrote to a parameter, which cannot be undone.
     """
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
-    sums = {name: _checksum(parameter) for name, parameter in _rewritten_parameters(model)}
+    sums = {name: checksum(parameter) for name, parameter in _rewritten_parameters(model)}
     states = [_ObjectState(config) for config in _configs(model)]
     modules = [_ModuleState(module) for module in model.modules()]
     with ExitStack() as restoring:  # each of them, whatever the others raise; modules first
@@ -59,7 +60,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     written = [
         name
         for name, parameter in model.named_parameters()
-        if parameter._version != versions.get(name) and (name not in sums or sums[name] != _checksum(parameter))
+        if parameter._version != versions.get(name) and (name not in sums or sums[name] != checksum(parameter))
     ]
     if written:
         raise ProbeError(
@@ -111,12 +112,6 @@ def _rewritten_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
         if "ParamWrapper" in type(module).__name__ or hasattr(module, "parametrizations"):
             for name, parameter in module.named_parameters():
                 yield f"{path}.{name}" if path else name, parameter
-
-
-def _checksum(parameter: Tensor) -> int:
-    """Equal for equal bits."""
-    bits = parameter.detach().contiguous().view(torch.uint8)
-    return int(bits.sum(dtype=torch.int64)) + int(bits[..., ::3].sum(dtype=torch.int64)) * 2**40
 
 
 class _ObjectState:

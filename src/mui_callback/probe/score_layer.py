@@ -139,7 +139,7 @@ class LayerReader:
     def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
         """Follow the tail back to the experts, no further than needed."""
         if check or not self._can_follow:
-            self.tail.locate(out, tokens, check=check)
+            self.tail.locate(out, tokens)
         if check:
             self.tail.locate_constants(out, tokens)
             for recorder in self.recorders:
