@@ -453,7 +453,7 @@ def test_the_comparison_can_fail(without: Trained, tmp_path: Path) -> None:
         assert_same_to_the_bit(without, trained)
 
 
-@pytest.mark.parametrize("act", ["flip", "swap", "half"])
+@pytest.mark.parametrize("act", ["flip", "swap", "rows", "raise", "half"])
 def test_writing_past_the_counter_of_versions_is_noticed(act: str) -> None:
     def write_data(model: nn.Module, step: int) -> dict[str, float]:
         weight = model.lm_head.weight
@@ -461,6 +461,11 @@ def test_writing_past_the_counter_of_versions_is_noticed(act: str) -> None:
             weight.data[0, 0] *= -1
         if act == "swap":  # the same bits, elsewhere
             weight.data[0, :2] = weight.data[0, :2].flip(0)
+        if act == "rows":
+            weight.data[[0, 3]] = weight.data[[3, 0]]
+        if act == "raise":
+            weight.data[0, 0] += 1
+            raise RuntimeError("the harness broke")
         if act == "half":
             weight.data = weight.data.half()
         return {"a": 1}
@@ -468,6 +473,7 @@ def test_writing_past_the_counter_of_versions_is_noticed(act: str) -> None:
     results, failures = run_benchmarks(as_benchmarks(write_data), moe_model(), 0)
     assert results == {}
     assert "wrote to parameters, which cannot be undone: lm_head.weight" in str(failures[0])
+    assert ("RuntimeError: the harness broke" in str(failures[0])) == (act == "raise")
 
 
 def test_what_a_callable_prints_is_its_own_affair(capsys: pytest.CaptureFixture[str]) -> None:

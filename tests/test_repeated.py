@@ -83,6 +83,34 @@ def test_a_scale_behind_the_experts_that_is_trained_away_from_ones() -> None:
     assert not np.allclose(again.counts.mass, first.counts.mass, rtol=1e-5)
 
 
+@pytest.mark.parametrize("amount", [8e-3, 0.1])
+def test_scales_that_the_first_batch_does_not_reach(amount: float) -> None:
+    """Behind experts that only longer samples are sent to, and the samples of the first batch are the shortest."""
+    model, samples = build_plain("expert_norm"), make_samples()
+    experts = [module for module in model.modules() if isinstance(module, NormedMLP)]
+    reached: set[nn.Module] = set()
+    handles = [
+        expert.register_forward_hook(lambda module, args, out: reached.add(module) if args[0].numel() else None)
+        for expert in experts
+    ]
+    shortest = min(samples, key=lambda sample: len(sample.input_ids))
+    with torch.no_grad():
+        for expert in experts:
+            expert.norm.weight.fill_(1)
+        model(torch.tensor(shortest.input_ids)[None])
+        for handle in handles:
+            handle.remove()
+        assert set(experts) - reached
+        for expert in set(experts) - reached:
+            expert.norm.weight += amount * torch.randn_like(expert.norm.weight)
+    sets = ProbeSet({"a": samples})
+    one_batch, many = (
+        MUIProbe(model, sets, rules="top_fraction=0.05", batch_tokens=size).measure() for size in (10**6, 1)
+    )
+    assert many.key_neurons() == one_batch.key_neurons()
+    assert many.counts.mass == pytest.approx(one_batch.counts.mass, rel=1e-4)
+
+
 @pytest.mark.parametrize(("name", "fails_in"), [("ddp", 1), ("moe_k2", 1), ("autoep", 0)])
 def test_several_processes_of_which_one_fails(name: str, fails_in: int, tmp_path: Path) -> None:
     both = launch(tmp_path, in_processes, name=name, fails_in=fails_in)

@@ -25,9 +25,9 @@ class CallableBenchmark:
     """Calls a function with the live model.
 
     The model is in eval mode, without gradients, and is to be left as it is; what may be done to it all the same (its
-    mode, buffers, hooks of modules, random states, gradients) is put back. In a distributed run the function is called in every
-    process, as a model that is spread over processes needs it; what it returns in the main one counts, and the others
-    may return anything. A process that has nothing to do waits for the others for five minutes.
+    mode, buffers, hooks of modules, random states, gradients) is put back. In a distributed run the function is called
+    in every process, as a model that is spread over processes needs it; what it returns in the main one counts, and the
+    others may return anything. A process that has nothing to do waits for the others for five minutes.
 
     Args:
         function: the callable.
