@@ -44,11 +44,12 @@ def _in_words(task: TaskAblation, what: str) -> str:
     if interval is None:
         said = "cannot be said from 1 sample" if task.n_samples == 1 else "all samples change alike"
     elif interval.low > 0:
-        said = f"key {what} matter more than random ones, by {interval.low:.3f} to {interval.high:.3f} nats"
+        said = f"key {what} matter more than random ones, by {_nats(interval.low)} to {_nats(interval.high)} nats"
     elif interval.high < 0:
-        said = f"key {what} matter less than random ones, by {-interval.high:.3f} to {-interval.low:.3f} nats"
+        said = f"key {what} matter less than random ones, by {_nats(-interval.high)} to {_nats(-interval.low)} nats"
     else:
-        said = f"key {what} and random ones cannot be told apart ({interval.low:+.3f} to {interval.high:+.3f} nats)"
+        span = f"{_nats(interval.low, '+')} to {_nats(interval.high, '+')} nats"
+        said = f"key {what} and random ones cannot be told apart ({span})"
     return said
 
 
@@ -69,7 +70,12 @@ def _say_overlap(console: Console, found: AblationReport) -> None:
 
 
 def _change(change: LossChange) -> Text:
-    shown = Text(f"{change.value:+.3f}")
+    shown = Text(_nats(change.value, "+"))
     if change.interval is None:
         return shown
-    return shown.append(f"\n{change.interval.low:+.3f} … {change.interval.high:+.3f}", style="dim")
+    return shown.append(f"\n{_nats(change.interval.low, '+')} … {_nats(change.interval.high, '+')}", style="dim")
+
+
+def _nats(value: float, sign: str = "") -> str:
+    """With three decimals, or the first digit that is not zero."""
+    return f"{value:{sign}.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:{sign}.0e}"
