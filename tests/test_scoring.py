@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mui_callback.experts.tail import _codewords, _read_codewords
+from mui_callback.experts.codewords import codewords, read_codewords
 from mui_callback.rules import Rule
 from mui_callback.scoring import rows as rows_module
 from mui_callback.scoring.rows import Contributions
@@ -141,9 +141,9 @@ def test_one_pass_finds_what_a_loop_finds(data: st.DataObject, at_once: int) -> 
 def test_codewords_are_read_whatever_their_weight(numbers: list[int], weight: float) -> None:
     number_T = torch.tensor(numbers)
     n_bits = 9
-    words = _codewords(number_T, n_bits, 24, torch.bfloat16) * weight
-    found, is_word = _read_codewords(words, n_bits)
+    words = codewords(number_T, n_bits, 24, torch.bfloat16) * weight
+    found, is_word = read_codewords(words, n_bits)
     assert found.tolist() == numbers
     assert is_word.all()
-    mixed = words + _codewords(number_T + 1, n_bits, 24, torch.bfloat16) * weight  # of two tokens at once
-    assert not _read_codewords(mixed, n_bits)[1][number_T >= 0].any()
+    mixed = words + codewords(number_T + 1, n_bits, 24, torch.bfloat16) * weight  # of two tokens at once
+    assert not read_codewords(mixed, n_bits)[1][number_T >= 0].any()

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mui_callback.errors import ProbeError
 from mui_callback.experts.base import First
+from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.interface import route_experts_through
-from mui_callback.experts.tail import Cut, Tail, add_inner
+from mui_callback.experts.tail import Tail
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_in_token
 from mui_callback.scoring.rows import Contributions
 from mui_callback.settings import Activation

@@ -13,13 +13,14 @@ Shapes: T positions of the batch (flattened), R scored tokens, S rows of one out
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mui_callback.errors import ProbeError
+from mui_callback.experts.codewords import SLACK, are_alike, codewords, read_codewords
+from mui_callback.experts.cut import Cut
 from mui_callback.experts.linear import is_linear
 from mui_callback.experts.norms import channel_scale, is_norm
 from mui_callback.parallel.peers import Peers
@@ -27,68 +28,6 @@ from mui_callback.scoring.contributions import ScoredTokens
 
 _BASE = 16
 """Of the digits that are sent through a tail."""
-_SLACK = 0.02
-"""Relative difference of two channels of a codeword that rounding can explain, in 16 bits too."""
-
-
-@dataclass(eq=False)
-class Cut:
-    """An output of experts, at which the tail begins."""
-
-    value: Tensor
-    """``[…, D]``: a leaf of autograd, or a tensor in the tail."""
-    token_S: Tensor | None = None
-    """Number of the scored token that each row goes to, int64 ``[S]``, -1 where there is none; set by `Tail.locate`, or
-    by who knows it otherwise."""
-    weight_S: Tensor | None = None
-    """What the tail multiplies each row with, float32 ``[S]``, where it does nothing else; set by `Tail.locate`."""
-    readout: Tensor | None = None
-    """In the shape of `value`; set by `Tail.transpose`."""
-
-    @property
-    def n_rows(self) -> int:
-        """S."""
-        return self.value.numel() // self.value.shape[-1]
-
-    @property
-    def value_SD(self) -> Tensor:
-        """The output, ``[S, D]``."""
-        return self.value.detach().reshape(-1, self.value.shape[-1])
-
-    @property
-    def readout_SD(self) -> Tensor:
-        """The unembedding row of each row's target as seen from here, ``[S, D]``."""
-        assert self.readout is not None
-        return self.readout.reshape(-1, self.readout.shape[-1])
-
-    def is_in_order(self, tokens: ScoredTokens) -> bool:
-        """Whether the rows, once they are located, are the positions of the batch in order, once or several times."""
-        assert self.token_S is not None
-        number_T = tokens.numbers()
-        if len(self.token_S) % len(number_T) or not len(tokens.position_R):
-            return False
-        expected_S = number_T.repeat(len(self.token_S) // len(number_T))
-        # a row that is weighted with zero says nothing
-        return not bool(((self.token_S != expected_S) & (self.token_S >= 0)).any())
-
-    def readouts_of(self, place_P: Tensor, readout_RD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The readout of rows that go to a scored token, ``[P, D]``, and what to multiply it with, ``[P]``.
-
-        Args:
-            place_P: which rows.
-            readout_RD: unembedding row of the target of each scored token.
-        """
-        if self.weight_S is not None and self.token_S is not None:
-            return readout_RD[self.token_S[place_P]], self.weight_S[place_P]
-        return self.readout_SD[place_P], None
-
-    def all_readouts(self, readout_RD: Tensor) -> Tensor:
-        """The same for all rows, weighted; anything for rows that go to no scored token."""
-        if self.weight_S is None or self.token_S is None:
-            return self.readout_SD
-        if not len(readout_RD):
-            return self.value_SD
-        return readout_RD[self.token_S.clamp(min=0)] * self.weight_S[:, None]
 
 
 class Tail:
@@ -210,7 +149,7 @@ class Tail:
                 cut.token_S = token_S
             return
         code_SD = torch.cat([code_SD[:, : 1 + n_bits] for code_SD in seen])
-        number_S, is_word_S = _read_codewords(code_SD, n_bits)
+        number_S, is_word_S = read_codewords(code_SD, n_bits)
         self.is_mixed = ~is_word_S.all()
         sizes = [cut.n_rows for cut in cuts]
         for cut, token_S in zip(cuts, torch.split(number_S.where(is_word_S, -1), sizes), strict=True):
@@ -222,8 +161,8 @@ class Tail:
     def _learn(self, seen: Sequence[Tensor], n_bits: int) -> None:
         """What the tail does to codewords; the same for all processes that it reaches over."""
         has_room = all(n_bits < code_SD.shape[1] for code_SD in seen)
-        moves_rows = has_room and all(_are_alike(code_SD, _SLACK) for code_SD in seen)
-        is_weighting = moves_rows and all(_are_alike(code_SD, 0) for code_SD in seen)
+        moves_rows = has_room and all(are_alike(code_SD, SLACK) for code_SD in seen)
+        is_weighting = moves_rows and all(are_alike(code_SD, 0) for code_SD in seen)
         has_words = any(bool(code_SD.any()) for code_SD in seen)  # from nothing, nothing can be learned
         flags = torch.tensor([not moves_rows, not is_weighting, has_words], device=seen[0].device).double()
         self.peers.highest(flags)
@@ -296,13 +235,13 @@ class Tail:
             cut.token_S = number_S
 
     def _numbers(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
-        found = [_read_codewords(code_SD, tokens.n_bits) for code_SD in self._sent_codewords(out, cuts, tokens)]
+        found = [read_codewords(code_SD, tokens.n_bits) for code_SD in self._sent_codewords(out, cuts, tokens)]
         if all(bool(is_word_S.all()) for _, is_word_S in found) or not self.peers.is_alone:
             return [number_S.where(is_word_S, -1) for number_S, is_word_S in found]
         return self._tokens_by_digits(out, cuts, tokens)
 
     def _sent_codewords(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
-        words_TD = _codewords(tokens.numbers(), tokens.n_bits, out.shape[-1], out.dtype)
+        words_TD = codewords(tokens.numbers(), tokens.n_bits, out.shape[-1], out.dtype)
         return self._sent(out, cuts, words_TD)
 
     def _seen_from(
@@ -331,37 +270,6 @@ class Tail:
         except RuntimeError as error:
             raise ProbeError(f"{self.where}: what follows its experts cannot be transposed: {error}") from error
         return [torch.zeros_like(value) if grad is None else grad for grad, value in zip(seen, values, strict=True)]
-
-
-def _codewords(number_T: Tensor, n_bits: int, width: int, dtype: torch.dtype) -> Tensor:
-    """One, then the bits of the number over and over again, as signs, ``[T, D]``; zeros for a number of -1."""
-    bits_Tb = number_T[:, None].bitwise_right_shift(torch.arange(n_bits, device=number_T.device)) & 1
-    signs_Tb = (2 * bits_Tb - 1).masked_fill_(number_T[:, None] < 0, 0).to(dtype)
-    is_scored_T1 = (number_T >= 0)[:, None].to(dtype)
-    return torch.cat([is_scored_T1, signs_Tb.repeat(1, -(-(width - 1) // n_bits))[:, : width - 1]], dim=1)
-
-
-def _read_codewords(seen_SD: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
-    """The number of each row, -1 for zeros, and whether the row is a codeword or zeros; ``[S]`` each."""
-    first_S1 = seen_SD[:, :1]
-    is_sign_SD = (seen_SD.abs() - first_S1.abs()).abs() <= _SLACK * first_S1.abs()
-    is_one_Sb = (seen_SD[:, 1 : 1 + n_bits] > 0) == (first_S1 > 0)
-    weights_b = torch.ones(n_bits, dtype=torch.float64, device=seen_SD.device).mul_(2).cumprod(0) / 2
-    number_S = (is_one_Sb.double() @ weights_b[: is_one_Sb.shape[1]]).long()
-    return number_S.where(first_S1[:, 0] != 0, -1), is_sign_SD.all(-1)
-
-
-def _are_alike(seen_SD: Tensor, slack: float) -> bool:
-    """Whether all channels of each row are of one size, up to this relative difference."""
-    size_S1 = seen_SD[:, :1].abs()
-    return bool(((seen_SD.abs() - size_S1).abs() <= slack * size_S1).all())
-
-
-def add_inner(sum_R: Tensor, token_S: Tensor, value_SD: Tensor, readout_SD: Tensor) -> None:
-    """Add ⟨value, readout⟩ of each row to the sum of its token; rows of token -1 are left out."""
-    is_row_S = token_S >= 0
-    inner_S = (value_SD.detach().float() * readout_SD.float()).sum(-1).to(sum_R.dtype)
-    sum_R.index_add_(0, token_S[is_row_S], inner_S[is_row_S])
 
 
 def _leaves_behind(x: Tensor) -> set[int]:
