@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import ByT5Tokenizer, PreTrainedModel
 
 import families
 from distributed_training import launch
 from distributed_training import train as train_with_ddp
 from integrations import Lightning, Watch, make_model, probe_set
-from mui_callback import MUICallback, MUIProbe, ProbeSet
+from mui_callback import MUICallback, MUIMonitor, MUIProbe, ProbeSet
 from mui_callback.experts import grouped
 from mui_callback.sinks.memory import MemorySink
 from naive import naive_key_neurons, naive_scores
 from plain_moe import ZOO, build_plain
 from plain_naive import plain_scores
 from reading import layer_scores
+from test_benchmarks import choices_file
 from tiny import build, deepseek_v3, gpt_oss, olmoe, qwen2_moe
 from tiny_samples import make_samples
 from training import STEPS, assert_same_to_the_bit, train
@@ -141,6 +142,39 @@ def test_memory_that_runs_out_halves_the_batch(tmp_path: Path) -> None:
     (point,) = watch.memory.points
     assert point.report.settings.batch_tokens < largest // 3
     assert point.report.key_neurons() == reference.key_neurons()
+
+
+@pytest.mark.parametrize("what", ["neurons", "experts"])
+def test_benchmarks_and_the_causal_check_of_a_model_in_bfloat16(family: str, what: Any, tmp_path: Path) -> None:
+    model, memory = on_gpu(family, torch.bfloat16), MemorySink()
+    ids = torch.tensor(samples()[0].input_ids, device="cuda")[None]
+
+    def loss(model: torch.nn.Module, step: int) -> dict[str, float]:
+        return {"loss": model(input_ids=ids, labels=ids).loss.item()}
+
+    with MUIMonitor(
+        model,
+        ProbeSet({"a": samples()}),
+        tokenizer=ByT5Tokenizer(),
+        every=1,
+        rules=f"top_fraction={FRACTION}",
+        sinks=[memory],
+        output_dir=tmp_path,
+        tracker=None,
+        on_error="raise",
+        benchmarks=[loss, str(choices_file(tmp_path))],
+        ablate=what,
+    ) as monitor:
+        monitor.step(1)
+    points = {point.step: point.scalars for point in memory.points if "mui/mui" in point.scalars}
+    assert list(points) == [0, 1]
+    assert points[0]["mui/mui"] == points[1]["mui/mui"]  # nothing was trained between them
+    assert points[0]["mui/benchmark/loss"] == points[1]["mui/benchmark/loss"] == loss(model, 1)["loss"]
+    assert 0 <= points[1]["mui/benchmark/numbers/accuracy"] <= 1
+    (ablation,) = (point.ablation for point in memory.points if point.ablation is not None)
+    change = ablation.tasks["a"].changes.key.value
+    print(f"{family}: the loss without key {what} is higher by {change:+.4f} nats")
+    assert change != 0
 
 
 def fails_at_4(step: int, n_tokens: int) -> None:
