@@ -84,11 +84,27 @@ class Recorder(Protocol):
         """Raises `ProbeError` if the experts did not run, or not on the positions of the batch."""
 
     @property
-    def can_follow(self) -> bool:
-        """Whether it was learned to be possible to know the token of each row without asking the tail."""
+    def knows_order(self) -> bool:
+        """Whether it was learned that the rows are the positions of the batch, in order."""
+
+    @property
+    def trusts_dispatch(self) -> bool:
+        """Whether it was learned that the router tells which rows are whose."""
+
+    def announce(self, tokens: ScoredTokens, readout_RD: Tensor) -> None:
+        """Before a forward pass: which tokens meet in the layer, for those who trust the dispatch.
+
+        Args:
+            tokens: the scored tokens.
+            readout_RD: unembedding row of the target of each token that meets in the layer.
+        """
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether nothing of the present forward pass is recorded, as all that is wanted was announced."""
 
     def follow(self, tokens: ScoredTokens) -> None:
-        """Find out which token each row belongs to, without asking the tail."""
+        """Set the token of each row, of one that knows the order, without asking the tail."""
 
     def learn(self, tokens: ScoredTokens) -> None:
         """From what the tail was asked, learn how to do without; make sure of what is taken for granted."""

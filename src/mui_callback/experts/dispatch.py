@@ -11,7 +11,7 @@ expert for each process, N pairs that came to this process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -47,8 +47,12 @@ class Arrivals:
 class Dispatch(Protocol):
     """Follows the tokens of one layer."""
 
-    def watched(self) -> Any:
-        """A context in which the choices of the router are noted."""
+    def watched(self, then: Callable[[], None]) -> Any:
+        """A context in which the choices of the router are noted.
+
+        Args:
+            then: called when they are.
+        """
 
     def clear(self) -> None:
         """Forget the last forward pass."""
@@ -57,14 +61,13 @@ class Dispatch(Protocol):
     def has_run(self) -> bool:
         """Whether there are choices that can be followed; the same in all processes."""
 
-    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int, n_rows: int) -> Arrivals:
-        """What came to the experts of this process. All processes make this call.
+    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int) -> Arrivals:
+        """What comes to the experts of this process. All processes make this call.
 
         Args:
             number_T: number of the scored token of each position of this process, -1 where there is none.
             peers: the processes that the experts are spread over.
             n_local: L.
-            n_rows: rows of the first expert.
         """
 
 
@@ -73,18 +76,26 @@ class _Watched:
         self.router = router
         self.choices: Any = None
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    @property
+    def has_run(self) -> bool:
         """See `Dispatch`."""
-        with self.router.register_forward_hook(self._note):
+        raise NotImplementedError
+
+    @contextmanager
+    def watched(self, then: Callable[[], None]) -> Iterator[None]:
+        """See `Dispatch`."""
+
+        def note(router: nn.Module, args: Any, out: Any) -> None:
+            self.choices = out
+            if self.has_run:
+                then()
+
+        with self.router.register_forward_hook(note):
             yield
 
     def clear(self) -> None:
         """See `Dispatch`."""
         self.choices = None
-
-    def _note(self, router: nn.Module, args: Any, out: Any) -> None:
-        self.choices = out
 
 
 class SlotDispatch(_Watched):
@@ -95,11 +106,12 @@ class SlotDispatch(_Watched):
         """See `Dispatch`."""
         return isinstance(self.choices, tuple) and len(self.choices) == 7
 
-    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int, n_rows: int) -> Arrivals:
-        """See `Dispatch`."""
+    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int) -> Arrivals:
+        """See `Dispatch`. The host waits for C, as the layer does in its next statement."""
         expert_KT, place_KT, weight_KT = self.choices[3:6]
-        n_places = n_rows // peers.n
-        n_slots = peers.n * n_local * n_places
+        n_places = int(self.choices[1])
+        n_rows = peers.n * n_places
+        n_slots = n_rows * n_local
         slot_KT = (expert_KT * n_places + place_KT).where(expert_KT >= 0, n_slots)
         sent_S2 = torch.zeros(n_slots + 1, 2, dtype=torch.float64, device=number_T.device)
         sent_S2[:, 0] = -1
@@ -120,7 +132,7 @@ class SortedDispatch(_Watched):
         """See `Dispatch`."""
         return isinstance(self.choices, tuple) and len(self.choices) >= 3
 
-    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int, n_rows: int) -> Arrivals:
+    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int) -> Arrivals:
         """See `Dispatch`. The host waits for the number of pairs."""
         weight_TK, expert_TK = self.choices[0], self.choices[1]
         order_X = expert_TK.flatten().argsort(stable=True)

@@ -56,6 +56,8 @@ class Product:
 
 Take = Callable[[Product], Tensor]
 """Is handed each product, and returns what the model goes on with in place of its output."""
+IsRecorded = Callable[[], bool]
+"""Whether autograd is to record the next product; if not, its activations may be overwritten after it was taken."""
 
 
 class DownProjection(Protocol):
@@ -66,7 +68,7 @@ class DownProjection(Protocol):
     """Neurons of each expert, I."""
     where: str
 
-    def read(self, take: Take) -> AbstractContextManager[None]:
+    def read(self, take: Take, is_recorded: IsRecorded) -> AbstractContextManager[None]:
         """A context in which each product is handed to `take`."""
 
     def masked(self, is_masked_EI: Tensor, note_use: Callable[[], None]) -> AbstractContextManager[None]:
@@ -101,23 +103,27 @@ class LinearDown:
         self.width = shape[0]
 
     @contextmanager
-    def read(self, take: Take) -> Iterator[None]:
+    def read(self, take: Take, is_recorded: IsRecorded) -> Iterator[None]:
         """See `DownProjection.read`."""
         pending: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            if not is_recorded():
+                pending.append(_input(args, options))
+                return None
             torch.set_grad_enabled(True)
             # a copy, for a buffer of activations may be written to again
             pending.append(_input(args, options).detach().clone().requires_grad_())
             return _with_input(args, options, pending[-1])
 
         def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            if not isinstance(out, Tensor) or not out.requires_grad:
+            act = pending.pop()
+            if act.requires_grad and (not isinstance(out, Tensor) or not out.requires_grad):
                 raise ProbeError(
                     f"{self.where}: expected a down projection that autograd can follow, got {type(out).__name__}. "
                     "Does it run under torch.no_grad or torch.inference_mode?"
                 )
-            return take(Product(pending.pop(), out, getattr(module, "bias", None), weight=_plain_weight(module, out)))
+            return take(Product(act, out, getattr(module, "bias", None), weight=_plain_weight(module, out)))
 
         on_call = self.module.register_forward_pre_hook(before, with_kwargs=True)
         with on_call, self.module.register_forward_hook(after):
@@ -176,16 +182,17 @@ class StackedDown:
         self.width = width
         check_readable(where, weight)
 
-    def read(self, take: Take) -> AbstractContextManager[None]:
+    def read(self, take: Take, is_recorded: IsRecorded) -> AbstractContextManager[None]:
         """See `DownProjection.read`."""
 
-        def recorded(use: _Use) -> Tensor:
-            act = use.act.detach().requires_grad_()
-            with torch.enable_grad():
+        def taken(use: _Use) -> Tensor:
+            is_leaf = is_recorded()
+            act = use.act.detach().requires_grad_(is_leaf)
+            with torch.set_grad_enabled(is_leaf):
                 out = use.multiply(act)
             return take(Product(act, out, use.bias, use.expert, use.n_experts, use.expert_S, use.weight))
 
-        return self._each_use(recorded)
+        return self._each_use(taken)
 
     def masked(self, is_masked_EI: Tensor, note_use: Callable[[], None]) -> AbstractContextManager[None]:
         """See `DownProjection.masked`."""
@@ -293,7 +300,9 @@ class _ProductMode(TorchFunctionMode):
                 f"{tuple(args[0].shape)}."
             )
         bias = args[2] if func is F.linear and len(args) > 2 else options.get("bias")
-        return self.make(_Use(args[0], multiply, bias, *experts))
+        is_plain = args[1].dim() == 2 and not torch.is_autocast_enabled(args[1].device.type)
+        weight = args[1].detach() if func is F.linear else args[1].detach().mT
+        return self.make(_Use(args[0], multiply, bias, *experts, weight=weight if is_plain else None))
 
     def _expert_of_rows(self, act: Tensor, ends: Tensor) -> Tensor:
         rows = torch.arange(len(act), device=act.device, dtype=ends.dtype)

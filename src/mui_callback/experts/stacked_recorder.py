@@ -98,10 +98,11 @@ class StackedRecorder:
         """In one process, the rows of the output are the positions."""
         return self.experts.spread.peers.is_alone
 
-    @property
-    def can_follow(self) -> bool:
-        """See `Recorder`."""
-        return self.knows_order
+    trusts_dispatch = False
+    is_followed = False
+
+    def announce(self, tokens: ScoredTokens, readout_RD: Tensor) -> None:
+        """See `Recorder`: the rows of the output are asked of the tail, or known."""
 
     def follow(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""

@@ -96,6 +96,11 @@ class Reading:
         """Keep an error, if it is the first one."""
         self.error = self.error or error
 
+    def announce(self, index: int, reader: LayerReader) -> None:
+        """Tell a layer that is about to run what comes to its experts; see `LayerReader.announce`."""
+        if self._batch is not None and reader.can_follow:
+            reader.announce(self._batch.tokens(index), self._batch.met_readout(index))
+
     def take(self, index: int, reader: LayerReader, out: Tensor, *, is_output: bool) -> None:
         """Score what one layer left, if a batch is being read; see `LayerReader.scores`."""
         _, error = attempt(lambda: self._take(index, reader, out, is_output=is_output))
@@ -175,6 +180,9 @@ class _LayerCapture:
         self.reader.clear()
         self.whole.begin()
         self.is_open = True
+        self.reading.announce(self.index, self.reader)
+        if self.reader.is_followed:
+            return
         # Forwards that are meant for no_grad overwrite what autograd saves. What it saves for linear operations are
         # factors; if one of those is overwritten, contributions do not add up. (Detached: an operation that held its
         # own output would never be freed.)

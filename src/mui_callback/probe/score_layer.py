@@ -58,6 +58,21 @@ class LayerReader:
         for recorder in self.recorders:
             recorder.clear()
 
+    @property
+    def can_follow(self) -> bool:
+        """Whether it was learned how to know the tokens of all rows without asking the tail."""
+        return self._can_follow
+
+    def announce(self, tokens: ScoredTokens, readout_RD: Tensor) -> None:
+        """Before a forward pass of the layer; see `Recorder.announce`. What is known before needs no recording."""
+        for recorder in self.recorders:
+            recorder.announce(tokens, readout_RD)
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether nothing of the present forward pass is recorded."""
+        return all(recorder.is_followed for recorder in self.recorders)
+
     def watch_tail(self) -> list[RemovableHandle]:
         """Hooks on the modules that may be in the tail."""
         scope = self.layer.scope.modules() if self.layer.scope_is_moe else self.layer.scope.children()
@@ -94,7 +109,8 @@ class LayerReader:
         Raises:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
         """
-        self._check_output(out, readout_TD, tokens)
+        if not self.is_followed:
+            self._check_output(out, readout_TD, tokens)
         for recorder in self.recorders:
             recorder.check_complete(tokens)
         if is_output and check:
@@ -145,13 +161,17 @@ class LayerReader:
             self.tail.locate_constants(out, tokens)
             for recorder in self.recorders:
                 recorder.learn(tokens)
-            can_follow = all(recorder.can_follow for recorder in self.recorders)
+            can_follow = all(
+                recorder.knows_order or (recorder.trusts_dispatch and self.layer.scope_is_moe)
+                for recorder in self.recorders
+            )
             cannot = torch.tensor([not can_follow], dtype=torch.float64, device=out.device)
             self.layer.peers.highest(cannot)  # all of them go the same way, as there are collectives on it
             self._can_follow = not bool(cannot)
         if self._can_follow:
             for recorder in self.recorders:
-                recorder.follow(tokens)
+                if recorder.knows_order:
+                    recorder.follow(tokens)
         self.tail.transpose(out, readout_TD, check=check)
 
     def _parts(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> tuple[ExpertScores, ...]:

@@ -1,0 +1,82 @@
+"""Rows of experts that are read where they call their down projection, however it is known which token they are for.
+
+Shapes: P rows that go to scored tokens, U of these that are left when several of one token in one expert are one, W =
+neurons of one down projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mui_callback.experts.base import First
+from mui_callback.scoring.contributions import ExpertScores, rank_in_token
+from mui_callback.scoring.rows import Contributions
+
+
+@dataclass(frozen=True)
+class CalledRows:
+    """A row is one token in one down projection."""
+
+    token_P: Tensor
+    """Number of the scored token, int64 ``[P]``."""
+    down_P: Tensor
+    """Number of the down projection in the layer, int64 ``[P]``."""
+    rank_P: Tensor
+    """Number of the row among those of its token, by down projection, int64 ``[P]``."""
+    rows_per_token: int
+    are_repeated: bool = False
+    """Whether one was called for a token more than once."""
+
+    def scores(self, rows: Contributions, first: First, *, n_downs: int, experts_of_down: int) -> ExpertScores:
+        """The contributions of these rows as those of experts.
+
+        Args:
+            rows: the contributions, ``[P, W]``.
+            first: what the experts of the layer begin with.
+            n_downs: down projections of the layer.
+            experts_of_down: experts that one holds side by side.
+        """
+        if self.are_repeated:
+            united, rows = self._united(rows, n_downs)
+            return united.scores(rows, first, n_downs=n_downs, experts_of_down=experts_of_down)
+        n, width = experts_of_down, rows.width // experts_of_down
+        if n == 1:
+            return ExpertScores(
+                rows,
+                self.token_P,
+                first.expert + self.down_P,
+                first_neuron_S=first.neuron + self.down_P * width,
+                rank_S=self.rank_P,
+                rows_per_token=self.rows_per_token,
+            )
+        part_n = torch.arange(n, device=rows.act_SI.device)
+        expert_P = (self.down_P[:, None] * n + part_n).flatten()
+        return ExpertScores(
+            Contributions(
+                rows.act_SI.reshape(-1, width),
+                rows.projected_SI.reshape(-1, width),
+                rows.weight_S.repeat_interleave(n) if rows.weight_S is not None else None,
+            ),
+            self.token_P.repeat_interleave(n),
+            first.expert + expert_P,
+            first_neuron_S=first.neuron + expert_P * width,
+            rank_S=(self.rank_P[:, None] * n + part_n).flatten(),
+            rows_per_token=self.rows_per_token * n,
+        )
+
+    def _united(self, rows: Contributions, n_downs: int) -> tuple[CalledRows, Contributions]:
+        """One row for all calls of a down projection for a token."""
+        pair_U, row_P = torch.unique(self.token_P * n_downs + self.down_P, return_inverse=True)
+        score_PW = rows.act_SI.float() * rows.projected_SI.float()
+        if rows.weight_S is not None:
+            score_PW *= rows.weight_S[:, None]
+        score_UW = score_PW.new_zeros(len(pair_U), rows.width).index_add_(0, row_P, score_PW)
+        token_U, down_U = pair_U // n_downs, pair_U % n_downs
+        rank_U, _ = rank_in_token(token_U, down_U, n_downs)
+        return (
+            CalledRows(token_U, down_U, rank_U, int(rank_U.max()) + 1),
+            Contributions(score_UW, torch.ones_like(score_UW)),
+        )
