@@ -349,16 +349,11 @@ def _whole_deepspeed_moe(model: nn.Module, place: Place) -> Iterator[tuple[str, 
 
 
 def _whole_autoep(model: nn.Module, place: Place) -> Iterator[tuple[str, Tensor]]:
-    state = model.state_dict()
-    for name, value in state.items():
-        if name.endswith(".experts.w1"):
-            w1, w2, w3 = (torch.cat(_from_all(state[f"{name[:-1]}{number}"])) for number in (1, 2, 3))
-            yield name.replace(".w1", ".gate_up_proj"), torch.cat([w1, w3], dim=1)
-            yield name.replace(".w1", ".down_proj"), w2
-        elif ".mlp.router." in name:
-            yield name.replace(".router.gate.", ".gate.").replace(".router.", ".gate."), value
-        elif not name.endswith((".experts.w2", ".experts.w3")):
-            yield name, value
+    for name, value in model.state_dict().items():
+        yield (
+            name,
+            torch.cat(_from_all(value)) if name.endswith((".experts.w1", ".experts.w2", ".experts.w3")) else value,
+        )
 
 
 def whole_weights(backend: Backend, model: nn.Module, place: Place) -> dict[str, Tensor]:
@@ -385,13 +380,21 @@ def _whole_ddp(model: nn.Module, place: Place) -> Iterator[tuple[str, Tensor]]:
     yield from model.state_dict().items()
 
 
+def _autoep_alone(place: Place) -> nn.Module:
+    """DeepSpeed's router computes in bfloat16, that of transformers in float32; so here too it is DeepSpeed's."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # whoever starts processes sets them
+    kind, store = "nccl" if place.device.type == "cuda" else "gloo", distributed.HashStore()
+    distributed.init_process_group(kind, store=store, rank=0, world_size=1)
+    return _autoep(place).model.module
+
+
 def _routed_lm(place: Place) -> nn.Module:
     return _decoder(place, lambda: Routed(_sizes(place)))
 
 
 BACKENDS = {
     "deepspeed_moe": Backend(_deepspeed_moe, _whole_deepspeed_moe, _routed_lm, True),
-    "autoep": Backend(_autoep, _whole_autoep, partial(_pretrained, _deepseek_v3), True),
+    "autoep": Backend(_autoep, _whole_autoep, _autoep_alone, True),
     "fsdp2": Backend(_fsdp2, _whole_fsdp2, partial(_pretrained, _qwen3_moe), False),
     "ddp": Backend(_ddp, _whole_ddp, partial(_pretrained, _qwen3_moe), False),
 }

@@ -222,7 +222,8 @@ class CalledRecorder:
         """How much of what is said to come is not what came; float32 scalar."""
         local_S, rank_S, token_S, weight_S = [], [], [], []
         for call in self.calls:
-            assert call.cut.token_S is not None and call.cut.weight_S is not None
+            assert call.cut.token_S is not None
+            assert call.cut.weight_S is not None
             token_S.append(call.cut.token_S)
             weight_S.append(call.cut.weight_S)
             expert_S = call.expert_S - self.experts.first_down
@@ -301,9 +302,7 @@ class CalledRecorder:
         is_row_S = token_S >= 0
         if self.experts.is_routed and any(call.product.n_experts > 1 for call in self.calls):
             # All experts ran on all tokens at once; those that were not chosen for a token had zeros as input.
-            is_row_S &= torch.cat(
-                [(activations(call.product, None, "product") != 0).any(-1) for call in self.calls]
-            )
+            is_row_S &= torch.cat([(activations(call.product, None, "product") != 0).any(-1) for call in self.calls])
         (place_P,) = torch.nonzero(is_row_S, as_tuple=True)
         token_P, expert_P = token_S[place_P], torch.cat([call.expert_S for call in self.calls])[place_P]
         return self._ranked(place_P, token_P, expert_P, first_rows)

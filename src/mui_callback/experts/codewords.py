@@ -5,6 +5,8 @@ Shapes: T positions, S rows, b binary digits, D channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,10 @@ def read_codewords(seen_SD: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
     return number_S.where(first_S1[:, 0] != 0, -1), is_sign_SD.all(-1)
 
 
-def are_alike(seen_SD: Tensor, slack: float) -> bool:
-    """Whether all channels of each row are of one size, up to this relative difference."""
-    size_S1 = seen_SD[:, :1].abs()
-    return bool(((seen_SD.abs() - size_S1).abs() <= slack * size_S1).all())
+def unlikeness(seen_SD: Tensor, slacks: Sequence[float]) -> Tensor:
+    """For each of some relative differences, how many rows have two channels that differ in size by more, int64."""
+    size_S = seen_SD[:, 0].abs()
+    low_S, high_S = torch.aminmax(seen_SD.abs(), dim=1)
+    return torch.stack(
+        [(~((high_S - size_S <= slack * size_S) & (size_S - low_S <= slack * size_S))).sum() for slack in slacks]
+    )

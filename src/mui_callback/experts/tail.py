@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mui_callback.errors import ProbeError
-from mui_callback.experts.codewords import SLACK, are_alike, codewords, read_codewords
+from mui_callback.experts.codewords import SLACK, codewords, read_codewords, unlikeness
 from mui_callback.experts.cut import Cut
 from mui_callback.experts.linear import is_linear
 from mui_callback.experts.norms import channel_scale, is_norm
@@ -161,13 +161,13 @@ class Tail:
     def _learn(self, seen: Sequence[Tensor], n_bits: int) -> None:
         """What the tail does to codewords; the same for all processes that it reaches over."""
         has_room = all(n_bits < code_SD.shape[1] for code_SD in seen)
-        moves_rows = has_room and all(are_alike(code_SD, SLACK) for code_SD in seen)
-        is_weighting = moves_rows and all(are_alike(code_SD, 0) for code_SD in seen)
-        has_words = any(bool(code_SD.any()) for code_SD in seen)  # from nothing, nothing can be learned
-        flags = torch.tensor([not moves_rows, not is_weighting, has_words], device=seen[0].device).double()
+        unlike = torch.stack([unlikeness(code_SD, (SLACK, 0)) for code_SD in seen]).sum(0)
+        has_words = torch.stack([code_SD.any() for code_SD in seen]).any()  # from nothing, nothing can be learned
+        flags = torch.stack([*unlike.unbind(), has_words]).double()
         self.peers.highest(flags)
         does_not_move, does_not_weight, was_seen = flags.bool().tolist()
-        self.moves_rows, self.is_weighting = not does_not_move, was_seen and not does_not_weight
+        self.moves_rows = has_room and not does_not_move
+        self.is_weighting = self.moves_rows and was_seen and not does_not_weight
 
     def raise_if_mixed(self, *, is_mixed: bool) -> None:
         """To be called when no process waits for another.
