@@ -17,6 +17,8 @@ from backends import BACKENDS
 from mui_callback import MUIProbe, MUIReport
 from mui_callback.experts.called_recorder import CalledRecorder
 from mui_callback.experts.dispatch import Arrivals, SlotDispatch, SortedDispatch
+from mui_callback.experts.followed import FollowedRows
+from mui_callback.experts.tail import Tail
 
 
 def _another_token(came: Arrivals) -> Arrivals:
@@ -54,6 +56,11 @@ class Told:
     report: MUIReport
     believes: list[bool]
     """Of the routed experts of each layer, whether what their dispatch says was found to be so."""
+    n_batches: int
+    n_followed: int
+    """How often the dispatch of a layer was followed."""
+    n_asked: int
+    """How often a tail was asked for the tokens of its rows."""
 
 
 def measure(
@@ -71,8 +78,26 @@ def measure(
     model, found = BACKENDS[name].build().model, []
     for lie in lies:
         with _noted() as believes, _lying(LIES[lie] if lie is not None and rank == liar else None):
-            found.append(Told(MUIProbe(model, many(), **SETTINGS).measure(), believes))
+            probe = MUIProbe(model, many(), **SETTINGS)
+            with _counted(FollowedRows, "rows") as followed, _counted(Tail, "locate") as asked:
+                report = probe.measure()
+            found.append(Told(report, believes, len(probe._rounds), len(followed), len(asked)))
     return found
+
+
+@contextmanager
+def _counted(kind: type, name: str) -> Iterator[list[int]]:
+    """One entry for each call of a method."""
+    calls: list[int] = []
+    method = getattr(kind, name)
+
+    def count(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return method(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, count)
+        yield calls
 
 
 @contextmanager

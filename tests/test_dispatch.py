@@ -27,7 +27,10 @@ def alone(name: str) -> MUIReport:
 @pytest.mark.parametrize("name", TOLD)
 def test_a_router_that_tells_is_believed_in_every_layer(name: str, tmp_path: Path) -> None:
     for (seen,) in launch(tmp_path, measure, name=name):
-        assert seen.believes == [True] * len(alone(name).layout.layers)
+        n_layers = len(alone(name).layout.layers)
+        assert seen.believes == [True] * n_layers
+        assert seen.n_batches > 1
+        assert (seen.n_asked, seen.n_followed) == (n_layers, (seen.n_batches - 1) * n_layers)
         assert_same_report(alone(name), seen.report)
 
 
@@ -35,5 +38,7 @@ def test_a_router_that_tells_is_believed_in_every_layer(name: str, tmp_path: Pat
 def test_one_that_lies_to_one_process_is_believed_by_none(name: str, rank: int, tmp_path: Path) -> None:
     for process in launch(tmp_path, measure, name=name, liar=rank, lies=tuple(LIES)):
         for lie, seen in zip(LIES, process, strict=True):
-            assert seen.believes == [False] * len(alone(name).layout.layers), lie
+            n_layers = len(alone(name).layout.layers)
+            assert seen.believes == [False] * n_layers, lie
+            assert (seen.n_asked, seen.n_followed) == (seen.n_batches * n_layers, 0), lie
             assert_same_report(alone(name), seen.report)
