@@ -30,6 +30,21 @@ class CalledRows:
     are_repeated: bool = False
     """Whether one was called for a token more than once."""
 
+    @classmethod
+    def ranked(cls, token_P: Tensor, down_P: Tensor, n_downs: int, asked: Tensor) -> tuple[CalledRows, list[int]]:
+        """Rows in any order, and the values of another tensor, with one wait for the device.
+
+        Args:
+            token_P: see `CalledRows`.
+            down_P: see `CalledRows`.
+            n_downs: more than the highest of these.
+            asked: int64 ``[n]``, whose values are wanted on the host.
+        """
+        rank_P, n_repeated = rank_in_token(token_P, down_P, n_downs)
+        most = rank_P.max() if len(rank_P) else n_repeated.new_zeros(())
+        n_repeats, highest, *values = torch.cat([torch.stack([n_repeated, most]), asked]).tolist()
+        return cls(token_P, down_P, rank_P, highest + 1, are_repeated=n_repeats > 0), values
+
     def scores(self, rows: Contributions, first: First, *, n_downs: int, experts_of_down: int) -> ExpertScores:
         """The contributions of these rows as those of experts.
 

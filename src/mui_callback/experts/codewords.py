@@ -36,6 +36,5 @@ def unlikeness(seen_SD: Tensor, slacks: Sequence[float]) -> Tensor:
     """For each of some relative differences, how many rows have two channels that differ in size by more, int64."""
     size_S = seen_SD[:, 0].abs()
     low_S, high_S = torch.aminmax(seen_SD.abs(), dim=1)
-    return torch.stack(
-        [(~((high_S - size_S <= slack * size_S) & (size_S - low_S <= slack * size_S))).sum() for slack in slacks]
-    )
+    are_alike = [(high_S - size_S <= slack * size_S) & (size_S - low_S <= slack * size_S) for slack in slacks]
+    return torch.stack([(~are_alike_S).sum() for are_alike_S in are_alike])

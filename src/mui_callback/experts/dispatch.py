@@ -11,6 +11,7 @@ expert for each process, N pairs that came to this process.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,15 +72,15 @@ class Dispatch(Protocol):
         """
 
 
-class _Watched:
+class _Watched(ABC):
     def __init__(self, router: nn.Module) -> None:
         self.router = router
         self.choices: Any = None
 
     @property
+    @abstractmethod
     def has_run(self) -> bool:
         """See `Dispatch`."""
-        raise NotImplementedError
 
     @contextmanager
     def watched(self, then: Callable[[], None]) -> Iterator[None]:

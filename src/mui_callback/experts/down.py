@@ -143,10 +143,14 @@ class LinearDown:
 
 def _plain_weight(module: nn.Module, out: Tensor) -> Tensor | None:
     """The weight of a linear module, if its output is made of nothing else."""
-    if type(module) is not nn.Linear or torch.is_autocast_enabled(out.device.type):
-        return None
-    weight = module.weight.detach()
-    return weight if type(weight) is Tensor and weight.shape == (out.shape[-1], module.in_features) else None
+    weight = _plain(module.weight) if type(module) is nn.Linear else None
+    return weight if weight is not None and weight.shape == (out.shape[-1], module.in_features) else None
+
+
+def _plain(weight: Tensor) -> Tensor | None:
+    """The weight, if a product with it is nothing else than that."""
+    weight = weight.detach()
+    return weight if type(weight) is Tensor and not torch.is_autocast_enabled(weight.device.type) else None
 
 
 def _input(args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
@@ -300,9 +304,10 @@ class _ProductMode(TorchFunctionMode):
                 f"{tuple(args[0].shape)}."
             )
         bias = args[2] if func is F.linear and len(args) > 2 else options.get("bias")
-        is_plain = args[1].dim() == 2 and not torch.is_autocast_enabled(args[1].device.type)
-        weight = args[1].detach() if func is F.linear else args[1].detach().mT
-        return self.make(_Use(args[0], multiply, bias, *experts, weight=weight if is_plain else None))
+        weight = _plain(args[1]) if experts[1] == 1 and args[1].dim() == 2 else None
+        if weight is not None and func is not F.linear:
+            weight = weight.mT
+        return self.make(_Use(args[0], multiply, bias, *experts, weight=weight))
 
     def _expert_of_rows(self, act: Tensor, ends: Tensor) -> Tensor:
         rows = torch.arange(len(act), device=act.device, dtype=ends.dtype)

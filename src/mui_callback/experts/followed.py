@@ -16,8 +16,7 @@ from mui_callback.errors import ProbeError
 from mui_callback.experts.called_rows import CalledRows
 from mui_callback.experts.dispatch import Arrivals
 from mui_callback.experts.down import Product
-from mui_callback.scoring.contributions import rank_in_token
-from mui_callback.scoring.rows import Contributions
+from mui_callback.scoring.rows import Contributions, joined
 
 
 class FollowedRows:
@@ -32,20 +31,16 @@ class FollowedRows:
 
     def __init__(self, came: Arrivals, readout_RD: Tensor, n_local: int, first_down: int) -> None:
         self._readout_RD = readout_RD
-        self._first_down = first_down
         (place_P,) = torch.nonzero(came.token_N >= 0, as_tuple=True)
         self._expert_P = torch.searchsorted(came.first_L + came.n_L, place_P, right=True)
         self._in_expert_P = place_P - came.first_L[self._expert_P]
-        self._token_P, self._weight_P = came.token_N[place_P], came.weight_N[place_P]
-        self._rank_P, n_repeated = rank_in_token(self._token_P, self._expert_P, n_local)
-        most = self._rank_P.max() if len(place_P) else place_P.new_full((), -1)
-        experts = torch.arange(n_local + 1, device=place_P.device)
-        bounds = torch.searchsorted(self._expert_P, experts)
-        *self._bounds, highest, n_repeats = torch.cat([bounds, torch.stack([most, n_repeated])]).tolist()
-        self._rows_per_token, self._are_repeated = max(highest + 1, 1), n_repeats > 0
-        self._pairs: list[slice] = []
-        self._act: list[Tensor] = []
-        self._projected: list[Tensor] = []
+        self._weight_P = came.weight_N[place_P]
+        bounds = torch.searchsorted(self._expert_P, torch.arange(n_local + 1, device=place_P.device))
+        self._rows, self._bounds = CalledRows.ranked(
+            came.token_N[place_P], first_down + self._expert_P, first_down + n_local, bounds
+        )
+        self._products: list[tuple[slice, Tensor, Tensor]] = []
+        """Which pairs each of them had, their activations and what these are multiplied with."""
 
     def add(self, first: int, product: Product, act_SI: Tensor) -> None:
         """Multiply the rows of one product.
@@ -58,24 +53,21 @@ class FollowedRows:
         Raises:
             ProbeError: it is not one of the announced ones.
         """
-        n_experts = len(self._bounds) - 1 if product.expert_S is not None else product.n_experts
+        n_experts = len(self._bounds) - 1 if product.expert_S is not None else 1
         pairs = slice(self._bounds[first], self._bounds[first + n_experts])
-        place_P = self._in_expert_P[pairs]
-        if product.expert_S is not None:
-            experts = torch.arange(n_experts, device=place_P.device)
-            place_P = place_P + torch.searchsorted(product.expert_S, experts)[self._expert_P[pairs]]
-        elif n_experts > 1:
-            place_P = place_P + (self._expert_P[pairs] - first) * (len(act_SI) // n_experts)
         if pairs.stop == pairs.start:
             return
         if not len(act_SI):
             raise ProbeError(f"expected rows of {pairs.stop - pairs.start} tokens in expert {first}, got none")
         if product.weight is None:
             raise ProbeError("expected down projections that are plain products, as in the first batch")
+        place_P = self._in_expert_P[pairs]
+        if product.expert_S is not None:
+            experts = torch.arange(n_experts, device=place_P.device)
+            place_P = place_P + torch.searchsorted(product.expert_S, experts)[self._expert_P[pairs]]
         place_P = place_P.clamp(max=len(act_SI) - 1)  # a GPU that reads behind the end is lost for training too
-        self._pairs.append(pairs)
-        self._act.append(act_SI[place_P])
-        self._projected.append(product.projected(self._readout_RD[self._token_P[pairs]], place_P))
+        projected_PI = product.projected(self._readout_RD[self._rows.token_P[pairs]], place_P)
+        self._products.append((pairs, act_SI[place_P], projected_PI))
 
     def rows(self, width: int) -> tuple[CalledRows, Contributions]:
         """All of them, after the last product.
@@ -86,24 +78,14 @@ class FollowedRows:
         Raises:
             ProbeError: experts did not run, or ran twice.
         """
-        order = sorted(range(len(self._pairs)), key=lambda number: self._pairs[number].start)
-        ends = [0, *(self._pairs[number].stop for number in order)]
-        if [*(self._pairs[number].start for number in order), self._bounds[-1]] != ends:
+        products = sorted(self._products, key=lambda product: product[0].start)
+        reached = [(pairs.start, pairs.stop) for pairs, _, _ in products]
+        if [*(start for start, _ in reached), self._bounds[-1]] != [0, *(stop for _, stop in reached)]:
             raise ProbeError(
-                f"expected each of {len(self._bounds) - 1} experts to run once on what was sent to it, got products "
-                f"with pairs {[(pairs.start, pairs.stop) for pairs in self._pairs]} of {self._bounds[-1]}"
+                f"expected each of {len(self._bounds) - 1} experts to run once on what was sent to it, "
+                f"{self._bounds[-1]} pairs in all, got products with the pairs {reached}"
             )
         none = self._readout_RD.new_zeros(0, width)
-        down_P = self._first_down + self._expert_P
-        return (
-            CalledRows(self._token_P, down_P, self._rank_P, self._rows_per_token, self._are_repeated),
-            Contributions(
-                _joined([self._act[number] for number in order] or [none]),
-                _joined([self._projected[number] for number in order] or [none]),
-                self._weight_P,
-            ),
-        )
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        act_PI = joined([act for _, act, _ in products] or [none])
+        projected_PI = joined([projected for _, _, projected in products] or [none])
+        return self._rows, Contributions(act_PI, projected_PI, self._weight_P)

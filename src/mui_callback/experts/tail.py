@@ -160,14 +160,13 @@ class Tail:
 
     def _learn(self, seen: Sequence[Tensor], n_bits: int) -> None:
         """What the tail does to codewords; the same for all processes that it reaches over."""
-        has_room = all(n_bits < code_SD.shape[1] for code_SD in seen)
-        unlike = torch.stack([unlikeness(code_SD, (SLACK, 0)) for code_SD in seen]).sum(0)
+        n_narrow = sum(n_bits >= code_SD.shape[1] for code_SD in seen)
+        unlike = torch.stack([unlikeness(code_SD, (SLACK, 0)) for code_SD in seen]).sum(0) + n_narrow
         has_words = torch.stack([code_SD.any() for code_SD in seen]).any()  # from nothing, nothing can be learned
         flags = torch.stack([*unlike.unbind(), has_words]).double()
         self.peers.highest(flags)
         does_not_move, does_not_weight, was_seen = flags.bool().tolist()
-        self.moves_rows = has_room and not does_not_move
-        self.is_weighting = self.moves_rows and was_seen and not does_not_weight
+        self.moves_rows, self.is_weighting = not does_not_move, was_seen and not does_not_weight
 
     def raise_if_mixed(self, *, is_mixed: bool) -> None:
         """To be called when no process waits for another.

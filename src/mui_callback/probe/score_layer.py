@@ -50,18 +50,14 @@ class LayerReader:
                 self._counted.append(recorder)
             first = First(first.expert + experts.n_experts, first.neuron + experts.n_experts * experts.width)
         self._counts = counts
-        self._can_follow = False
+        self.can_follow = False
+        """Whether it was learned how to know the tokens of all rows without asking the tail."""
 
     def clear(self) -> None:
         """Forget the last forward pass."""
         self.tail.clear()
         for recorder in self.recorders:
             recorder.clear()
-
-    @property
-    def can_follow(self) -> bool:
-        """Whether it was learned how to know the tokens of all rows without asking the tail."""
-        return self._can_follow
 
     def announce(self, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """Before a forward pass of the layer; see `Recorder.announce`. What is known before needs no recording."""
@@ -155,7 +151,7 @@ class LayerReader:
 
     def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
         """Follow the tail back to the experts, no further than needed."""
-        if check or not self._can_follow:
+        if check or not self.can_follow:
             self.tail.locate(out, tokens)
         if check:
             self.tail.locate_constants(out, tokens)
@@ -167,8 +163,8 @@ class LayerReader:
             )
             cannot = torch.tensor([not can_follow], dtype=torch.float64, device=out.device)
             self.layer.peers.highest(cannot)  # all of them go the same way, as there are collectives on it
-            self._can_follow = not bool(cannot)
-        if self._can_follow:
+            self.can_follow = not bool(cannot)
+        if self.can_follow:
             for recorder in self.recorders:
                 if recorder.knows_order:
                     recorder.follow(tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mui_callback.scoring.contributions import ExpertScores
-from mui_callback.scoring.rows import CHUNK, NOTHING, Contributions
+from mui_callback.scoring.rows import CHUNK, NOTHING, Contributions, joined
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class LayerRows:
             first_rank += part.rows_per_token
         return cls(
             tuple(part.rows for part in parts),
-            _behind([part.token_S for part in parts]),
-            _behind([part.expert_S for part in parts]),
-            _behind([part.first_neuron_S for part in parts]),
-            _behind(ranks),
+            joined([part.token_S for part in parts]),
+            joined([part.expert_S for part in parts]),
+            joined([part.first_neuron_S for part in parts]),
+            joined(ranks),
             first_rank,
-            _behind([summary.mass_S for summary in summaries]),
-            _behind(_padded([summary.highest_SC for summary in summaries])),
+            joined([summary.mass_S for summary in summaries]),
+            joined(_padded([summary.highest_SC for summary in summaries])),
             torch.stack([summary.n_not_finite for summary in summaries]).sum(),
         )
 
@@ -73,7 +73,7 @@ class LayerRows:
             part.is_row_S if part.is_row_S is not None else true
             for part, true in zip(self.parts, all_true, strict=True)
         ]
-        return _behind(own)
+        return joined(own)
 
     def of_chunks(self, row_M: Tensor, chunk_M: Tensor) -> Tensor:
         """See `Contributions.of_chunks`."""
@@ -87,10 +87,6 @@ class LayerRows:
         if score_Mc is None:
             return self.highest_SC.new_zeros(0, CHUNK)
         return score_Mc
-
-
-def _behind(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _padded(parts: Sequence[Tensor]) -> list[Tensor]:

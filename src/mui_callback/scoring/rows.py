@@ -9,7 +9,7 @@ Shapes: S rows, I neurons of an expert, C chunks of neurons of a row, M chunks t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,3 +137,8 @@ class Contributions:
         if self.is_row_S is not None:
             is_entry_SI &= self.is_row_S[rows, None]
         return score_SI.masked_fill_(~is_entry_SI, NOTHING)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of one tensor or of several behind one another; one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
