@@ -15,8 +15,9 @@ import torch
 from backend_training import SETTINGS, many
 from backends import BACKENDS
 from mui_callback import MUIProbe, MUIReport
+from mui_callback.errors import ProbeError
 from mui_callback.experts.called_recorder import CalledRecorder
-from mui_callback.experts.dispatch import Arrivals, SlotDispatch, SortedDispatch
+from mui_callback.experts.dispatch import Arrivals, SentSorted, SentToSlots
 from mui_callback.experts.followed import FollowedRows
 from mui_callback.experts.tail import Tail
 
@@ -55,7 +56,7 @@ class Told:
 
     report: MUIReport
     believes: list[bool]
-    """Of the routed experts of each layer, whether what their dispatch says was found to be so."""
+    """Of the routed experts of each layer that was asked, whether what their dispatch says was found to be so."""
     n_batches: int
     n_followed: int
     """How often the dispatch of a layer was followed."""
@@ -64,9 +65,15 @@ class Told:
 
 
 def measure(
-    rank: int, directory: Path, *, name: str, liar: int | None = None, lies: tuple[str | None, ...] = (None,)
+    rank: int,
+    directory: Path,
+    *,
+    name: str,
+    liar: int | None = None,
+    lies: tuple[str | None, ...] = (None,),
+    times: int = 1,
 ) -> list[Told]:
-    """Probe a model once for each lie.
+    """Probe a model for each lie.
 
     Args:
         rank: this process.
@@ -74,15 +81,29 @@ def measure(
         name: of the backend.
         liar: the process in which it is told.
         lies: what is wrong with what is said to come to its experts.
+        times: how often one probe measures for each.
     """
     model, found = BACKENDS[name].build().model, []
     for lie in lies:
-        with _noted() as believes, _lying(LIES[lie] if lie is not None and rank == liar else None):
+        with _lying(LIES[lie] if lie is not None and rank == liar else None):
             probe = MUIProbe(model, many(), **SETTINGS)
-            with _counted(FollowedRows, "rows") as followed, _counted(Tail, "locate") as asked:
-                report = probe.measure()
-            found.append(Told(report, believes, len(probe._rounds), len(followed), len(asked)))
+            found += [_told_by(probe) for _ in range(times)]
     return found
+
+
+def measure_with_a_lie_between(rank: int, directory: Path, *, name: str) -> tuple[str, list[Told]]:
+    """Measure three times; what came to one of two processes is said wrong the second time, when it is believed."""
+    probe = MUIProbe(BACKENDS[name].build().model, many(), **SETTINGS)
+    first = _told_by(probe)
+    with _lying(_another_weight if rank == 0 else None), pytest.raises(ProbeError) as raised:
+        probe.measure()
+    return str(raised.value), [first, _told_by(probe)]
+
+
+def _told_by(probe: MUIProbe) -> Told:
+    with _noted() as believes, _counted(FollowedRows, "rows") as followed, _counted(Tail, "locate") as asked:
+        report = probe.measure()
+    return Told(report, believes, len(probe._rounds), len(followed), len(asked))
 
 
 @contextmanager
@@ -119,10 +140,10 @@ def _noted() -> Iterator[list[bool]]:
 @contextmanager
 def _lying(lie: Lie | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (SlotDispatch, SortedDispatch) if lie is not None else ():
+        for kind in (SentToSlots, SentSorted) if lie is not None else ():
             patch.setattr(kind, "arrivals", partialmethod(_told, lie, kind.arrivals))
         yield
 
 
-def _told(dispatch: Any, lie: Lie, arrivals: Callable[..., Arrivals], *args: Any) -> Arrivals:
-    return lie(arrivals(dispatch, *args))
+def _told(sent: Any, lie: Lie, arrivals: Callable[..., Arrivals]) -> Arrivals:
+    return lie(arrivals(sent))

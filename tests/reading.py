@@ -17,6 +17,7 @@ from mui_callback.probe.device_batch import to_device
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead
 from mui_callback.probe.samples import TokenSample
+from mui_callback.probe.score_layer import LayerReader
 from mui_callback.scoring.contributions import LayerScores
 
 
@@ -50,7 +51,7 @@ def layer_scores(
             totals[layer].append(scores.made_R)
             outputs[layer].append(scores.output_R)
 
-    reading = Reading(layers)
+    reading = Reading([LayerReader(layer) for layer in layers])
     with frozen(model), instrument(reading):
         for host_batch in make_batches(samples, batch_tokens=40):
             batch = to_device(host_batch, device)

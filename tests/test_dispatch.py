@@ -9,7 +9,7 @@ import pytest
 
 from backend_training import SETTINGS, many
 from backends import BACKENDS
-from dispatch_probes import LIES, measure
+from dispatch_probes import LIES, measure, measure_with_a_lie_between
 from distributed_training import launch
 from mui_callback import MUIProbe, MUIReport
 from test_backends import assert_same_report
@@ -26,19 +26,30 @@ def alone(name: str) -> MUIReport:
 
 @pytest.mark.parametrize("name", TOLD)
 def test_a_router_that_tells_is_believed_in_every_layer(name: str, tmp_path: Path) -> None:
-    for (seen,) in launch(tmp_path, measure, name=name):
-        n_layers = len(alone(name).layout.layers)
-        assert seen.believes == [True] * n_layers
-        assert seen.n_batches > 1
-        assert (seen.n_asked, seen.n_followed) == (n_layers, (seen.n_batches - 1) * n_layers)
-        assert_same_report(alone(name), seen.report)
+    for first, second in launch(tmp_path, measure, name=name, times=2):
+        n_layers, n_batches = len(alone(name).layout.layers), first.n_batches
+        assert first.believes == [True] * n_layers
+        assert n_batches > 1
+        assert (first.n_asked, first.n_followed) == (n_layers, (n_batches - 1) * n_layers)
+        assert (second.n_asked, second.n_followed) == (0, n_batches * n_layers)
+        for seen in (first, second):
+            assert_same_report(alone(name), seen.report)
+            assert seen.report.identity_error < 1e-5
 
 
 @pytest.mark.parametrize(("name", "rank"), [("moe_k2", 1), ("autoep", 0)])
 def test_one_that_lies_to_one_process_is_believed_by_none(name: str, rank: int, tmp_path: Path) -> None:
-    for process in launch(tmp_path, measure, name=name, liar=rank, lies=tuple(LIES)):
-        for lie, seen in zip(LIES, process, strict=True):
+    for process in launch(tmp_path, measure, name=name, liar=rank, lies=tuple(LIES), times=2):
+        for lie, seen in zip([lie for lie in LIES for _ in range(2)], process, strict=True):
             n_layers = len(alone(name).layout.layers)
             assert seen.believes == [False] * n_layers, lie
             assert (seen.n_asked, seen.n_followed) == (seen.n_batches * n_layers, 0), lie
             assert_same_report(alone(name), seen.report)
+
+
+@pytest.mark.parametrize("name", ["moe_k2", "autoep"])
+def test_a_believed_router_that_begins_to_lie_is_found_out(name: str, tmp_path: Path) -> None:
+    for error, (before, after) in launch(tmp_path, measure_with_a_lie_between, name=name):
+        assert "do not add up" in error
+        assert after.n_asked == before.n_asked > 0
+        assert_same_report(alone(name), after.report)

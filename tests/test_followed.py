@@ -12,6 +12,7 @@ from mui_callback.errors import ProbeError
 from mui_callback.experts.dispatch import Arrivals
 from mui_callback.experts.down import Product
 from mui_callback.experts.followed import FollowedRows
+from mui_callback.scoring.host_copy import HostCopy
 
 D, WIDTH, FIRST = 6, 5, 4
 """Width of the model, neurons of an expert, and number of the first expert of this process."""
@@ -27,6 +28,7 @@ class Layer:
             return torch.randn(shape, generator=generator)
 
         self.weights = [draw(D, WIDTH) for _ in n_rows]
+        self.biases = [draw(D) if expert != 1 else None for expert in range(len(n_rows))]
         self.acts = [draw(n, WIDTH) for n in n_rows]
         self.readout_RD = draw(n_tokens, D)
         self.tokens = [torch.randperm(n_tokens + n, generator=generator)[:n] for n in n_rows]
@@ -34,11 +36,19 @@ class Layer:
         n_L = torch.tensor(n_rows)
         self.came = Arrivals(n_L.cumsum(0) - n_L, n_L, torch.cat(self.tokens), torch.rand(sum(n_rows)))
 
+    @property
+    def n_scored(self) -> HostCopy:
+        return HostCopy(torch.stack([(token_S >= 0).sum() for token_S in self.tokens]))
+
+    def arrivals(self) -> Arrivals:
+        return self.came
+
     def followed(self) -> FollowedRows:
-        return FollowedRows(self.came, self.readout_RD, len(self.weights), FIRST)
+        return FollowedRows(self, self.readout_RD, len(self.weights), FIRST)
 
     def product(self, expert: int) -> Product:
-        return Product(self.acts[expert], self.acts[expert] @ self.weights[expert].T, None, weight=self.weights[expert])
+        act_SI, down_DI = self.acts[expert], self.weights[expert]
+        return Product(act_SI, act_SI @ down_DI.T, self.biases[expert], weight=down_DI)
 
     def naive(self) -> dict[tuple[int, int], Tensor]:
         """Contributions by token and expert."""
@@ -50,6 +60,16 @@ class Layer:
                 if token >= 0:
                     found[token, FIRST + expert] = weight * act_I * (self.readout_RD[token] @ down_DI)
         return found
+
+    def naive_biases(self) -> Tensor:
+        """⟨weighted output biases, readout⟩ of each token."""
+        unmade_R, weights = torch.zeros(len(self.readout_RD)), iter(self.came.weight_N.tolist())
+        for token_S, bias in zip(self.tokens, self.biases, strict=True):
+            for token in token_S.tolist():
+                weight = next(weights)
+                if token >= 0 and bias is not None:
+                    unmade_R[token] += weight * (bias @ self.readout_RD[token])
+        return unmade_R
 
 
 def assert_those_of_the_loop(layer: Layer, followed: FollowedRows) -> None:
@@ -78,6 +98,9 @@ def test_one_product_of_each_expert_in_any_order(layer: Layer, random: object) -
     for expert in experts:
         followed.add(expert, layer.product(expert), layer.acts[expert])
     assert_those_of_the_loop(layer, followed)
+    unmade_R = torch.zeros(len(layer.readout_RD), dtype=torch.float64)
+    followed.add_biases(unmade_R)
+    torch.testing.assert_close(unmade_R, layer.naive_biases(), check_dtype=False)
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from mui_callback.probe.head import token_losses
 from mui_callback.scoring import kernels
 from mui_callback.scoring.rows import CHUNK, Contributions
 from mui_callback.scoring.topk import ordered_topk
@@ -25,6 +26,7 @@ def without_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "can_run", lambda *tensors: False)
         patch.setattr(kernels, "can_order", lambda *tensors: False)
+        patch.setattr(kernels, "can_predict", lambda *tensors: False)
         yield
 
 
@@ -64,9 +66,11 @@ def test_summary_and_chunks_are_those_of_the_operators(
     chunk_M = torch.arange(rows.n_chunks + 1, device=DEVICE).repeat(
         rows.n_rows
     )  # one behind the last, as of wider rows
-    fused, chunks = rows.summary(), rows.of_chunks(row_M, chunk_M)
+    fused, chunks, sums = rows.summary(), rows.of_chunks(row_M, chunk_M), rows.sums()
     with without_kernels():
-        plain, expected = rows.summary(), rows.of_chunks(row_M, chunk_M)
+        plain, expected, expected_sums = rows.summary(), rows.of_chunks(row_M, chunk_M), rows.sums()
+    assert sums.dtype == expected_sums.dtype == torch.float64
+    assert ((sums - expected_sums).abs() <= 1e-5 * plain.mass_S).all()
     assert torch.equal(fused.highest_SC, plain.highest_SC)
     assert int(fused.n_not_finite) == int(plain.n_not_finite) > 0
     assert fused.mass_S.dtype == plain.mass_S.dtype == torch.float32
@@ -106,3 +110,28 @@ def test_the_highest_in_order_are_those_of_the_operators(n_columns: int, k: int)
         assert torch.equal(found, ordered_topk(score, k))
     for row, indices in zip(score.tolist(), found.tolist(), strict=True):
         assert indices == sorted(range(n_columns), key=lambda i: (-row[i], i))[:k]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_logits", [1, 5, 4096, 10_000])
+@pytest.mark.parametrize("layout", ["plain", "rows apart", "columns apart"])
+def test_losses_and_first_choices_are_those_of_the_operators(dtype: torch.dtype, n_logits: int, layout: str) -> None:
+    random = torch.Generator(device=DEVICE).manual_seed(0)
+    logits = (4 * torch.randn(64, n_logits + 3, generator=random, device=DEVICE)).to(dtype)[:, :n_logits]
+    logits = logits if layout == "rows apart" else logits.contiguous()
+    logits = logits.T.contiguous().T if layout == "columns apart" else logits
+    target = torch.randint(n_logits, (64,), generator=random, device=DEVICE)
+    logits[0] = 1.0  # all equal
+    logits[1] = -math.inf
+    logits[2, : n_logits // 2], logits[3, -1], logits[4, 0] = -math.inf, math.inf, math.nan
+    target[:20] = logits[:20].argmax(-1)
+    target[5], target[6] = 0, n_logits - 1
+    assert kernels.can_predict(logits) == (layout != "columns apart" or n_logits == 1)
+    loss, is_correct = token_losses(logits, target)
+    with without_kernels():
+        expected, is_expected = token_losses(logits, target)
+    assert loss.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=2e-6, equal_nan=True)
+    is_finite = expected.isfinite()
+    assert is_finite.sum() > 50
+    assert torch.equal(is_correct[is_finite], is_expected[is_finite])

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+_AS_IN_A_PROBE = {"drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
+"""Settings of DeepSpeed's routers."""
 _AUXILIARY = 0.1
 """Weight of the loss that keeps the experts of DeepSpeed's MoE equally busy."""
 
@@ -315,16 +317,16 @@ def drops_tokens(model: nn.Module) -> bool:
 
 @contextmanager
 def all_tokens_kept(model: nn.Module) -> Iterator[None]:
-    """The routers of DeepSpeed drop no tokens inside, as in a probe."""
+    """The routers of DeepSpeed drop no tokens inside and draw no experts, as in a probe."""
     routers: list[Any] = [module for module in model.modules() if hasattr(module, "drop_tokens")]
-    before = [router.drop_tokens for router in routers]
+    before = [{name: getattr(router, name) for name in _AS_IN_A_PROBE} for router in routers]
     try:
         for router in routers:
-            router.drop_tokens = False
+            vars(router).update(_AS_IN_A_PROBE)
         yield
     finally:
-        for router, drops in zip(routers, before, strict=True):
-            router.drop_tokens = drops
+        for router, settings in zip(routers, before, strict=True):
+            vars(router).update(settings)
 
 
 # Whole weights

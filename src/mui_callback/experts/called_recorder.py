@@ -179,6 +179,8 @@ class CalledRecorder:
 
     def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """See `Recorder`."""
+        if self.is_followed:
+            self.follower.add_biases(unmade_R)
         for call in self.calls:
             assert call.cut.token_S is not None
             if call.product.bias is not None:

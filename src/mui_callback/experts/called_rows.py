@@ -40,9 +40,8 @@ class CalledRows:
             n_downs: more than the highest of these.
             asked: int64 ``[n]``, whose values are wanted on the host.
         """
-        rank_P, n_repeated = rank_in_token(token_P, down_P, n_downs)
-        most = rank_P.max() if len(rank_P) else n_repeated.new_zeros(())
-        n_repeats, highest, *values = torch.cat([torch.stack([n_repeated, most]), asked]).tolist()
+        rank_P, limits = ranks(token_P, down_P, n_downs)
+        n_repeats, highest, *values = torch.cat([limits, asked]).tolist()
         return cls(token_P, down_P, rank_P, highest + 1, are_repeated=n_repeats > 0), values
 
     def scores(self, rows: Contributions, first: First, *, n_downs: int, experts_of_down: int) -> ExpertScores:
@@ -95,3 +94,11 @@ class CalledRows:
             CalledRows(token_U, down_U, rank_U, int(rank_U.max()) + 1),
             Contributions(score_UW, torch.ones_like(score_UW)),
         )
+
+
+def ranks(token_P: Tensor, down_P: Tensor, n_downs: int) -> tuple[Tensor, Tensor]:
+    """`CalledRows.rank_P`; and how many rows repeat another's token and down projection, and the highest rank (0 where
+    there are no rows), int64 ``[2]``."""
+    rank_P, n_repeated = rank_in_token(token_P, down_P, n_downs)
+    highest = rank_P.max() if len(rank_P) else n_repeated.new_zeros(())
+    return rank_P, torch.stack([n_repeated, highest])

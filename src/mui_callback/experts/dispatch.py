@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mui_callback.parallel.peers import Peers
+from mui_callback.scoring.host_copy import HostCopy
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Arrivals:
     """Pairs of a token and an expert, those of the first local expert first, each in the order of its rows."""
 
     first_L: Tensor
-    """Where the pairs of each expert begin, int64 ``[L]``."""
+    """Where the pairs of each expert begin, right behind those of the one before, int64 ``[L]``."""
     n_L: Tensor
     """How many it has, int64 ``[L]``."""
     token_N: Tensor
@@ -43,6 +44,17 @@ class Arrivals:
         if not len(self.token_N):
             return torch.full_like(expert_S, -1), torch.zeros_like(expert_S, dtype=torch.float32)
         return self.token_N[place_S].where(is_there_S, -1), self.weight_N[place_S].where(is_there_S, 0)
+
+
+class Sent(Protocol):
+    """What the processes told each other of one forward pass of a layer."""
+
+    @property
+    def n_scored(self) -> HostCopy:
+        """Pairs of a scored token that come to each expert of this process, ``[L]``."""
+
+    def arrivals(self) -> Arrivals:
+        """All that comes; nothing is exchanged for it."""
 
 
 class Dispatch(Protocol):
@@ -62,8 +74,10 @@ class Dispatch(Protocol):
     def has_run(self) -> bool:
         """Whether there are choices that can be followed; the same in all processes."""
 
-    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int) -> Arrivals:
-        """What comes to the experts of this process. All processes make this call.
+    def send(self, number_T: Tensor, peers: Peers, n_local: int) -> Sent:
+        """Tell the others what goes to their experts. All processes make this call.
+
+        It delays the layer by a wait for the device that the layer makes as well, and the fewest operators after it.
 
         Args:
             number_T: number of the scored token of each position of this process, -1 where there is none.
@@ -107,22 +121,35 @@ class SlotDispatch(_Watched):
         """See `Dispatch`."""
         return isinstance(self.choices, tuple) and len(self.choices) == 7
 
-    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int) -> Arrivals:
-        """See `Dispatch`. The host waits for C, as the layer does in its next statement."""
+    def send(self, number_T: Tensor, peers: Peers, n_local: int) -> SentToSlots:
+        """See `Dispatch`."""
         expert_KT, place_KT, weight_KT = self.choices[3:6]
+        pair_KT2 = torch.stack([number_T.expand_as(weight_KT).double(), weight_KT.detach().double()], dim=-1)
+        is_kept_KT = expert_KT >= 0
         n_places = int(self.choices[1])
-        n_rows = peers.n * n_places
-        n_slots = n_rows * n_local
-        slot_KT = (expert_KT * n_places + place_KT).where(expert_KT >= 0, n_slots)
+        n_slots = peers.n * n_local * n_places
         sent_S2 = torch.zeros(n_slots + 1, 2, dtype=torch.float64, device=number_T.device)
         sent_S2[:, 0] = -1
-        pair_KT2 = torch.stack([number_T.expand_as(weight_KT).double(), weight_KT.detach().double()], dim=-1)
-        sent_S2[slot_KT.flatten()] = pair_KT2.flatten(0, 1)
+        sent_S2[(expert_KT * n_places + place_KT).where(is_kept_KT, n_slots).flatten()] = pair_KT2.flatten(0, 1)
         n_each = [n_local * n_places] * peers.n
         came_PLC2 = peers.exchange(sent_S2[:n_slots], n_each, n_each).view(peers.n, n_local, n_places, 2)
-        token_N, weight_N = came_PLC2.transpose(0, 1).reshape(-1, 2).unbind(1)
-        experts = torch.arange(n_local, device=number_T.device)
-        return Arrivals(experts * n_rows, torch.full_like(experts, n_rows), token_N.long(), weight_N.float())
+        return SentToSlots(came_PLC2, HostCopy((came_PLC2[..., 0] >= 0).sum((0, 2))))
+
+
+@dataclass(frozen=True)
+class SentToSlots:
+    """See `Sent`."""
+
+    came_PLC2: Tensor
+    """Number and weight of what is in each place, float64; -1 and 0 where nothing is."""
+    n_scored: HostCopy
+
+    def arrivals(self) -> Arrivals:
+        """See `Sent`."""
+        n_peers, n_local, n_places, _ = self.came_PLC2.shape
+        token_N, weight_N = self.came_PLC2.transpose(0, 1).reshape(-1, 2).unbind(1)
+        n_L = torch.full((n_local,), n_peers * n_places, device=token_N.device)
+        return Arrivals(_starts(n_L), n_L, token_N.long(), weight_N.float())
 
 
 class SortedDispatch(_Watched):
@@ -133,23 +160,48 @@ class SortedDispatch(_Watched):
         """See `Dispatch`."""
         return isinstance(self.choices, tuple) and len(self.choices) >= 3
 
-    def arrivals(self, number_T: Tensor, peers: Peers, n_local: int) -> Arrivals:
-        """See `Dispatch`. The host waits for the number of pairs."""
+    def send(self, number_T: Tensor, peers: Peers, n_local: int) -> SentSorted:
+        """See `Dispatch`. The host waits for the number of pairs, as that of the layer does."""
         weight_TK, expert_TK = self.choices[0], self.choices[1]
-        order_X = expert_TK.flatten().argsort(stable=True)
-        sent_X2 = torch.stack(
-            [number_T[order_X // expert_TK.shape[1]].double(), weight_TK.detach().flatten()[order_X].double()], dim=1
-        )
-        counts = torch.zeros(peers.n * n_local, dtype=torch.int64, device=number_T.device)
-        counts.index_add_(0, expert_TK.flatten().long(), torch.ones_like(order_X))
-        came_PL = peers.exchange(counts, [n_local] * peers.n, [n_local] * peers.n).view(peers.n, n_local)
-        sizes = torch.cat([counts.view(peers.n, n_local).sum(1), came_PL.sum(1)]).tolist()
+        expert_X, order_X = expert_TK.flatten().long().sort(stable=True)
+        number_X, weight_X = number_T[order_X // expert_TK.shape[1]], weight_TK.detach().flatten()[order_X]
+        sent_X2 = torch.stack([number_X.double(), weight_X.double()], dim=1)
+        bounds = torch.searchsorted(expert_X, torch.arange(peers.n * n_local + 1, device=number_T.device))
+        n_before = torch.nn.functional.pad((number_X >= 0).cumsum(0), (1, 0))
+        n_of_expert = torch.stack([bounds.diff(), n_before[bounds].diff()], dim=1)  # all, and scored ones
+        came_PL2 = peers.exchange(n_of_expert, [n_local] * peers.n, [n_local] * peers.n).view(peers.n, n_local, 2)
+        n_out, n_in = n_of_expert[:, 0].view(peers.n, n_local).sum(1), came_PL2[..., 0].sum(1)
+        n_scored = HostCopy(came_PL2[..., 1].sum(0))
+        sizes = HostCopy(torch.cat([n_out, n_in])).get()
         came_N2 = peers.exchange(sent_X2, sizes[: peers.n], sizes[peers.n :])
-        expert_N = torch.arange(n_local, device=number_T.device).repeat(peers.n)
-        expert_N = expert_N.repeat_interleave(came_PL.flatten(), output_size=len(came_N2))
-        token_N, weight_N = came_N2[expert_N.argsort(stable=True)].unbind(1)
-        n_L = came_PL.sum(0)
-        return Arrivals(n_L.cumsum(0) - n_L, n_L, token_N.long(), weight_N.float())
+        return SentSorted(came_N2, came_PL2[..., 0], n_scored)
+
+
+@dataclass(frozen=True)
+class SentSorted:
+    """See `Sent`."""
+
+    came_N2: Tensor
+    """Number and weight of each pair, by sender and expert, float64."""
+    came_PL: Tensor
+    """How many there are of each."""
+    n_scored: HostCopy
+
+    def arrivals(self) -> Arrivals:
+        """See `Sent`."""
+        # from blocks by sender and expert to blocks by expert and sender
+        n_LP = self.came_PL.T.flatten()
+        from_LP = _starts(self.came_PL.flatten()).view_as(self.came_PL).T.flatten()
+        shift_N = (from_LP - _starts(n_LP)).repeat_interleave(n_LP, output_size=len(self.came_N2))
+        place_N = torch.arange(len(shift_N), device=shift_N.device) + shift_N
+        token_N, weight_N = self.came_N2[place_N].unbind(1)
+        n_L = self.came_PL.sum(0)
+        return Arrivals(_starts(n_L), n_L, token_N.long(), weight_N.float())
+
+
+def _starts(n: Tensor) -> Tensor:
+    """Where each of some parts behind one another begins."""
+    return n.cumsum(0) - n
 
 
 def find_dispatch(block: nn.Module) -> Dispatch | None:

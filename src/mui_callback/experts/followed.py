@@ -3,44 +3,85 @@
 Nothing has to be asked of the tail for them, so nothing is recorded, and of an expert's activations no more is kept
 than the rows of scored tokens.
 
-Shapes: R scored tokens that meet, P pairs of a scored token and an expert of this process, those of the first expert
-first, L experts of this process, S rows of a product, I neurons of an expert, D width.
+Shapes: R scored tokens that meet, N pairs of a token and an expert of this process, P those of a scored token, L
+experts of this process, S rows of a product, I neurons of an expert, D width.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from mui_callback.errors import ProbeError
-from mui_callback.experts.called_rows import CalledRows
-from mui_callback.experts.dispatch import Arrivals
+from mui_callback.experts.called_rows import CalledRows, ranks
+from mui_callback.experts.cut import add_inner
+from mui_callback.experts.dispatch import Sent
 from mui_callback.experts.down import Product
+from mui_callback.scoring.host_copy import HostCopy
 from mui_callback.scoring.rows import Contributions, joined
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a scored token and an expert, those of the first expert first."""
+
+    token_P: Tensor
+    expert_P: Tensor
+    """Number of the expert in this process."""
+    in_expert_P: Tensor
+    """Number of the row among those of its expert."""
+    weight_P: Tensor
+    rank_P: Tensor
+    limits: HostCopy
+    """See `ranks`."""
+
+    def rows(self, first_down: int) -> CalledRows:
+        n_repeated, highest = self.limits.get()
+        down_P = first_down + self.expert_P
+        return CalledRows(self.token_P, down_P, self.rank_P, highest + 1, are_repeated=n_repeated > 0)
+
+
 class FollowedRows:
-    """The contributions of one layer in one forward pass. The host waits for the number of pairs.
+    """The contributions of one layer in one forward pass.
+
+    All that can wait is left for the first product, when the device is busy with the experts.
 
     Args:
-        came: what comes to the experts of this process.
+        sent: what comes to the experts of this process.
         readout_RD: unembedding row of the target of each token.
         n_local: L.
         first_down: number of the first of these experts in the layer.
     """
 
-    def __init__(self, came: Arrivals, readout_RD: Tensor, n_local: int, first_down: int) -> None:
+    def __init__(self, sent: Sent, readout_RD: Tensor, n_local: int, first_down: int) -> None:
+        self._sent = sent
         self._readout_RD = readout_RD
-        (place_P,) = torch.nonzero(came.token_N >= 0, as_tuple=True)
-        self._expert_P = torch.searchsorted(came.first_L + came.n_L, place_P, right=True)
-        self._in_expert_P = place_P - came.first_L[self._expert_P]
-        self._weight_P = came.weight_N[place_P]
-        bounds = torch.searchsorted(self._expert_P, torch.arange(n_local + 1, device=place_P.device))
-        self._rows, self._bounds = CalledRows.ranked(
-            came.token_N[place_P], first_down + self._expert_P, first_down + n_local, bounds
-        )
+        self._n_local = n_local
+        self._first_down = first_down
         self._products: list[tuple[slice, Tensor, Tensor]] = []
         """Which pairs each of them had, their activations and what these are multiplied with."""
+        self._biases: list[tuple[slice, Tensor]] = []
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        """Where the pairs of each expert begin among the P, and where those of the last one end."""
+        return [0, *accumulate(self._sent.n_scored.get())]
+
+    @cached_property
+    def _pairs(self) -> _Pairs:
+        came = self._sent.arrivals()
+        wanted = torch.arange(1, self._bounds[-1] + 1, device=came.token_N.device)
+        place_P = torch.searchsorted((came.token_N >= 0).cumsum(0), wanted)
+        expert_P = torch.searchsorted(came.first_L + came.n_L, place_P, right=True)
+        token_P = came.token_N[place_P]
+        rank_P, limits = ranks(token_P, expert_P, self._n_local)
+        return _Pairs(
+            *(token_P, expert_P, place_P - came.first_L[expert_P], came.weight_N[place_P], rank_P, HostCopy(limits))
+        )
 
     def add(self, first: int, product: Product, act_SI: Tensor) -> None:
         """Multiply the rows of one product.
@@ -53,7 +94,7 @@ class FollowedRows:
         Raises:
             ProbeError: it is not one of the announced ones.
         """
-        n_experts = len(self._bounds) - 1 if product.expert_S is not None else 1
+        n_experts = self._n_local if product.expert_S is not None else 1
         pairs = slice(self._bounds[first], self._bounds[first + n_experts])
         if pairs.stop == pairs.start:
             return
@@ -61,13 +102,15 @@ class FollowedRows:
             raise ProbeError(f"expected rows of {pairs.stop - pairs.start} tokens in expert {first}, got none")
         if product.weight is None:
             raise ProbeError("expected down projections that are plain products, as in the first batch")
-        place_P = self._in_expert_P[pairs]
+        place_P = self._pairs.in_expert_P[pairs]
         if product.expert_S is not None:
             experts = torch.arange(n_experts, device=place_P.device)
-            place_P = place_P + torch.searchsorted(product.expert_S, experts)[self._expert_P[pairs]]
+            place_P = place_P + torch.searchsorted(product.expert_S, experts)[self._pairs.expert_P[pairs]]
         place_P = place_P.clamp(max=len(act_SI) - 1)  # a GPU that reads behind the end is lost for training too
-        projected_PI = product.projected(self._readout_RD[self._rows.token_P[pairs]], place_P)
+        projected_PI = product.projected(self._readout_RD[self._pairs.token_P[pairs]], place_P)
         self._products.append((pairs, act_SI[place_P], projected_PI))
+        if product.bias is not None:
+            self._biases.append((pairs, product.bias))
 
     def rows(self, width: int) -> tuple[CalledRows, Contributions]:
         """All of them, after the last product.
@@ -82,10 +125,16 @@ class FollowedRows:
         reached = [(pairs.start, pairs.stop) for pairs, _, _ in products]
         if [*(start for start, _ in reached), self._bounds[-1]] != [0, *(stop for _, stop in reached)]:
             raise ProbeError(
-                f"expected each of {len(self._bounds) - 1} experts to run once on what was sent to it, "
+                f"expected each of {self._n_local} experts to run once on what was sent to it, "
                 f"{self._bounds[-1]} pairs in all, got products with the pairs {reached}"
             )
         none = self._readout_RD.new_zeros(0, width)
         act_PI = joined([act for _, act, _ in products] or [none])
         projected_PI = joined([projected for _, _, projected in products] or [none])
-        return self._rows, Contributions(act_PI, projected_PI, self._weight_P)
+        return self._pairs.rows(self._first_down), Contributions(act_PI, projected_PI, self._pairs.weight_P)
+
+    def add_biases(self, unmade_R: Tensor) -> None:
+        """Add ⟨output bias, readout⟩ of the experts of each token to float64 ``[R]``."""
+        for pairs, bias in self._biases:
+            token_P, weight_P = self._pairs.token_P[pairs], self._pairs.weight_P[pairs]
+            add_inner(unmade_R, token_P, bias, self._readout_RD[token_P] * weight_P[:, None])

@@ -13,7 +13,7 @@ from torch import Tensor
 from mui_callback.errors import ProbeError
 from mui_callback.experts.called_rows import CalledRows
 from mui_callback.experts.calls import Call, activations
-from mui_callback.experts.dispatch import Arrivals
+from mui_callback.experts.dispatch import Arrivals, Sent
 from mui_callback.experts.down import Product
 from mui_callback.experts.expert_parallelism import Spread
 from mui_callback.experts.followed import FollowedRows
@@ -67,7 +67,7 @@ class DispatchFollower:
         if self._announced is not None:
             tokens, readout_RD = self._announced
             with torch.no_grad(), torch.autocast(readout_RD.device.type, enabled=False):
-                self._rows = FollowedRows(self._arrivals(tokens), readout_RD, self.n_local, self.first_down)
+                self._rows = FollowedRows(self._sent(tokens), readout_RD, self.n_local, self.first_down)
 
     def take(self, expert: int, product: Product, gate: Tensor | None, activation: Activation) -> None:
         """Multiply the rows of one product; what goes wrong is raised by `rows`.
@@ -91,6 +91,10 @@ class DispatchFollower:
             raise self._error
         return self._followed.rows(width)
 
+    def add_biases(self, unmade_R: Tensor) -> None:
+        """See `FollowedRows.add_biases`."""
+        self._followed.add_biases(unmade_R)
+
     def learn(self, calls: Sequence[Call], tokens: ScoredTokens) -> None:
         """Trust the dispatch if it says of every row what the tail said, of rows of every expert and in all processes.
 
@@ -99,7 +103,7 @@ class DispatchFollower:
             tokens: the scored tokens.
         """
         if self.spread.dispatch is not None and self.spread.dispatch.has_run:
-            came = self._arrivals(tokens)
+            came = self._sent(tokens).arrivals()
             is_wrong = self._is_wrong(came, calls)
             self.spread.peers.highest(is_wrong)
             self.is_trusted = not bool(is_wrong)
@@ -114,10 +118,10 @@ class DispatchFollower:
         with torch.no_grad(), torch.autocast(product.out.device.type, enabled=False):
             self._followed.add(first, product, activations(product, gate, activation))
 
-    def _arrivals(self, tokens: ScoredTokens) -> Arrivals:
+    def _sent(self, tokens: ScoredTokens) -> Sent:
         """All processes make this call."""
         assert self.spread.dispatch is not None
-        return self.spread.dispatch.arrivals(tokens.numbers(), self.spread.peers, self.n_local)
+        return self.spread.dispatch.send(tokens.numbers(), self.spread.peers, self.n_local)
 
     def _is_wrong(self, came: Arrivals, calls: Sequence[Call]) -> Tensor:
         """How much of what is said to come is not what came, or cannot be followed; float32 scalar."""

@@ -10,7 +10,7 @@ one: the first error is kept, to be raised when the pass is over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mui_callback.errors import InterruptedPassError, ProbeError
-from mui_callback.experts.layer import ExpertLayer
 from mui_callback.forgiving import attempt
 from mui_callback.parallel.weights import KeptWhole
 from mui_callback.probe.score_layer import LayerReader
 from mui_callback.scoring.contributions import LayerScores, ScoredTokens
-from mui_callback.settings import Activation
 
 LayerConsumer = Callable[[int, LayerScores], None]
 """Takes the position of a layer and its contributions to one batch."""
@@ -37,19 +35,11 @@ class Reading:
     """What is read of the layers, batch by batch.
 
     Args:
-        layers: the layers of the model.
-        counts: see `LayerReader`.
-        activation: see `ProbeSettings`.
-
-    Raises:
-        UnsupportedModelError: see `LayerReader`.
+        readers: the readers of all layers of the model.
     """
 
-    def __init__(
-        self, layers: tuple[ExpertLayer, ...], *, counts: bool = True, activation: Activation = "product"
-    ) -> None:
-        self.layers = layers
-        self.readers = tuple(LayerReader(layer, counts=counts, activation=activation) for layer in layers)
+    def __init__(self, readers: Sequence[LayerReader]) -> None:
+        self.readers = readers
         self.error: Exception | None = None
         """The first thing that went wrong."""
         self._batch: _Batch | None = None
@@ -71,19 +61,19 @@ class Reading:
             readout_RD: unembedding rows of their targets.
             met_readout: unembedding rows of the targets of all tokens that meet in a layer, by layer.
             consume: takes what was read of each layer.
-            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``, and learn how the
-                layers are read; for the first batch.
+            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``, and learn how
+                those layers are read of which it is not known yet; for the first batch.
         """
         own = tokens(0)
         readout_TD = readout_RD.new_zeros(own.n_rows * own.length, readout_RD.shape[1])
         readout_TD[own.position_R] = readout_RD
-        batch = self._batch = _Batch(tokens, readout_TD, met_readout, consume, check, set(range(len(self.layers))))
+        batch = self._batch = _Batch(tokens, readout_TD, met_readout, consume, check, set(range(len(self.readers))))
         try:
             yield
         finally:
             self._batch = None
         if batch.not_read:
-            paths = ", ".join(self.layers[index].shape.path for index in sorted(batch.not_read))
+            paths = ", ".join(self.readers[index].layer.shape.path for index in sorted(batch.not_read))
             self.note(
                 ProbeError(
                     f"expected every MoE layer to run in a forward pass of the model; {paths} did not. If something "
@@ -109,11 +99,12 @@ class Reading:
         self.note(error)
 
     def _take(self, index: int, reader: LayerReader, out: Tensor, *, is_output: bool) -> None:
-        batch, layer = self._batch, self.layers[index]
+        batch = self._batch
         if batch is None:
             return
         if index not in batch.not_read:
-            raise ProbeError(f"expected every MoE layer to run once in a forward pass; {layer.shape.path} ran twice.")
+            path = reader.layer.shape.path
+            raise ProbeError(f"expected every MoE layer to run once in a forward pass; {path} ran twice.")
         batch.not_read.remove(index)
         tokens = batch.tokens(index)
         scores = reader.scores(
@@ -140,20 +131,21 @@ class _Batch:
 def instrument(reading: Reading) -> Iterator[None]:
     """Whatever reads the layers is attached while this lasts; to be entered under `torch.no_grad`."""
     with ExitStack() as stack:
-        for index, layer in enumerate(reading.layers):
-            stack.enter_context(_LayerCapture(index, layer, reading).attached())
+        for index, reader in enumerate(reading.readers):
+            stack.enter_context(_LayerCapture(index, reader, reading).attached())
         yield
 
 
 class _LayerCapture:
     """Follows one layer from its entry to where its experts' outputs have come together."""
 
-    def __init__(self, index: int, layer: ExpertLayer, reading: Reading) -> None:
+    def __init__(self, index: int, reader: LayerReader, reading: Reading) -> None:
         self.index = index
-        self.layer = layer
+        self.layer = reader.layer
+        self.reader = reader
         self.reading = reading
-        self.reader = reading.readers[index]
-        self.whole = KeptWhole([module for module in layer.scope.modules() if module is not layer.scope])
+        scope = self.layer.scope
+        self.whole = KeptWhole([module for module in scope.modules() if module is not scope])
         self.is_open = False
         self.recording = ExitStack()
 

@@ -24,8 +24,10 @@ from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
 from mui_callback.probe.encode import EncodedProbeSet
 from mui_callback.probe.freeze import frozen
+from mui_callback.probe.garbage import old_objects_set_aside
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.rounds import Round
+from mui_callback.probe.score_layer import LayerReader
 from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.settings import ProbeSettings
 
@@ -40,6 +42,8 @@ class Passed:
     counts: DeviceCounts
     is_coarse: bool
     """Whether the forward pass was in 16 bits."""
+    readers: Sequence[LayerReader]
+    """Who have learned how the layers are read."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class ProbePass:
             Exception: whatever else went wrong.
         """
         capacities = Capacities(self.layers)
-        with frozen(self.model), engines_at_rest(self.model):
+        with old_objects_set_aside(), frozen(self.model), engines_at_rest(self.model):
             let_all_pass(self.model)
             head = LanguageModelHead(self.model)  # found anew: a resized vocabulary has another one
             counts = DeviceCounts(
@@ -94,7 +98,7 @@ class ProbePass:
             if self.reading.error is not None:
                 raise self.reading.error
             counts.head_error.copy_(head.error)
-            return Passed(counts, head.is_coarse or _has_16_bits(self.model))
+            return Passed(counts, head.is_coarse or _has_16_bits(self.model), self.reading.readers)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from mui_callback.probe.losses import LossPass, Trial
 from mui_callback.probe.model_config import context_length, decoder_start
 from mui_callback.probe.passes import Passed, ProbePass, Rounds
 from mui_callback.probe.probe_set import ProbeSet
+from mui_callback.probe.score_layer import LayerReader
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
 from mui_callback.report import MUIReport
@@ -167,6 +168,7 @@ class MUIProbe:
         )
         rounding = ROUNDING if n_bytes[1] else ROUNDING_OF_FLOAT32
         Verification.of(self.layout, report.counts, report.tokens, rounding).raise_if_wrong()
+        self._remember(passed.readers)
         return Outcome(report)
 
     @property
@@ -268,7 +270,7 @@ class MUIProbe:
 
     def _use(self, shards: Shards) -> None:
         self._shards = shards
-        self._new_reading()  # raises for a model that cannot be read
+        self._readers = self._new_readers()
         self._make_batches(self.settings.batch_tokens)
 
     def _alone_if_models_differ(self, processes: Processes) -> None:
@@ -301,14 +303,26 @@ class MUIProbe:
 
     def _one_pass(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
         self._device = common_device(self.model)
-        one = ProbePass(
-            *(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings),
-            self._new_reading(),
-        )
+        reading = Reading(self._readers)
+        self._readers = self._new_readers()  # nothing is kept of a pass that fails in any process
+        one = ProbePass(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings, reading)
         return one.run(rounds, choice_rounds)
 
-    def _new_reading(self) -> Reading:
-        return Reading(self.layers, counts=self._shards.counts, activation=self.settings.activation)
+    def _new_readers(self) -> tuple[LayerReader, ...]:
+        """Who know nothing yet.
+
+        Raises:
+            UnsupportedModelError: the model cannot be read.
+        """
+        return tuple(
+            LayerReader(layer, counts=self._shards.counts, activation=self.settings.activation) for layer in self.layers
+        )
+
+    def _remember(self, readers: Sequence[LayerReader]) -> None:
+        """After a pass that went well in all processes: what was learned is not learned again."""
+        self._readers = tuple(
+            reader if reader.is_learned else new for reader, new in zip(readers, self._readers, strict=True)
+        )
 
     def _make_batches(self, batch_tokens: int) -> None:
         self.settings = replace(self.settings, batch_tokens=batch_tokens)

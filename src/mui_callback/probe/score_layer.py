@@ -52,6 +52,8 @@ class LayerReader:
         self._counts = counts
         self.can_follow = False
         """Whether it was learned how to know the tokens of all rows without asking the tail."""
+        self.is_learned = False
+        """Whether that holds for later passes, too, in which only the identity is checked."""
 
     def clear(self) -> None:
         """Forget the last forward pass."""
@@ -99,20 +101,21 @@ class LayerReader:
             tokens: the scored tokens.
             readout_RD: unembedding row of the target of each token that meets in the layer.
             is_output: whether `out` is the output of the experts alone; if not, there is a residual in it.
-            check: also compute what the conservation identity compares; find out what the tail does, and how little
-                has to be asked of it from then on.
+            check: also compute what the conservation identity compares; if it is not known yet, find out what the tail
+                does, and how little has to be asked of it from then on.
 
         Raises:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
         """
-        if not self.is_followed:
+        if check or not self.is_followed:
             self._check_output(out, readout_TD, tokens)
         for recorder in self.recorders:
             recorder.check_complete(tokens)
-        if is_output and check:
+        learns = check and not self.is_learned
+        if is_output and learns:
             self._note_own_bias(out)
         with self._together():
-            self._trace(out, readout_TD, tokens, check=check)
+            self._trace(out, readout_TD, tokens, learns=learns)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
             if not check:
@@ -149,26 +152,36 @@ class LayerReader:
                 f"others wait for it in vain and nothing can go on ({described(error)})."
             ) from error
 
-    def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, check: bool) -> None:
+    def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, learns: bool) -> None:
         """Follow the tail back to the experts, no further than needed."""
-        if check or not self.can_follow:
+        if learns or not self.can_follow:
             self.tail.locate(out, tokens)
-        if check:
+        if learns:
             self.tail.locate_constants(out, tokens)
-            for recorder in self.recorders:
-                recorder.learn(tokens)
-            can_follow = all(
-                recorder.knows_order or (recorder.trusts_dispatch and self.layer.scope_is_moe)
-                for recorder in self.recorders
-            )
-            cannot = torch.tensor([not can_follow], dtype=torch.float64, device=out.device)
-            self.layer.peers.highest(cannot)  # all of them go the same way, as there are collectives on it
-            self.can_follow = not bool(cannot)
+            self._learn(tokens)
         if self.can_follow:
             for recorder in self.recorders:
                 if recorder.knows_order:
                     recorder.follow(tokens)
-        self.tail.transpose(out, readout_TD, check=check)
+        self.tail.transpose(out, readout_TD, check=learns)
+
+    def _learn(self, tokens: ScoredTokens) -> None:
+        """From what the tail was asked; the same in all processes that share the experts, for collectives are on it."""
+        device = tokens.target_R.device
+        for recorder in self.recorders:
+            recorder.learn(tokens)
+        can_follow = all(
+            recorder.knows_order or (recorder.trusts_dispatch and self.layer.scope_is_moe)
+            for recorder in self.recorders
+        )
+        # of outputs with a weight of zero nothing was learned; what constants add is not seen without the tail
+        can_stay = can_follow and not self.tail.constants and self.activation == "product"
+        was_seen = [(cut.token_S >= 0).any() for cut in self.tail.cuts if cut.token_S is not None]
+        stays = torch.stack([torch.tensor(can_stay, device=device), *was_seen]).all()
+        flags = torch.stack([torch.tensor(not can_follow, device=device), ~stays]).double()
+        self.layer.peers.highest(flags)
+        cannot_follow, is_for_now = flags.bool().tolist()
+        self.can_follow, self.is_learned = not cannot_follow, not is_for_now
 
     def _parts(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> tuple[ExpertScores, ...]:
         return tuple(recorder.scores(tokens, readout_RD, activation) for recorder in self._counted)

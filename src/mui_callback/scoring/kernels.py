@@ -1,9 +1,10 @@
-"""Fused passes over contributions, for GPUs where Triton runs.
+"""Fused passes over contributions and logits, for GPUs where Triton runs.
 
-They compute what `mui_callback.scoring.rows` does without them: products are the same to the bit, sums up to the order
-of their terms.
+They compute what `mui_callback.scoring.rows` and `mui_callback.probe.head` do without them: products are the same to
+the bit, sums up to the order of their terms.
 
-Shapes: S rows, I neurons of an expert, C chunks of neurons of a row, M chunks that are chosen, c neurons of a chunk.
+Shapes: S rows, I neurons of an expert, C chunks of neurons of a row, M chunks that are chosen, c neurons of a chunk, R
+scored tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 1024
 """Neurons that are in registers at a time."""
+_LOGITS = 4096
+"""Logits that are."""
 
 
 def can_run(act_SI: Tensor, projected_SI: Tensor) -> bool:
@@ -44,11 +47,18 @@ def order_keys(score_BM: Tensor) -> Tensor:
 
 
 def summarize(
-    act_SI: Tensor, projected_SI: Tensor, weight_S: Tensor | None, is_row_S: Tensor | None, chunk: int
+    act_SI: Tensor,
+    projected_SI: Tensor,
+    weight_S: Tensor | None,
+    is_row_S: Tensor | None,
+    chunk: int,
+    *,
+    is_signed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ|f| of each row, float32 ``[S]``; the highest f of each chunk, float32 ``[S, C]``; how many are not finite.
+    """Σ|f| of each row, or Σ f, float32 ``[S]``; the highest f of each chunk, float32 ``[S, C]``; how many are not
+    finite.
 
-    See `Contributions.summary`.
+    See `Contributions.summary` and `Contributions.sums`.
     """
     (n_rows, width), device = act_SI.shape, act_SI.device
     n_chunks = -(-width // chunk)
@@ -64,6 +74,7 @@ def summarize(
             *(width, n_chunks, act_SI.stride(0), projected_SI.stride(0)),
             HAS_WEIGHT=weight_S is not None,
             HAS_ROWS=is_row_S is not None,
+            IS_SIGNED=is_signed,
             CHUNK=chunk,
             BLOCK=block,
         )
@@ -94,6 +105,26 @@ def of_chunks(
                 num_warps=1,
             )
     return score_Mc
+
+
+def can_predict(logits_RV: Tensor) -> bool:
+    """Whether there is a kernel for `predictions` of these logits."""
+    is_laid_out = logits_RV.stride(-1) == 1 and logits_RV.numel() > 0 and logits_RV.dtype.itemsize <= 4
+    return is_laid_out and logits_RV.device.type == "cuda" and _kernels(logits_RV.device) is not None
+
+
+def predictions(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+    """See `mui_callback.probe.head.token_losses`."""
+    n_rows, n_logits = logits_RV.shape
+    loss_R = torch.empty(n_rows, dtype=torch.float32, device=logits_RV.device)
+    is_correct_R = torch.empty(n_rows, dtype=torch.bool, device=logits_RV.device)
+    kernels = _kernels(logits_RV.device)
+    assert kernels is not None
+    with torch.cuda.device(logits_RV.device):
+        kernels.predictions[(n_rows,)](
+            *(logits_RV, target_R.contiguous(), loss_R, is_correct_R, n_logits, logits_RV.stride(0)), BLOCK=_LOGITS
+        )
+    return loss_R, is_correct_R
 
 
 @cache

@@ -109,6 +109,9 @@ class Contributions:
 
     def sums(self) -> Tensor:
         """Σ f over the finite ones of each row, float64 ``[S]``."""
+        if kernels.can_run(self.act_SI, self.projected_SI):
+            sum_S, _, _ = kernels.summarize(*self._factors, CHUNK, is_signed=True)
+            return sum_S.double()
         sums = [
             self._masked(self._products(rows), rows).nan_to_num_(neginf=0.0).sum(-1, dtype=torch.float64)
             for rows in self._pieces()
