@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import collectives
 from distributed_training import launch
+from mui_callback.experts.called_rows import ranks
 from mui_callback.parallel.peers import Peers
 from mui_callback.scoring.contributions import rank_in_token
 
@@ -96,8 +97,11 @@ def test_an_object_of_the_main_process_is_that_of_all(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=30, unique=True))
 def test_rows_of_a_token_are_numbered_by_expert(pairs: list[tuple[int, int]]) -> None:
     token, expert = torch.tensor([*pairs, (9, 9)]).unbind(1)
-    ranks, n_repeated = (found.tolist() for found in rank_in_token(token, expert, 10))
-    for (token_, expert_), rank in zip([*pairs, (9, 9)], ranks, strict=True):
-        assert rank == sum(1 for t, e in pairs if t == token_ and e < expert_)
+    rank, most, n_repeated = (found.tolist() for found in ranks(token, expert, 10, 10))
+    assert rank == rank_in_token(token, expert, 10).tolist()
+    for (token_, expert_), rank_ in zip([*pairs, (9, 9)], rank, strict=True):
+        assert rank_ == sum(1 for t, e in pairs if t == token_ and e < expert_)
+    assert most == max(rank) + 1
     assert n_repeated == 0
-    assert int(rank_in_token(token.repeat(2), expert.repeat(2), 10)[1]) == len(ranks)
+    twice, most_of_twice, n_repeated = (found.tolist() for found in ranks(token.repeat(2), expert.repeat(2), 10, 10))
+    assert (twice, most_of_twice, n_repeated) == (rank * 2, most, len(rank))

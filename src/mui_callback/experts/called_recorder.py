@@ -126,7 +126,8 @@ class CalledRecorder:
     def follow(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
         for call in (*self.calls, *self.passed):
-            call.cut.token_S, call.cut.weight_S = tokens.numbers().repeat(call.product.n_experts), None
+            n, number_T = call.product.n_experts, tokens.numbers()
+            call.cut.token_S, call.cut.weight_S = number_T if n == 1 else number_T.repeat(n), None
 
     def learn(self, tokens: ScoredTokens) -> None:
         """See `Recorder`: shared experts see the positions as they are; a dispatch is believed if it says the same."""
@@ -159,8 +160,12 @@ class CalledRecorder:
         if self.knows_order:
             found = at_positions(self.calls, tokens)
         else:
-            n_downs, is_routed = self.experts.n_downs, self.experts.is_routed
-            found = at_tokens(self.calls, first_rows, self.tail, n_downs=n_downs, is_routed=is_routed)
+            found = at_tokens(
+                *(self.calls, first_rows, self.tail),
+                n_tokens=tokens.n_numbers,
+                n_downs=self.experts.n_downs,
+                is_routed=self.experts.is_routed,
+            )
         act, projected, weights = [], [], []
         for number, call in enumerate(self.calls):
             place_P = found.of_call(number, first_rows[number])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mui_callback.experts.base import First
-from mui_callback.scoring.contributions import ExpertScores, rank_in_token
+from mui_callback.scoring.contributions import ExpertScores
 from mui_callback.scoring.rows import Contributions
 
 
@@ -31,18 +31,21 @@ class CalledRows:
     """Whether one was called for a token more than once."""
 
     @classmethod
-    def ranked(cls, token_P: Tensor, down_P: Tensor, n_downs: int, asked: Tensor) -> tuple[CalledRows, list[int]]:
+    def ranked(
+        cls, token_P: Tensor, down_P: Tensor, n_tokens: int, n_downs: int, asked: Tensor
+    ) -> tuple[CalledRows, list[int]]:
         """Rows in any order, and the values of another tensor, with one wait for the device.
 
         Args:
             token_P: see `CalledRows`.
             down_P: see `CalledRows`.
-            n_downs: more than the highest of these.
+            n_tokens: more than the highest token.
+            n_downs: more than the highest down projection.
             asked: int64 ``[n]``, whose values are wanted on the host.
         """
-        rank_P, limits = ranks(token_P, down_P, n_downs)
-        n_repeats, highest, *values = torch.cat([limits, asked]).tolist()
-        return cls(token_P, down_P, rank_P, highest + 1, are_repeated=n_repeats > 0), values
+        rank_P, most, n_repeated = ranks(token_P, down_P, n_tokens, n_downs)
+        rows_per_token, n_repeats, *values = torch.cat([torch.stack([most, n_repeated]), asked]).tolist()
+        return cls(token_P, down_P, rank_P, max(rows_per_token, 1), are_repeated=n_repeats > 0), values
 
     def scores(self, rows: Contributions, first: First, *, n_downs: int, experts_of_down: int) -> ExpertScores:
         """The contributions of these rows as those of experts.
@@ -89,16 +92,21 @@ class CalledRows:
             score_PW *= rows.weight_S[:, None]
         score_UW = score_PW.new_zeros(len(pair_U), rows.width).index_add_(0, row_P, score_PW)
         token_U, down_U = pair_U // n_downs, pair_U % n_downs
-        rank_U, _ = rank_in_token(token_U, down_U, n_downs)
+        rank_U, most, _ = ranks(token_U, down_U, int(token_U[-1]) + 1, n_downs)
         return (
-            CalledRows(token_U, down_U, rank_U, int(rank_U.max()) + 1),
+            CalledRows(token_U, down_U, rank_U, int(most)),
             Contributions(score_UW, torch.ones_like(score_UW)),
         )
 
 
-def ranks(token_P: Tensor, down_P: Tensor, n_downs: int) -> tuple[Tensor, Tensor]:
-    """`CalledRows.rank_P`; and how many rows repeat another's token and down projection, and the highest rank (0 where
-    there are no rows), int64 ``[2]``."""
-    rank_P, n_repeated = rank_in_token(token_P, down_P, n_downs)
-    highest = rank_P.max() if len(rank_P) else n_repeated.new_zeros(())
-    return rank_P, torch.stack([n_repeated, highest])
+def ranks(token_P: Tensor, down_P: Tensor, n_tokens: int, n_downs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`CalledRows.rank_P`, equal for rows that repeat another's token and down projection; how many different ones a
+    token has at most, and how many rows are repeated, int64 scalars.
+
+    Memory is 8 bytes for each token and down projection.
+    """
+    is_there_RE = torch.zeros(n_tokens, n_downs, dtype=torch.int32, device=token_P.device)
+    is_there_RE[token_P, down_P] = 1
+    n_so_far_RE = is_there_RE.cumsum(1, dtype=torch.int32)
+    n_R = torch.nn.functional.pad(n_so_far_RE[:, -1].long(), (0, 1))  # one more, for there may be no tokens
+    return n_so_far_RE[token_P, down_P].long() - 1, n_R.max(), len(token_P) - n_R.sum()

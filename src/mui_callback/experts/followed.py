@@ -37,12 +37,12 @@ class _Pairs:
     weight_P: Tensor
     rank_P: Tensor
     limits: HostCopy
-    """See `ranks`."""
+    """How many rows a token has at most, and how many repeat another's."""
 
     def rows(self, first_down: int) -> CalledRows:
-        n_repeated, highest = self.limits.get()
+        most, n_repeated = self.limits.get()
         down_P = first_down + self.expert_P
-        return CalledRows(self.token_P, down_P, self.rank_P, highest + 1, are_repeated=n_repeated > 0)
+        return CalledRows(self.token_P, down_P, self.rank_P, max(most, 1), are_repeated=n_repeated > 0)
 
 
 class FollowedRows:
@@ -78,7 +78,8 @@ class FollowedRows:
         place_P = torch.searchsorted((came.token_N >= 0).cumsum(0), wanted)
         expert_P = torch.searchsorted(came.first_L + came.n_L, place_P, right=True)
         token_P = came.token_N[place_P]
-        rank_P, limits = ranks(token_P, expert_P, self._n_local)
+        rank_P, most, n_repeated = ranks(token_P, expert_P, len(self._readout_RD), self._n_local)
+        limits = torch.stack([most, n_repeated])
         return _Pairs(
             *(token_P, expert_P, place_P - came.first_L[expert_P], came.weight_N[place_P], rank_P, HostCopy(limits))
         )

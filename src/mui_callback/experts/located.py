@@ -36,12 +36,15 @@ class Located:
 def at_positions(calls: Sequence[Call], tokens: ScoredTokens) -> Located:
     """Where each expert sees every position: nothing has to be asked of the device."""
     n_scored, device = len(tokens.position_R), tokens.position_R.device
+    token_R = tokens.first + torch.arange(n_scored, device=device)
+    if len(calls) == calls[0].product.n_experts == 1:
+        expert_R, rank_R = torch.full_like(token_R, calls[0].first_expert), torch.zeros_like(token_R)
+        return Located(CalledRows(token_R, expert_R, rank_R, rows_per_token=1), tokens.position_R, [0, n_scored])
     n_positions = tokens.n_rows * tokens.length
     n_experts = [call.product.n_experts for call in calls]
     first_expert = [call.first_expert for call in calls]
     expert_e = torch.cat([torch.arange(a, a + n, device=device) for a, n in zip(first_expert, n_experts, strict=True)])
     offset_e = n_positions * torch.arange(len(expert_e), device=device)
-    token_R = tokens.first + torch.arange(n_scored, device=device)
     rank_e = expert_e.argsort().argsort()
     return Located(
         CalledRows(
@@ -55,13 +58,16 @@ def at_positions(calls: Sequence[Call], tokens: ScoredTokens) -> Located:
     )
 
 
-def at_tokens(calls: Sequence[Call], first_rows: list[int], tail: Tail, *, n_downs: int, is_routed: bool) -> Located:
+def at_tokens(
+    calls: Sequence[Call], first_rows: list[int], tail: Tail, *, n_tokens: int, n_downs: int, is_routed: bool
+) -> Located:
     """Where the tail has told the token of each row.
 
     Args:
         calls: the calls.
         first_rows: where the rows of each begin among those of all, and where the last ones end.
         tail: who told.
+        n_tokens: how many tokens there are.
         n_downs: down projections of the layer.
         is_routed: whether tokens are sent to the experts.
 
@@ -77,6 +83,8 @@ def at_tokens(calls: Sequence[Call], first_rows: list[int], tail: Tail, *, n_dow
     bounds = torch.searchsorted(place_P, torch.tensor(first_rows, device=place_P.device))
     is_mixed = place_P.new_zeros(1) if tail.is_mixed is None else tail.is_mixed.long()[None]
     expert_P = torch.cat([call.expert_S for call in calls])[place_P]
-    rows, (*found, mixed) = CalledRows.ranked(token_S[place_P], expert_P, n_downs, torch.cat([bounds, is_mixed]))
+    rows, (*found, mixed) = CalledRows.ranked(
+        token_S[place_P], expert_P, n_tokens, n_downs, torch.cat([bounds, is_mixed])
+    )
     tail.raise_if_mixed(is_mixed=bool(mixed))
     return Located(rows, place_P, found)

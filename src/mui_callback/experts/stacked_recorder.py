@@ -138,7 +138,7 @@ class StackedRecorder:
         expert_S = expert_S.clamp(max=n_local - 1)
         if not self.knows_order:  # a token may have several rows
             self.tail.raise_if_mixed(is_mixed=bool(self.tail.is_mixed))
-            rank_S, _ = rank_in_token(token_S, expert_S, n_local)
+            rank_S = rank_in_token(token_S, expert_S, n_local)
             top_k = int(rank_S.max()) + 1 if len(rank_S) else 1
         readout_SD = readout_PD[from_S]
         if rows.raw_SD is not None:

@@ -33,6 +33,11 @@ class Responses:
     n_orders: int
     """Scored tokens of the longest response."""
 
+    @cached_property
+    def is_of_BR(self) -> Tensor:
+        """1 where a token is of a sample, float64 ``[B, R]``."""
+        return (self.row_R == torch.arange(self.n_rows, device=self.row_R.device)[:, None]).double()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredTokens(Responses):
@@ -103,14 +108,13 @@ class LayerScores:
     experts that pass their input on)."""
 
 
-def rank_in_token(token_S: Tensor, expert_S: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """The number of each row among those of its token, by expert, int64 ``[S]``; and how many rows repeat another's
-    token and expert, int64 scalar."""
+def rank_in_token(token_S: Tensor, expert_S: Tensor, n_experts: int) -> Tensor:
+    """The number of each row among those of its token, by expert, int64 ``[S]``."""
     pair_S, order_S = (token_S * n_experts + expert_S).sort(stable=True)
     sorted_S = pair_S // n_experts
     rank_S = torch.empty_like(order_S)
     rank_S[order_S] = torch.arange(len(order_S), device=order_S.device) - torch.searchsorted(sorted_S, sorted_S)
-    return rank_S, (pair_S[1:] == pair_S[:-1]).sum()
+    return rank_S
 
 
 def add_conserved(sum_R: Tensor, part: ExpertScores) -> None:

@@ -237,8 +237,7 @@ class BatchCounts:
         expert_S = rows.expert_S if rows.is_row_S is None else rows.expert_S.where(rows.is_row_S, n_experts)
         use_RE2[rows.token_S, expert_S] = torch.stack([rows.mass_S, torch.ones_like(rows.mass_S)], dim=1).double()
         counts.not_finite += rows.n_not_finite
-        is_of_BR = responses.row_R == torch.arange(responses.n_rows, device=counts.device)[:, None]
-        total_BE2 = (is_of_BR.double() @ use_RE2.flatten(1)).view(responses.n_rows, n_experts + 1, 2)[:, :-1]
+        total_BE2 = (responses.is_of_BR @ use_RE2.flatten(1)).view(responses.n_rows, n_experts + 1, 2)[:, :-1]
         counts.totals[:, experts] += counts.totals.new_zeros(counts.n_tasks, n_experts, 2).index_add_(
             0, counts.task_of_sample[sample_B], total_BE2
         )
