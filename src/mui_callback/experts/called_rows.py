@@ -106,7 +106,7 @@ def ranks(token_P: Tensor, down_P: Tensor, n_tokens: int, n_downs: int) -> tuple
     Memory is 8 bytes for each token and down projection.
     """
     is_there_RE = torch.zeros(n_tokens, n_downs, dtype=torch.int32, device=token_P.device)
-    is_there_RE[token_P, down_P] = 1
+    is_there_RE[token_P, down_P] = torch.ones_like(token_P, dtype=torch.int32)  # for a number the host would wait
     n_so_far_RE = is_there_RE.cumsum(1, dtype=torch.int32)
     n_R = torch.nn.functional.pad(n_so_far_RE[:, -1].long(), (0, 1))  # one more, for there may be no tokens
     return n_so_far_RE[token_P, down_P].long() - 1, n_R.max(), len(token_P) - n_R.sum()

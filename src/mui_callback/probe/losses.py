@@ -24,7 +24,6 @@ from mui_callback.probe.batches import make_rounds
 from mui_callback.probe.device_batch import to_device
 from mui_callback.probe.encode import EncodedProbeSet
 from mui_callback.probe.freeze import frozen
-from mui_callback.probe.garbage import old_objects_set_aside
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.passes import Rounds, nobody_left_waiting
 
@@ -67,7 +66,7 @@ class LossPass:
         device, sizes = common_device(self.model), [len(trial.sample) for trial in trials]
         loss = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         errors: list[Exception] = []
-        with old_objects_set_aside(), frozen(self.model), engines_at_rest(self.model):
+        with frozen(self.model), engines_at_rest(self.model):
             let_all_pass(self.model)
             head = LanguageModelHead(self.model)
             for trial, own in zip(trials, torch.split(loss, sizes), strict=True):

@@ -24,7 +24,6 @@ from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.device_batch import to_device
 from mui_callback.probe.encode import EncodedProbeSet
 from mui_callback.probe.freeze import frozen
-from mui_callback.probe.garbage import old_objects_set_aside
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.rounds import Round
 from mui_callback.probe.score_layer import LayerReader
@@ -80,7 +79,7 @@ class ProbePass:
             Exception: whatever else went wrong.
         """
         capacities = Capacities(self.layers)
-        with old_objects_set_aside(), frozen(self.model), engines_at_rest(self.model):
+        with frozen(self.model), engines_at_rest(self.model):
             let_all_pass(self.model)
             head = LanguageModelHead(self.model)  # found anew: a resized vocabulary has another one
             counts = DeviceCounts(
