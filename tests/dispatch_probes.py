@@ -100,6 +100,15 @@ def measure_with_a_lie_between(rank: int, directory: Path, *, name: str) -> tupl
     return str(raised.value), [first, _told_by(probe)]
 
 
+def measure_in_another_precision(rank: int, directory: Path, *, name: str) -> list[Told]:
+    """Without autocast, twice with it, and without it again."""
+    probe = MUIProbe(BACKENDS[name].build().model, many(), **SETTINGS)
+    before = _told_by(probe)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = [_told_by(probe), _told_by(probe)]
+    return [before, *inside, _told_by(probe)]
+
+
 def _told_by(probe: MUIProbe) -> Told:
     with _noted() as believes, _counted(FollowedRows, "rows") as followed, _counted(Tail, "locate") as asked:
         report = probe.measure()

@@ -9,7 +9,7 @@ import pytest
 
 from backend_training import SETTINGS, many
 from backends import BACKENDS
-from dispatch_probes import LIES, measure, measure_with_a_lie_between
+from dispatch_probes import LIES, measure, measure_in_another_precision, measure_with_a_lie_between
 from distributed_training import launch
 from mui_callback import MUIProbe, MUIReport
 from test_backends import assert_same_report
@@ -53,3 +53,14 @@ def test_a_believed_router_that_begins_to_lie_is_found_out(name: str, tmp_path: 
         assert "do not add up" in error
         assert after.n_asked == before.n_asked > 0
         assert_same_report(alone(name), after.report)
+
+
+def test_what_was_learned_in_one_precision_does_not_hold_in_another(tmp_path: Path) -> None:
+    for before, inside, again, after in launch(tmp_path, measure_in_another_precision, name="moe_k2"):
+        assert_same_report(alone("moe_k2"), before.report)
+        assert_same_report(alone("moe_k2"), after.report)
+        assert after.n_asked == before.n_asked
+        # products that autocast makes are not plain ones
+        assert inside.n_followed == again.n_followed == 0
+        assert inside.n_asked == again.n_asked == before.n_asked * before.n_batches
+        assert inside.report.pooled.loss == pytest.approx(before.report.pooled.loss, rel=0.05)

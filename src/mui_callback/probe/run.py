@@ -271,6 +271,7 @@ class MUIProbe:
     def _use(self, shards: Shards) -> None:
         self._shards = shards
         self._readers = self._new_readers()
+        self._read_in = _autocast(self._device)
         self._make_batches(self.settings.batch_tokens)
 
     def _alone_if_models_differ(self, processes: Processes) -> None:
@@ -303,7 +304,9 @@ class MUIProbe:
 
     def _one_pass(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
         self._device = common_device(self.model)
-        reading = Reading(self._readers)
+        precision = _autocast(self._device)
+        reading = Reading(self._readers if precision == self._read_in else self._new_readers())
+        self._read_in = precision
         self._readers = self._new_readers()  # nothing is kept of a pass that fails in any process
         one = ProbePass(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings, reading)
         return one.run(rounds, choice_rounds)
@@ -339,6 +342,11 @@ class Outcome:
     error: Exception | None = None
     """What it failed with in this one."""
     failures: Sequence[Failure] = ()
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """In which precision autocast lets products run; None without it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _sample_table(encoded: EncodedProbeSet) -> SampleTable:
