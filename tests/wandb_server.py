@@ -159,7 +159,17 @@ class Refused(Exception):
 def _project(server: WandbServer, entity: str | None, project: str | None) -> dict[str, Any]:
     entity = entity or ENTITY
     owner = {"id": f"entity-{entity}", "name": entity}
-    return {"id": f"project-{project}", "internalId": "1", "name": project, "entityName": entity, "entity": owner}
+    return {
+        "__typename": "Project",
+        "id": f"project-{project}",
+        "internalId": "1",
+        "name": project,
+        "entityName": entity,
+        "entity": owner,
+        "createdAt": "2026-01-01T00:00:00Z",
+        "isBenchmark": False,
+        "user": None,
+    }
 
 
 def _viewer(server: WandbServer, variables: dict[str, Any]) -> dict[str, Any]:

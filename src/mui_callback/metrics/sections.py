@@ -61,7 +61,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Concentration (Gini)", "0 even, 1 one expert", ("expert_gini", "mass_gini")),
         Panel("Effective experts", "experts", ("effective_experts",)),
         Panel("Concentration by layer (Gini)", "0 even, 1 one expert", ("layer_expert_gini/<layer>",)),
-        Panel("Loss without key, or random, neurons", "nats per token", ("ablation/key", "ablation/random"), by_task=True),
+        Panel("Loss without key neurons", "nats per token", ("ablation/key", "ablation/random"), by_task=True),
     ),
     "Shared experts": (
         Panel("Key neurons in shared experts, by task", "share", ("shared_share",), by_task=True),

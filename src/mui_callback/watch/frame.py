@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +20,9 @@ _STYLES = {
     Phase.COLLAPSING: "bold red",
 }
 _BY_CODE = {phase.code: phase for phase in Phase}
+_WITH_TREND = {"MUI %": ("mui", "cyan"), "loss": ("loss", "magenta")}
+ALL_TASKS = "all tasks"
+_LABEL_WIDTH = 9
 _OTHER_ROWS = 16
 """Lines of a frame besides those of the tasks."""
 
@@ -48,12 +53,12 @@ def _line(text: str, style: str = "") -> Text:
 def _heading(run: WatchedRun, now: float) -> list[Text]:
     title = _line("")
     title.append(f"step {max(run.points):,}" if run.points else "no point yet", style="bold")
-    facts = [f"{len(run.points)} points"]
+    facts = [f"{len(run.points)} point{'' if len(run.points) == 1 else 's'}"]
     if run.last_time is not None:
         facts.append(f"the last {_ago(now - run.last_time)} ago")
     facts.append(f"run {run.id}" + (f", {run.place} of {run.n_runs} in the record" if run.n_runs > 1 else ""))
     if run.n_parts > 1:
-        facts.append(f"resumed {run.n_parts - 1}×")
+        facts.append(f"started {run.n_parts} times")
     title.append(f" · {' · '.join(facts)}")
     layers = run.probed["layers"]
     shared = sum(len(layer["shared_widths"]) for layer in layers)
@@ -65,43 +70,52 @@ def _heading(run: WatchedRun, now: float) -> list[Text]:
 
 
 def _tasks(run: WatchedRun, width: int, height: int | None) -> Table:
-    trend = max(6, min(40, (width - 56) // 2))
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
-    table.add_column("task", no_wrap=True, overflow="ellipsis", max_width=max(10, width - 56 - 2 * trend + 10))
-    for name in ("MUI %", ""):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.add_column("phase", no_wrap=True)
-    table.add_column("loss", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in ("acc %", "key %", "shared %"):
-        table.add_column(name, justify="right", no_wrap=True)
+    is_wide, is_narrow = width >= 110, width < 72
+    gap = 2 if is_wide else 1
+    columns = {"MUI %": 5, "phase": 12, "loss": 6, "acc %": 5, "key %": 5, "shared %": 8}
+    if is_narrow:
+        del columns["key %"], columns["shared %"]
+    longest = max(map(len, (ALL_TASKS, *run.task_names)))
+    name_width = min(longest, 30 if is_wide else 11)
+    trend = min(40, max(3, (width - name_width - sum(columns.values()) - gap * (len(columns) + 2)) // 2))
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("task", no_wrap=True, overflow="ellipsis", max_width=name_width)
+    for name, column_width in columns.items():
+        side: Literal["left", "right"] = "left" if name == "phase" else "right"
+        table.add_column(name, justify=side, no_wrap=True, min_width=column_width)
+        if name in _WITH_TREND:
+            table.add_column("", no_wrap=True, min_width=3)
     names = run.task_names
     room = len(names) if height is None else max(1, height - _OTHER_ROWS)
     shown = names if len(names) <= room else names[: max(1, room - 1)]
     for task in (None, *shown):
         accuracy = run.last("choice_accuracy", task)
         accuracy = run.last("token_accuracy", task) if accuracy is None else accuracy
-        table.add_row(
-            Text("all tasks", style="bold") if task is None else Text(task),
-            Text(_percent(run.last("mui", task), 2), style="bold"),
-            Text(sparkline(run.series("mui", task), trend), style="cyan"),
-            _phase(run.last("phase", task)),
-            _number(run.last("loss", task)),
-            Text(sparkline(run.series("loss", task), trend), style="magenta"),
-            _percent(accuracy),
-            _percent(run.last("key_expert_proportion", task)),
-            _percent(run.last("shared_share", task)),
-        )
+        cells = {
+            "MUI %": Text(_percent(run.last("mui", task), 2), style="bold"),
+            "phase": _phase(run.last("phase", task)),
+            "loss": Text(_number(run.last("loss", task))),
+            "acc %": Text(_percent(accuracy)),
+            "key %": Text(_percent(run.last("key_expert_proportion", task))),
+            "shared %": Text(_percent(run.last("shared_share", task))),
+        }
+        row = [Text(ALL_TASKS, style="bold") if task is None else Text(task)]
+        for name in columns:
+            row.append(cells[name])
+            if name in _WITH_TREND:
+                metric, style = _WITH_TREND[name]
+                row.append(Text(sparkline(run.series(metric, task), trend), style=style))
+        table.add_row(*row)
     if len(shown) < len(names):
         table.add_row(Text(f"… {len(names) - len(shown)} more", style="dim"))
     return table
 
 
 def _rest(run: WatchedRun, width: int) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis", max_width=width - 11)
-    trend = 6 if width < 110 else 20
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=width - _LABEL_WIDTH)
+    trend = 5 if width < 110 else 20
 
     def known(label: str, metric: str, as_percent: bool, digits: int = 0) -> str:
         value = run.last(metric)
@@ -116,11 +130,11 @@ def _rest(run: WatchedRun, width: int) -> Table:
         ],
         "Shared": [
             known("of contributions", "shared_mass_share", True),
-            known("against a fair share ×", "shared_fair_ratio", False),
+            known("over a fair share", "shared_fair_ratio", False),
         ],
         "Routing": [
             known("dead", "dead_experts", True, 1),
-            known("busiest ×", "load_max_ratio", False),
+            known("busiest / mean", "load_max_ratio", False),
             known("entropy", "router_entropy", False),
         ],
         "Top": [
@@ -137,8 +151,18 @@ def _rest(run: WatchedRun, width: int) -> Table:
     }
     for name, cells in rows.items():
         if any(cells):
-            table.add_row(name, Text("  ".join(filter(None, cells))))
+            table.add_row(name, Text(_as_fits(list(filter(None, cells)), width - _LABEL_WIDTH)))
     return table
+
+
+def _as_fits(cells: list[str], width: int) -> str:
+    """As many cells as there is room for whole; at least the first one."""
+    line, *others = cells
+    for cell in others:
+        if len(line) + 2 + len(cell) > width:
+            break
+        line += f"  {cell}"
+    return line
 
 
 def _troubles(run: WatchedRun, unread: int) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """One block for each value, the lowest ▁ and the highest █; a middle one where all are equal.
+    """One block for each value, the lowest ▁ and the highest █; a middle one where all are equal, as for a single one.
 
     Args:
         values: finite; of more than `width`, the means of as many neighbouring ones as there must be.

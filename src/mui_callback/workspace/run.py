@@ -30,9 +30,10 @@ def make_workspace(path: str, *, trainer: Trainer, record: Path | None) -> str:
     parts = path.split("/")
     if len(parts) != 2 or not all(parts):
         raise MUIError(f"expected ENTITY/PROJECT, such as my-team/moe, got {path!r}")
-    workspace = build_workspace(*parts, trainer)
+    entity, project = parts
+    workspace = build_workspace(entity, project, trainer)
     if record is None:
-        _check_project(*parts)
+        _check_project(entity, project)
         return f"{path} has a new saved view, {NAME}: {_save(workspace)}"
     text = json.dumps(workspace_spec(workspace), indent=2)
     if record == STDOUT:
@@ -53,8 +54,8 @@ def _check_project(entity: str, project: str) -> None:
     try:
         _ = api.project(project, entity).id
     except ValueError as error:
-        if error.__cause__ is not None:  # the request failed
-            raise MUIError(f"W&B could not be asked for {entity}/{project}: {error.__cause__}") from error
+        if "not found" not in str(error):
+            raise MUIError(f"W&B could not be asked for {entity}/{project}: {error.__cause__ or error}") from error
         missing = f"there is no project {entity}/{project} that you may see: log a run to it first, or correct its name"
         raise MUIError(missing) from error
 
