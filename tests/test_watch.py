@@ -66,6 +66,13 @@ def test_a_frame_shows_the_last_point(record: Path) -> None:
     assert "overhead" in frame
 
 
+def test_a_trend_leaves_the_untrained_model_out(record: Path) -> None:
+    rows = [json.loads(line) for line in record.read_text().splitlines()[1:]]
+    values = [row["scalars"]["mui/mui"] for row in rows]
+    (line,) = [line for line in shown(record).splitlines() if line.startswith("all tasks")]
+    assert sparkline(values[1:], 40) in line.split()
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 110, 160, 250])
 def test_nothing_is_wider_than_the_terminal_and_nothing_cut_at_80(record: Path, width: int) -> None:
     frame = shown(record, width)

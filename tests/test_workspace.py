@@ -126,13 +126,16 @@ def test_troubles_are_told_in_words(tmp_path: Path) -> None:
         nobody = call("me/moe", environment=stranger, home=tmp_path)
         server.behaviour = "deny"
         denied = call("me/moe", environment=server.environment, home=tmp_path)
+        server.vanish()
+        gone = call("me/moe", environment={**server.environment, "WANDB_HTTP_TIMEOUT": "1"}, home=tmp_path)
     wrong = call("me", environment={}, home=tmp_path)
-    for done in (missing, nobody, denied, wrong):
+    for done in (missing, nobody, denied, gone, wrong):
         assert done.returncode == 1
         assert "Traceback" not in done.stderr, done.stderr
     assert "there is no project me/other that you may see: log a run to it first" in missing.stderr
-    assert "run `wandb login`, or set WANDB_API_KEY" in nobody.stderr
-    assert "run `wandb login`, or set WANDB_API_KEY" in denied.stderr
+    assert "Run `wandb login`, or set WANDB_API_KEY" in nobody.stderr
+    assert "Run `wandb login`, or set WANDB_API_KEY" in denied.stderr
+    assert "see that the server can be reached" in gone.stderr
     assert "expected ENTITY/PROJECT, such as my-team/moe, got 'me'" in wrong.stderr
     assert server.views == []
 

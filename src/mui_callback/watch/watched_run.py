@@ -9,6 +9,9 @@ from mui_callback.metrics.catalogue import key
 from mui_callback.sinks.jsonl import RecordedRun
 from mui_callback.spent import Spent
 
+_ENOUGH = 4
+"""Points for a trend without that of step 0."""
+
 
 @dataclass(frozen=True)
 class WatchedRun:
@@ -33,9 +36,15 @@ class WatchedRun:
         return list(self.probed["tasks"])
 
     def series(self, metric: str, task: str | None = None) -> list[float]:
-        """The values so far, where there are any."""
+        """The values so far, where there are any.
+
+        Once there are others, that of the untrained model is left out: it would make all others look alike.
+        """
         name = key(metric, task)
-        return [scalars[name] for scalars in self.points.values() if name in scalars]
+        values = {step: scalars[name] for step, scalars in self.points.items() if name in scalars}
+        if len(values) >= _ENOUGH:
+            values.pop(0, None)
+        return list(values.values())
 
     def last(self, metric: str, task: str | None = None) -> float | None:
         """At the last point that is complete; None where that has no answer."""

@@ -49,7 +49,8 @@ def _check_project(entity: str, project: str) -> None:
     try:
         api = wandb.Api()
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        message = f"W&B does not know you ({error}): run `wandb login`, or set WANDB_API_KEY; --json needs no server"
+        what_to_do = "Run `wandb login`, or set WANDB_API_KEY, and see that the server can be reached"
+        message = f"W&B did not log you in: {error}. {what_to_do}; --json needs none"
         raise MUIError(message) from error
     try:
         _ = api.project(project, entity).id
