@@ -100,6 +100,12 @@ class RecordedRun:
     """Up to its last point."""
     trajectories: Trajectories = field(default_factory=dict)
     """What phases were called from, of every point."""
+    top_experts: list[dict[str, Any]] = field(default_factory=list)
+    """The ten with the highest activated frequency at the last point that tells, all tasks pooled."""
+    troubles: list[tuple[int, str]] = field(default_factory=list)
+    """Steps and errors: probes that failed, and what failed besides them."""
+    last_time: float | None = None
+    """When the last point was written, in seconds since the epoch."""
 
 
 def read_record(path: str | os.PathLike[str]) -> tuple[list[RecordedRun], list[str]]:
@@ -141,12 +147,18 @@ def _add_row(row: dict[str, Any], runs: list[RecordedRun]) -> None:
     if of_run is None:
         raise ValueError(f"there is no run {row['id']!r} before it")
     spent = Spent(**row["spent"])
+    step = int(row["step"])
+    troubles = [(step, str(row["error"]))] if "error" in row else []
+    troubles += [(step, f"{what}: {why}") for what, why in row.get("failures", {}).items()]
+    top_experts = list(row.get("pooled", {}).get("top_experts", of_run.top_experts))
     if "error" not in row:
-        step = int(row["step"])
         found = {task: point for task, of_task in _of_tasks(row) if (point := _trajectory_point(of_task)) is not None}
         of_run.points[step] = of_run.points.get(step, {}) | row["scalars"]
         for task, point in found.items():
             of_run.trajectories.setdefault(task, {})[step] = point
+    of_run.top_experts = top_experts
+    of_run.troubles += troubles
+    of_run.last_time = row.get("time", of_run.last_time)
     of_run.spent = spent
 
 
