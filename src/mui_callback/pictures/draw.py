@@ -52,7 +52,7 @@ def draw(scene: Scene) -> dict[str, Picture]:
         ),
     }
     return {
-        name: Picture(as_image(figure), f"{caption}. {subtitle[0].upper()}{subtitle[1:]}.")
+        name: Picture(as_image(figure), f"{caption}. Step {scene.step:,}, {whose} ({task.n_samples:,} samples).")
         for name, (figure, caption) in drawn.items()
     }
 
@@ -76,7 +76,7 @@ def _top(task: TaskReport) -> str:
 
 
 def _paths(scene: Scene) -> str:
-    phases = ", ".join(f"{path.task or 'all tasks'} {path.points[-1].phase.value}" for path in scene.paths)
+    phases = ", ".join(f"{path.task or 'all tasks'} ({path.points[-1].phase.value})" for path in scene.paths)
     left_out = len(scene.paths) - MOST_PANELS
     more = f"; {left_out} tasks more are not shown" if left_out > 0 else ""
-    return f"MUI against performance, up to the ring: {phases or 'no task has both'}{more}"
+    return f"MUI against performance, up to the ring, of {phases or 'no task has both'}{more}"

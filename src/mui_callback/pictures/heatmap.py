@@ -130,7 +130,10 @@ def _draw_key(figure: Figure, left: int, height: int, colors: Colormap, norm: No
     bar = figure.colorbar(ScalarMappable(norm, colors), cax=axes)
     bar.outline.set(edgecolor=style.RULE, linewidth=0.8)
     bar.set_ticks([tick for tick in bar.get_ticks() if _TINY < tick <= norm.vmax])
-    axes.tick_params(colors=style.RULE, labelcolor=style.INK, labelsize=9.5, width=0.8, length=3)
+    axes.tick_params(
+        colors=style.RULE, labelcolor=style.INK, labelsize=9.5, width=0.8, length=3, pad=4, direction="out", left=False
+    )
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g} %")
     width, page = figure.get_size_inches() * style.DPI
     for number, (color, words) in enumerate(others, start=1):

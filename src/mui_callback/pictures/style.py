@@ -43,16 +43,21 @@ def place(figure: Figure, left: float, bottom: float, width: float, height: floa
     page = figure.get_size_inches() * DPI
     axes = figure.add_axes((left / page[0], bottom / page[1], width / page[0], height / page[1]), facecolor="white")
     axes.set_axisbelow(True)
+    axes.minorticks_off()
+    axes.grid(False)
+    axes.margins(x=0.05, y=0.05)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(
-        colors=RULE, labelcolor=INK, labelsize=9.5, width=0.8, length=3, direction="out", top=False, right=False
+        colors=RULE, labelcolor=INK, labelsize=9.5, width=0.8, length=3, pad=4, direction="out", top=False, right=False
     )
-    axes.spines[:].set(color=RULE, linewidth=0.8)
+    axes.spines[:].set(color=RULE, linewidth=0.8, visible=True)
     return axes
 
 
 def open_axes(axes: Any) -> Any:
     """Axes for curves, in any figure: with a faint grid, and open at the top and on the right."""
-    axes.grid(alpha=0.25)
+    axes.grid(color="#b0b0b0", linestyle="-", linewidth=0.8, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 
@@ -79,7 +84,7 @@ def rendered(figure: Figure) -> NDArray[np.uint8]:
 def as_image(figure: Figure) -> Image.Image:
     """The page as an image of few colours, which is a third of the size."""
     return Image.fromarray(rendered(figure)).quantize(
-        _COLORS_KEPT, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        _COLORS_KEPT, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
     )
 
 
