@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ import wandb
 
 from made import make_report
 from mui_callback import MemorySink, MUICallback, MUIMonitor, ProbeSet
-from mui_callback.pictures import draw as draw_module
 from mui_callback.pictures import sink as sink_module
 from mui_callback.pictures.scene import HISTOGRAM_KEY, PICTURE_KEYS, TABLE_KEY, picture_key
 from mui_callback.pictures.sink import PictureSink
+from mui_callback.pictures.studio import Studio, StudioError
 from mui_callback.pictures.worker import Worker
 from mui_callback.sinks.base import ProbePoint
 from tiny_samples import make_samples
@@ -46,6 +48,14 @@ class Board:
 
 def point(step: int) -> ProbePoint:
     return ProbePoint(step, report=make_report([{0, 1}, {2}], [0, 1]))
+
+
+def drawn(sink: PictureSink, step: int) -> None:
+    """Hand a point over and wait until it is drawn, or cannot be."""
+    sink.write(point(step))
+    worker = sink._worker
+    while worker is not None and (worker._waiting or worker._is_busy):
+        time.sleep(0.005)
 
 
 # The worker
@@ -113,14 +123,10 @@ def test_a_job_without_end_is_not_waited_for() -> None:
 def test_the_training_thread_logs_what_another_has_drawn() -> None:
     board = Board()
     sink = PictureSink([board])
-    before = threading.active_count()
     for step in (0, 5):
-        sink.write(point(step))
-        assert sink._worker is not None
-        while not sink._worker._finished and not board.hung:
-            time.sleep(0.01)
+        drawn(sink, step)
         sink.between_points()
-    assert threading.active_count() == before + 1  # one thread for all points
+    assert [thread.name for thread in threading.enumerate()].count("mui-pictures") == 1  # for all points
     sink.close()
     assert [step for step, *_ in board.hung] == [0, 5]
     for _, thread, values in board.hung:
@@ -131,13 +137,11 @@ def test_the_training_thread_logs_what_another_has_drawn() -> None:
 
 @pytest.mark.parametrize(("pictures", "steps"), [(True, [0, 1, 2]), ("probe", [0, 1, 2]), ("end", [2]), (False, [])])
 def test_when_there_are_pictures(pictures: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sink_module, "_drawn", lambda job: (job[0], {"step": job[1].step}))
+    monkeypatch.setattr(PictureSink, "_draw", lambda _, job: (job[0], {"step": job[1].step}))
     board = Board()
     sink = PictureSink([board], pictures=pictures)
     for step in range(3):
-        sink.write(point(step))
-        while sink._worker is not None and (sink._worker._waiting or sink._worker._is_busy):
-            time.sleep(0.001)
+        drawn(sink, step)
     sink.write(ProbePoint(3, error="failed"))
     sink.close()
     assert [values["step"] for *_, values in board.hung] == steps
@@ -185,34 +189,81 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
 def test_pictures_that_fail_cost_one_warning_and_no_point(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail() -> None:
         raise OSError("no space left")
 
-    if where == "drawing":
-        monkeypatch.setattr(draw_module, "draw", fail)
+    if where == "drawing":  # a scene that cannot be drawn
+        scene = PictureSink._scene
+        monkeypatch.setattr(PictureSink, "_scene", lambda *args: replace(scene(*args), pooled="nothing"))
     memory = MemorySink()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(tmp_path, [watched(Board(fail if where == "logging" else lambda: None), memory)])
     assert [p.step for p in memory.points] == [0, 2, 4, 6, 8]
     assert all(p.error is None for p in memory.points)
-    ours = [str(w.message) for w in caught if "no space left" in str(w.message)]
-    assert ours == ["pictures failed: OSError: no space left"]
+    (ours,) = [str(w.message) for w in caught if "pictures" in str(w.message)]
+    assert ("AttributeError" if where == "drawing" else "OSError: no space left") in ours
 
 
-def test_drawing_that_hangs_does_not_hang_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forever = threading.Event()
-    monkeypatch.setattr(draw_module, "draw", lambda _: forever.wait(60))
+def test_a_process_that_is_killed_is_told_once_and_another_draws_on() -> None:
+    board = Board()
+    sink = PictureSink([board])
+    drawn(sink, 0)
+    sink.between_points()
+    process = sink._studio._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    drawn(sink, 1)
+    with pytest.raises(StudioError, match="the process that draws ended"):
+        sink.between_points()
+    drawn(sink, 2)
+    sink.close()
+    assert [step for step, *_ in board.hung] == [0, 2]
+    assert sink._studio._process is None
+
+
+def test_a_process_that_hangs_does_not_hang_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink_module, "_PATIENCE", 0.2)
+    started = Studio._started
+
+    def stopped(studio: Studio) -> Any:
+        process = started(studio)
+        os.kill(process.pid, signal.SIGSTOP)
+        return process
+
+    monkeypatch.setattr(Studio, "_started", stopped)
     memory = MemorySink()
     with pytest.warns(UserWarning, match="the last pictures are not drawn after 0.2 s"):
         train(tmp_path, [watched(Board(), memory)])
-    forever.set()
     assert len(memory.points) == 5
 
 
+def test_the_process_ends_with_the_one_that_trains_and_imports_no_torch() -> None:
+    code = """
+import os, sys
+from made import make_report
+from mui_callback.pictures.scene import Scene
+from mui_callback.pictures.studio import Studio
+studio, report = Studio(), make_report([{0}])
+studio.draw(Scene(0, report.pooled, report.tasks, ()))
+maps = open(f"/proc/{studio._process.pid}/maps").read()
+print(studio._process.pid, "matplotlib" in maps, "torch" in maps, flush=True)
+os._exit(1)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    pid, has_matplotlib, has_torch = shown.stdout.split()
+    assert (has_matplotlib, has_torch) == ("True", "False")
+    for _ in range(1000):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("it goes on")
+
+
 def test_without_pillow_there_is_one_warning_and_all_the_rest(tmp_path: Path) -> None:
-    """In a process in which it cannot be imported."""
+    # in a process in which it cannot be imported
     code = """
 import sys, warnings
 sys.modules["PIL"] = None
@@ -233,7 +284,7 @@ print("mui/mui" in wandb.run.summary.keys(), "mui/pictures/expert_mui" in wandb.
     run = [sys.executable, "-c", code, str(tmp_path)]
     shown = subprocess.run(run, env=environment, cwd=HERE, capture_output=True, text=True, timeout=300)
     assert shown.returncode == 0, shown.stderr
-    warned = "MUI: there are no pictures, as matplotlib or pillow cannot b"
+    warned = "MUI: there are no pictures, as pillow cannot be imported; va"
     assert shown.stdout.splitlines()[-2:] == [f"[0, 4, 8] ['{warned}']", "True False"]
 
 

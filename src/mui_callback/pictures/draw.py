@@ -7,7 +7,7 @@ import numpy as np
 from mui_callback.pictures.heatmap import expert_heatmap
 from mui_callback.pictures.histogram import expert_mui_histogram
 from mui_callback.pictures.scene import Picture, Scene
-from mui_callback.pictures.style import as_image
+from mui_callback.pictures.style import as_png
 from mui_callback.pictures.top_experts import top_experts_bars
 from mui_callback.pictures.trajectories import MOST_PANELS, trajectories
 from mui_callback.task_report import TaskReport
@@ -52,7 +52,7 @@ def draw(scene: Scene) -> dict[str, Picture]:
         ),
     }
     return {
-        name: Picture(as_image(figure), f"{caption}. Step {scene.step:,}, {whose} ({task.n_samples:,} samples).")
+        name: Picture(as_png(figure), f"{caption}. Step {scene.step:,}, {whose} ({task.n_samples:,} samples).")
         for name, (figure, caption) in drawn.items()
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mui_callback.metrics.catalogue import PREFIX
 from mui_callback.pictures.paths import Path
@@ -30,8 +30,7 @@ class Scene:
 class Picture:
     """A finished picture."""
 
-    image: Any
-    """A `PIL.Image.Image`."""
+    png: bytes
     caption: str
     """What is to be seen on it, of which step and tasks."""
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from io import BytesIO
 from typing import Any
 
 from mui_callback.forgiving import warn
 from mui_callback.pictures.paths import path_of
-from mui_callback.pictures.scene import HISTOGRAM_KEY, TABLE_KEY, Pictures, Scene, check_pictures, picture_key
+from mui_callback.pictures.scene import HISTOGRAM_KEY, TABLE_KEY, Picture, Pictures, Scene, check_pictures, picture_key
+from mui_callback.pictures.studio import Studio
 from mui_callback.pictures.table import expert_rows
 from mui_callback.pictures.walls import Hang, Wall
 from mui_callback.pictures.worker import Worker
@@ -26,12 +29,11 @@ _Hung = tuple[Sequence[Hang], Mapping[str, Any]]
 
 
 class PictureSink:
-    """Has pictures drawn of each point by a thread of its own, and logs those that are finished.
+    """Has pictures drawn of each point by another process (see `Studio`), and logs those that are finished.
 
     A point is only handed over while it is written. Finished pictures are logged by the training thread, at the next
-    step or the next point, since a row that another thread logs could end one that the training loop has begun. They
-    have the x of their point. If points come faster than pictures are
-    drawn, those of the points between are left out.
+    step or the next point: a row that comes at any time could end one that the training loop has begun. They have the x
+    of their point. If points come faster than pictures are drawn, those of the points between are left out.
 
     Args:
         walls: where they are hung. Without a run there nothing is drawn.
@@ -55,6 +57,7 @@ class PictureSink:
         self._axes: dict[str | None, str] = {}
         self._latest: _Drawing | None = None
         self._worker: Worker[_Drawing, _Hung] | None = None
+        self._studio = Studio()
         self._can_draw: bool | None = None
 
     def open(self, run: RunDescription) -> None:
@@ -113,7 +116,10 @@ class PictureSink:
         if worker is None:
             return
         is_done = worker.close(_PATIENCE)
-        finished = self._take(worker)
+        try:
+            finished = self._take(worker)
+        finally:
+            self._studio.close()
         for number, (places, values) in enumerate(finished, start=1):
             _hang(places, values, is_end=number == len(finished))
         if worker.n_dropped:
@@ -125,8 +131,13 @@ class PictureSink:
         if self._can_draw is None:
             self._can_draw = _can_draw()
         if self._can_draw:
-            self._worker = self._worker or Worker(_drawn, "mui-pictures")
+            self._worker = self._worker or Worker(self._draw, "mui-pictures")
             self._worker.submit(job)
+
+    def _draw(self, job: _Drawing) -> _Hung:
+        """Run by the worker."""
+        places, scene = job
+        return places, _as_logged(scene, self._studio.draw(scene))
 
     def _scene(self, point: ProbePoint, report: MUIReport) -> Scene:
         tasks = report.task_names
@@ -146,29 +157,31 @@ def pictures_at(
 
 
 def _can_draw() -> bool:
-    """Whether there is what it takes; with a warning if not. It is imported here, once: not by a thread, in whose
-    middle a process may be forked."""
+    """Whether there is what it takes; with a warning if not."""
     try:
-        import mui_callback.pictures.draw  # noqa: F401
-    except ImportError as error:
+        import PIL.Image  # noqa: F401 - W&B needs it here
+    except ImportError:
+        missing = "pillow"
+    else:
+        missing = "" if find_spec("matplotlib") else "matplotlib"
+    if missing:
         warn(
-            f"MUI: there are no pictures, as matplotlib or pillow cannot be imported ({error}); values are logged. "
+            f"MUI: there are no pictures, as {missing} cannot be imported; values are logged. "
             "pip install 'mui-callback[wandb]'"
         )
-        return False
-    return True
+    return not missing
 
 
-def _drawn(job: _Drawing) -> _Hung:
-    """What is logged of a point; run by the thread."""
-    from mui_callback.pictures.draw import draw
+def _as_logged(scene: Scene, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+    """What W&B takes, by key."""
+    from PIL import Image
 
-    places, scene = job
     wandb: Any = sys.modules["wandb"]
     values = {
-        picture_key(name): wandb.Image(picture.image, caption=picture.caption) for name, picture in draw(scene).items()
+        picture_key(name): wandb.Image(Image.open(BytesIO(picture.png)), caption=picture.caption)
+        for name, picture in pictures.items()
     }
-    return places, {**values, HISTOGRAM_KEY: wandb.Histogram(scene.pooled.expert_mui)}
+    return {**values, HISTOGRAM_KEY: wandb.Histogram(scene.pooled.expert_mui)}
 
 
 def _table(scene: Scene) -> Any:

@@ -81,15 +81,11 @@ def rendered(figure: Figure) -> NDArray[np.uint8]:
     return pixels
 
 
-def as_image(figure: Figure) -> Image.Image:
-    """The page as an image of few colours, which is a third of the size."""
-    return Image.fromarray(rendered(figure)).quantize(
+def as_png(figure: Figure) -> bytes:
+    """The page as a file, of so few colours that it is a third of the size."""
+    image = Image.fromarray(rendered(figure)).quantize(
         _COLORS_KEPT, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
     )
-
-
-def as_png(image: Image.Image) -> bytes:
-    """The image as a file."""
     buffer = BytesIO()
     image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
