@@ -90,6 +90,15 @@ def test_every_expert_has_its_cell(shape: str) -> None:
     assert sum(int((~np.isnan(block)).sum()) for block in cells.values()) == n_cells
 
 
+def test_colours_end_above_the_highest_value_at_a_round_number() -> None:
+    for shape in SHAPES:
+        task = a_task(SHAPES[shape])
+        highest = 100 * task.expert_mui.max()
+        for image in (image for axes in expert_heatmap(task, task.expert_mui, **WORDS).axes for image in axes.images):
+            assert highest <= image.norm.vmax <= 2.5 * highest
+            assert f"{image.norm.vmax:.0e}"[0] in "125"
+
+
 @pytest.mark.parametrize("shape", ["48 x 128", "61 x 257", "one layer"])
 def test_a_cell_is_as_many_pixels_as_every_other_and_has_the_colour_of_its_value(shape: str) -> None:
     task = a_task(SHAPES[shape])
@@ -216,7 +225,7 @@ def test_paths_are_drawn_point_by_point(n: int, n_tasks: int, accuracy: bool) ->
         np.testing.assert_allclose(marks["latest"], [(path.points[-1].performance, 100 * path.points[-1].mui)])
         bands = [line for line in axes.lines if line.get_gid() == "band"]
         assert len(bands) == sum(point.phase is not Phase.UNDECIDED for point in path.points[1:])
-        assert axes.xaxis_inverted() is not accuracy  # better is to the right
+        assert bool(axes.xaxis_inverted()) is not accuracy  # better is to the right
         steps = [text.get_text() for text in axes.texts if text.get_gid() == "step"]
         assert f"{path.points[-1].step:,}" in steps
         latest = axes.transAxes.inverted().transform(axes.transData.transform(marks["latest"][0]))
