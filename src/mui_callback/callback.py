@@ -201,7 +201,7 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             output_dir=training.output_dir,
             sinks=[
                 *training.trackers,
-                *pictures_at(training.walls, pictures=self.pictures, tables=self.tables),
+                *pictures_at(training.trackers, pictures=self.pictures, tables=self.tables),
                 *self.sinks,
             ],
             asked=self.asked,

@@ -20,7 +20,6 @@ from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.pictures.scene import Pictures, check_pictures
 from mui_callback.pictures.sink import pictures_at
-from mui_callback.pictures.walls import ActiveRun
 from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
@@ -144,7 +143,7 @@ class MUIMonitor:
         first = WandbSink() if tracker == "wandb" else tracker
         if first is not None and not hasattr(first, "write"):
             raise ValueError(f"tracker: expected 'wandb', a sink or None, got {tracker!r}")
-        walls = [ActiveRun(first.step_key)] if isinstance(first, WandbSink) else []
+        trackers = [] if first is None else [first]
         check_sinks(sinks)
         check_probe_set(probe_set)
         check_pictures(pictures)
@@ -160,8 +159,8 @@ class MUIMonitor:
             on_error=on_error,
             output_dir=Path(output_dir),
             sinks=[
-                *([] if first is None else [first]),
-                *pictures_at(walls, pictures=pictures, tables=tables, is_crowded=True),
+                *trackers,
+                *pictures_at(trackers, pictures=pictures, tables=tables, is_crowded=True),
                 *sinks,
             ],
             asked=asked,

@@ -14,11 +14,11 @@ from mui_callback.pictures.paths import path_of
 from mui_callback.pictures.scene import HISTOGRAM_KEY, TABLE_KEY, Picture, Pictures, Scene, check_pictures, picture_key
 from mui_callback.pictures.studio import Studio
 from mui_callback.pictures.table import expert_rows
-from mui_callback.pictures.walls import Hang, Wall
+from mui_callback.pictures.walls import Hang, Wall, walls_of
 from mui_callback.pictures.worker import Worker
 from mui_callback.probe.freeze import random_state_kept
 from mui_callback.report import MUIReport
-from mui_callback.sinks.base import ProbePoint, RunDescription
+from mui_callback.sinks.base import ProbePoint, RunDescription, Sink
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +149,10 @@ class PictureSink:
 
 
 def pictures_at(
-    walls: Sequence[Wall], *, pictures: Pictures, tables: bool, is_crowded: bool = False
+    trackers: Sequence[Sink], *, pictures: Pictures, tables: bool, is_crowded: bool = False
 ) -> list[PictureSink]:
-    """The sink, if there is anything for it to do; see `PictureSink`."""
+    """The sink that hangs pictures where these trackers log, if there is anything for it to do; see `PictureSink`."""
+    walls = walls_of(trackers)
     wanted = bool(walls) and (pictures is not False or tables)
     return [PictureSink(walls, pictures=pictures, tables=tables, is_crowded=is_crowded)] if wanted else []
 

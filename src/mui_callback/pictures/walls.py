@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
-from mui_callback.sinks.wandb import OWN_STEP_KEY
+from mui_callback.sinks.base import Sink
+from mui_callback.sinks.wandb import OWN_STEP_KEY, WandbSink
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +59,31 @@ class LoggerRun:
 
     Args:
         logger: the logger.
-        step_now: where the point that is made now is on the logger's x axis.
+        step_now: where the point that is made now is on the logger's x axis; None for the optimizer steps done.
     """
 
-    def __init__(self, logger: Any, step_now: Callable[[], int]) -> None:
+    def __init__(self, logger: Any, step_now: Callable[[], int | None]) -> None:
         self._logger = logger
         self._step_now = step_now
 
     def place(self, step: int) -> Hang:
         """At the x of this point's scalars."""
-        x = self._step_now()
+        now = self._step_now()
+        x = step if now is None else now
         return lambda values, _: self._logger.log_metrics(values, step=x)
+
+
+def walls_of(trackers: Sequence[Sink]) -> list[Wall]:
+    """Those of the trackers that are W&B's: the active run, and loggers of Lightning (which have a `logger`, and the x
+    of the next point as `step`)."""
+    walls: list[Wall] = []
+    for sink in trackers:
+        of_lightning = getattr(sink, "logger", None)
+        if isinstance(sink, WandbSink):
+            walls.append(ActiveRun(sink.step_key))
+        elif any(of.__name__ == "WandbLogger" for of in type(of_lightning).__mro__):
+            walls.append(LoggerRun(of_lightning, partial(getattr, sink, "step")))
+    return walls
 
 
 def _active_run() -> Any:

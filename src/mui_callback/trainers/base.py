@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from mui_callback.pictures.walls import Wall
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.sinks.base import Sink
 
@@ -27,8 +26,6 @@ class Training:
     """Where its files go."""
     trackers: Sequence[Sink]
     """Where its metrics go."""
-    walls: Sequence[Wall]
-    """Where pictures go."""
     tokenizer: Any
     """That of the data; None if the trainer does not know it."""
     eval_data: Callable[[int], ProbeSet | None]

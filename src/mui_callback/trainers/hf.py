@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mui_callback.pictures.walls import ActiveRun
 from mui_callback.sinks.wandb import WandbSink
 from mui_callback.trainers.base import Training, TrainingEvents
 from mui_callback.trainers.hf_caller import calling_trainer, resumed_checkpoint
@@ -34,7 +33,6 @@ class HFEvents(TrainingEvents):
                 step=state.global_step,
                 output_dir=Path(args.output_dir),
                 trackers=[WandbSink(HF_STEP_KEY)],
-                walls=[ActiveRun(HF_STEP_KEY)],
                 tokenizer=getattr(processing_class, "tokenizer", processing_class),  # a processor for images has one
                 eval_data=partial(eval_probe_set, calling_trainer()),
                 state=read_state(checkpoint) if state.is_world_process_zero else None,

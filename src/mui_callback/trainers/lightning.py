@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mui_callback.forgiving import warn
-from mui_callback.pictures.walls import LoggerRun
 from mui_callback.sinks.base import ProbePoint, RunDescription
 from mui_callback.trainers.base import Training, TrainingEvents
 from mui_callback.trainers.lightning_eval_data import eval_probe_set
@@ -50,11 +49,6 @@ class LightningEvents(TrainingEvents):
                     step=trainer.global_step,
                     output_dir=_output_dir(trainer),
                     trackers=self._loggers,
-                    walls=[
-                        LoggerRun(sink.logger, partial(getattr, sink, "step"))
-                        for sink in self._loggers
-                        if sink.is_wandb
-                    ],
                     tokenizer=_tokenizer(pl_module, trainer.datamodule),
                     eval_data=partial(eval_probe_set, trainer),
                     state=state,
@@ -103,11 +97,6 @@ class LoggerSink:
         self.name = type(logger).__name__
         self.step = 0
         """Of the next point, on the logger's x axis."""
-
-    @property
-    def is_wandb(self) -> bool:
-        """Whether it takes what W&B takes."""
-        return any(of.__name__ == "WandbLogger" for of in type(self.logger).__mro__)
 
     def open(self, run: RunDescription) -> None:
         """Nothing to do: the Trainer has made its loggers."""
