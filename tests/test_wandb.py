@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mui_callback.metrics.catalogue import CATALOGUE, key
+from mui_callback.pictures.scene import HISTOGRAM_KEY, PICTURE_KEYS, TABLE_KEY
 from training import STEPS
 
 HERE = Path(__file__).parent
@@ -41,6 +43,37 @@ def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def mui_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in history(records) if "mui/mui" in row]
+
+
+def picture_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in history(records) if any(name.startswith("mui/pictures/") for name in row)]
+
+
+def assert_pictures(records: list[dict[str, Any]], folder: Path, x: str, steps: dict[int, int]) -> None:
+    """Each row of pictures has all of them, with captions and files, at the x of its point; the last one is there.
+
+    Args:
+        records: of a run.
+        folder: what `train_with_wandb` was given.
+        x: the axis.
+        steps: the x of each point by its step.
+    """
+    rows = picture_rows(records)
+    assert [row[x] for row in rows] == sorted(row[x] for row in rows)
+    of_x = {place: step for step, place in steps.items()}
+    assert list(steps.values())[-1] == rows[-1][x]
+    (files,) = (folder / "wandb").glob("offline-run-*/files")
+    for row in rows:
+        keys = {name.rpartition(".")[0] for name in row if name.startswith(("mui/pictures/", "mui/histograms/"))}
+        assert keys == {f"mui/pictures/{name}" for name in PICTURE_KEYS} | {HISTOGRAM_KEY}
+        assert len(keys) <= 6
+        for name in PICTURE_KEYS:
+            picture = {part: row[f"mui/pictures/{name}.{part}"] for part in ("path", "caption", "width", "size")}
+            assert f"Step {of_x[row[x]]}, " in picture["caption"]
+            with Image.open(files / picture["path"]) as image:
+                assert (image.format, image.width) == ("PNG", picture["width"])
+            assert (files / picture["path"]).stat().st_size == picture["size"] < 150 * 1024
+        assert sum(row[f"{HISTOGRAM_KEY}.values"]) == 16  # experts
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +113,23 @@ def test_the_loss_is_on_the_same_axis_and_untouched(with_trainer: list[dict[str,
     assert losses(with_trainer) == losses(plain)
 
 
+def test_pictures_are_at_the_step_of_their_point(with_trainer: list[dict[str, Any]], directory: Path) -> None:
+    assert_pictures(with_trainer, directory / "trainer", X, {step: step for step in (0, 3, 6, STEPS)})
+
+
+def test_only_the_last_pictures_and_a_table(directory: Path) -> None:
+    records = train_with_wandb(directory / "table", "table")
+    assert_pictures(records, directory / "table", X, {step: step for step in (0, 3, 6, STEPS)})
+    assert len(picture_rows(records)) == 1
+    (row,) = [row for row in history(records) if f"{TABLE_KEY}._type" in row]
+    assert row[X] == STEPS
+    (files,) = (directory / "table" / "wandb").glob("offline-run-*/files")
+    table = json.loads((files / row[f"{TABLE_KEY}.path"]).read_text())
+    assert table["columns"][:3] == ["expert", "layer", "kind"]
+    names = [*(f"E{number}" for number in range(6)), "S1", "S2"]
+    assert [one[0] for one in table["data"]] == [f"L{layer}-{name}" for layer in (0, 1) for name in names]
+
+
 def test_the_axis_is_defined(with_trainer: list[dict[str, Any]]) -> None:
     metrics = [record["metric"] for record in with_trainer if record["type"] == "metric"]
     assert [m["step_metric"] for m in metrics if m.get("glob_name") == "mui/*"] == [X]
@@ -103,6 +153,8 @@ def test_lightning_has_the_same_keys_on_the_x_axis_of_its_loss(
     assert [row[x] for row in history(records) if "train/loss" in row] == list(range(STEPS))
 
     first, same = rows[0], mui_rows(with_trainer)[0]
+    assert_pictures(records, directory / "lightning", x, {0: 0, 3: 2, 6: 5, STEPS: 7})
+
     logged = [{name for name in row if name.startswith("mui/")} for row in (first, same)]
     assert logged[0] == logged[1]
     assert all(first[name] == same[name] for name in logged[0] - {"mui/seconds"})  # the model is the same, too
@@ -116,5 +168,6 @@ def test_a_loop_that_logs_by_itself_loses_no_row_and_no_point(logs: str, directo
     assert [row["loss"] for row in losses] == ([] if logs == "nothing" else list(range(STEPS)))
     if logs == "steps":
         assert [row["_step"] for row in losses] == list(range(STEPS))
+    assert_pictures(records, directory / logs, "mui/step", {step: step for step in (0, 3, 6, STEPS)})
     metrics = [record["metric"] for record in records if record["type"] == "metric"]
     assert [m["step_metric"] for m in metrics if m.get("glob_name") == "mui/*"] == ["mui/step"]

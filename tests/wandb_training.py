@@ -21,6 +21,11 @@ def in_transformers(output_dir: Path, reporter: str) -> None:
     make_trainer(output_dir, callbacks, report_to=report_to, logging_steps=2).train()
 
 
+def with_a_table(output_dir: Path) -> None:
+    callback = MUICallback(ProbeSet({"a": make_samples(7)}), every=3, pictures="end", tables=True)
+    make_trainer(output_dir, [callback], report_to=["wandb"]).train()
+
+
 def in_lightning(output_dir: Path) -> None:
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import WandbLogger
@@ -61,6 +66,8 @@ if __name__ == "__main__":
     directory, how = Path(sys.argv[1]), sys.argv[2]
     if how == "lightning":
         in_lightning(directory)
+    elif how == "table":
+        with_a_table(directory)
     elif how.startswith("loop-"):
         in_a_loop(directory, how.removeprefix("loop-"))
     else:

@@ -16,6 +16,8 @@ from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_er
 from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.parallel.processes import Processes
 from mui_callback.parallel.weights import settle_roots
+from mui_callback.pictures.scene import Pictures, check_pictures
+from mui_callback.pictures.sink import pictures_at
 from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
@@ -85,6 +87,9 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         phase_level: of the intervals of both trends.
         ablate: ``"neurons"`` (or True) or ``"experts"``: after the last step, log the change of each task's loss
             without its key ones, and without as many random ones.
+        pictures: in W&B, pictures of each probe, drawn beside the training; ``"end"``: of the last one only; False:
+            none.
+        tables: also log a table of the experts to W&B, at the end.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -129,10 +134,13 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         phase_window: int = Asked.phase_window,
         phase_level: float = Asked.phase_level,
         ablate: Ablate = Asked.ablate,
+        pictures: Pictures = True,
+        tables: bool = False,
     ) -> None:
         check_on_error(on_error)
         check_sinks(sinks)
         check_probe_set(probe_set)
+        check_pictures(pictures)
         if eval_samples < 1:
             raise ValueError(f"eval_samples: expected a positive number of samples, got {eval_samples!r}")
         self.probe_set = probe_set
@@ -161,6 +169,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         self.eval_samples = eval_samples
         self.moe_model = moe_model
         self.on_error: OnError = on_error
+        self.pictures: Pictures = pictures
+        self.tables = tables
         self._monitor: RunMonitor | None = None
         self._last_state: dict[str, Any] = {}
 
@@ -189,7 +199,11 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             schedule=self.schedule,
             on_error=self.on_error,
             output_dir=training.output_dir,
-            sinks=[*training.trackers, *self.sinks],
+            sinks=[
+                *training.trackers,
+                *pictures_at(training.trackers, pictures=self.pictures, tables=self.tables),
+                *self.sinks,
+            ],
             asked=self.asked,
             tokenizer=self.tokenizer or training.tokenizer,
             start_step=training.step,

@@ -18,6 +18,8 @@ from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
 from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
+from mui_callback.pictures.scene import Pictures, check_pictures
+from mui_callback.pictures.sink import pictures_at
 from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
@@ -75,6 +77,8 @@ class MUIMonitor:
         phase_window: points that a phase is called from.
         phase_level: of the intervals of both trends.
         ablate: ``"neurons"`` (or True) or ``"experts"``, when the monitor is closed.
+        pictures: see `MUICallback`, as the following.
+        tables: of the experts, when the monitor is closed.
 
     Raises:
         MUIError: see `MUICallback`.
@@ -113,6 +117,8 @@ class MUIMonitor:
         phase_window: int = Asked.phase_window,
         phase_level: float = Asked.phase_level,
         ablate: Ablate = Asked.ablate,
+        pictures: Pictures = True,
+        tables: bool = False,
     ) -> None:
         schedule = Schedule(
             every, budget, at, warmup=warmup, at_start=at_start, at_end=at_end, on_evaluation=on_evaluation
@@ -137,8 +143,10 @@ class MUIMonitor:
         first = WandbSink() if tracker == "wandb" else tracker
         if first is not None and not hasattr(first, "write"):
             raise ValueError(f"tracker: expected 'wandb', a sink or None, got {tracker!r}")
+        trackers = [] if first is None else [first]
         check_sinks(sinks)
         check_probe_set(probe_set)
+        check_pictures(pictures)
 
         def make_probe() -> MUIProbe:
             samples = builtin_for(model, tokenizer, _HINT) if probe_set is None else probe_set
@@ -150,7 +158,11 @@ class MUIMonitor:
             schedule=schedule,
             on_error=on_error,
             output_dir=Path(output_dir),
-            sinks=[*([] if first is None else [first]), *sinks],
+            sinks=[
+                *trackers,
+                *pictures_at(trackers, pictures=pictures, tables=tables, is_crowded=True),
+                *sinks,
+            ],
             asked=asked,
             tokenizer=tokenizer,
             start_step=self._start_step,

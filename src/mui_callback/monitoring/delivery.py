@@ -22,6 +22,7 @@ class Delivery:
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = tuple(sinks)
         self._complained: set[int] = set()
+        self._with_more_to_do = [sink for sink in self.sinks if hasattr(sink, "between_points")]
 
     def tell(self, action: Callable[[Sink], None]) -> Exception | None:
         """Do something with each of them.
@@ -31,11 +32,20 @@ class Delivery:
         """
         first: Exception | None = None
         for sink in self.sinks:
-            error = attempt(partial(action, sink))[1]
-            if error is not None:
-                self._complain(sink, error)
+            error = self._attempt(sink, partial(action, sink))
             first = first or error
         return first
+
+    def between_points(self) -> None:
+        """Let those that have something to do between points do it."""
+        for sink in self._with_more_to_do:
+            self._attempt(sink, sink.between_points)
+
+    def _attempt(self, sink: Sink, action: Callable[[], None]) -> Exception | None:
+        error = attempt(action)[1]
+        if error is not None:
+            self._complain(sink, error)
+        return error
 
     def _complain(self, sink: Sink, error: Exception) -> None:
         message = f"{getattr(sink, 'name', type(sink).__name__)} failed: {described(error)}"

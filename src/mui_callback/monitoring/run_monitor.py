@@ -114,7 +114,7 @@ class RunMonitor:
         self._latest: tuple[int, MUIReport] | None = None
         self._pace = Pace(schedule, stopwatch, self._processes)
         self._delivery = Delivery((JsonlSink(record), *sinks) if self._processes.is_main else ())
-        run = replace(run, id=self._history.run_id, start_step=start_step)
+        run = replace(run, id=self._history.run_id, start_step=start_step, points_before=dict(self._history.points))
         logger.info("MUI: probing %r in %r", self._probe.probe_set, self._probe.layout)
         try:
             with random_state_kept():
@@ -152,6 +152,7 @@ class RunMonitor:
             if not self._pace.is_due(step, evaluated=evaluated, last=last, needed=needed):
                 if last:
                     self._complete(step)
+                self._delivery.between_points()
                 return
             self._latest = None
             if step in self._logged_before:

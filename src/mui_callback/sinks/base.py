@@ -28,6 +28,8 @@ class RunDescription:
     """The same where training goes on after a pause; another one in each run."""
     start_step: int = 0
     """Optimizer steps done before."""
+    points_before: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """What was logged before, by step and key, where training goes on."""
 
     def to_dict(self) -> dict[str, Any]:
         """How it is probed, as JSON gives it back: tasks, probe set, settings and expert layers."""
@@ -78,7 +80,8 @@ class Sink(Protocol):
     """Takes every point. What it raises becomes a warning, one for each sink, and does not reach the training loop,
     unless ``on_error="raise"`` asks for it; the next point is tried again, also after a failure to open.
 
-    Its methods are called on the main process only. In warnings it has its `name`, or else that of its class.
+    Its methods are called on the main process only. In warnings it has its `name`, or else that of its class. If it has
+    a method ``between_points()``, that is called at each step without a point; what it raises never ends training.
     """
 
     def open(self, run: RunDescription) -> None:
