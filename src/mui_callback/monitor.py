@@ -14,6 +14,7 @@ from torch import nn
 
 from mui_callback.benchmarks.given import Benchmarks
 from mui_callback.forgiving import warn
+from mui_callback.metrics.catalogue import Detail
 from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
 from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_sinks
@@ -74,6 +75,8 @@ class MUIMonitor:
         performance: the score of a benchmark that is the performance of a task in phases, by task.
         phase_window: points that a phase is called from.
         phase_level: of the intervals of both trends.
+        detail: ``"layers"``: also log MUI, shared share, concentration and dead experts of each layer, in at most
+            256 keys.
         ablate: ``"neurons"`` (or True) or ``"experts"``, when the monitor is closed.
 
     Raises:
@@ -112,6 +115,7 @@ class MUIMonitor:
         performance: Mapping[str | None, str] | None = None,
         phase_window: int = Asked.phase_window,
         phase_level: float = Asked.phase_level,
+        detail: Detail = Asked.detail,
         ablate: Ablate = Asked.ablate,
     ) -> None:
         schedule = Schedule(
@@ -132,6 +136,7 @@ class MUIMonitor:
             performance={} if performance is None else performance,
             phase_window=phase_window,
             phase_level=phase_level,
+            detail=detail,
             ablate=ablate,
         )
         first = WandbSink() if tracker == "wandb" else tracker

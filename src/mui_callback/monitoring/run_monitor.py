@@ -85,6 +85,7 @@ class RunMonitor:
         self._step = start_step
         self._has_gone_back = False
         self._failures_in_a_row = 0
+        self._detail = asked.detail
         self._processes = Processes()
         self._probe = self._processes.together(make_probe)
         self._probe.agree(self._processes)
@@ -237,7 +238,7 @@ class RunMonitor:
         while True:
             outcome = self._probe.try_measure()
             if outcome.report is not None:
-                return _usable(outcome.report), outcome.report.scalars()
+                return _usable(outcome.report), outcome.report.scalars(detail=self._detail)
             failures = outcome.failures
             if not all(failure.out_of_memory for failure in failures) or not self._probe.halve_batches():
                 raise outcome.error or ProbeError(in_words(failures))

@@ -9,8 +9,12 @@ from typing import Any
 
 from mui_callback.forgiving import warn
 from mui_callback.sinks.base import ProbePoint, RunDescription
+from mui_callback.sinks.wandb_metrics import MetricDefinitions
 from mui_callback.trainers.base import Training, TrainingEvents
 from mui_callback.trainers.lightning_eval_data import eval_probe_set
+
+_WANDB_STEP_KEY = "trainer/global_step"
+"""The x axis of Lightning's W&B logger."""
 
 
 class LightningEvents(TrainingEvents):
@@ -97,6 +101,7 @@ class LoggerSink:
         self.name = type(logger).__name__
         self.step = 0
         """Of the next point, on the logger's x axis."""
+        self._metrics = MetricDefinitions(_WANDB_STEP_KEY)
 
     def open(self, run: RunDescription) -> None:
         """Nothing to do: the Trainer has made its loggers."""
@@ -104,6 +109,8 @@ class LoggerSink:
     def write(self, point: ProbePoint) -> None:
         """Log the scalars; a failed probe logs nothing."""
         if point.scalars:
+            if self.name == "WandbLogger" and not self.logger._wandb_init.get("sync_tensorboard"):
+                self._metrics.define(self.logger.experiment, point.scalars)
             self.logger.log_metrics(point.scalars, step=self.step)
 
     def close(self) -> None:
