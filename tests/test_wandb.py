@@ -119,7 +119,7 @@ def test_a_run_is_summed_up_by_what_is_best_or_most_alarming(reporter: str, x: s
     defined = [record["metric"] for record in records if record["type"] == "metric"]
     assert {m["step_metric"] for m in defined if m.get("name", "").startswith("mui/")} == {x}
     hidden = {m["name"] for m in defined if m["options"].get("hidden")}
-    assert {"mui/mui_low", "mui/a/mui_high", "mui/samples", "mui/seconds"} <= hidden
+    assert {"mui/loss_low", "mui/loss_high", "mui/samples", "mui/seconds"} <= hidden
     assert not {"mui/mui", "mui/a/loss", "mui/expert_gini", "mui/overhead", x} & hidden
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +26,7 @@ from mui_callback.probe.run import MUIProbe
 from mui_callback.rules import Rules
 from mui_callback.settings import Activation, Alignment, ProbeSettings
 from mui_callback.sinks.base import Sink
-from mui_callback.sinks.wandb import WandbSink
+from mui_callback.sinks.given import as_sinks
 
 _HINT = "pass a probe set, or a tokenizer for the built-in one."
 
@@ -52,8 +52,9 @@ class MUIMonitor:
         start_step: optimizer steps done so far, where training goes on and there is no `state`, which knows them.
         state: what `state_dict` gave, from your checkpoint.
         output_dir: where ``mui.jsonl`` goes; where training goes on, it is read there too.
-        tracker: where scalars go: ``"wandb"`` for the active run; any other sink, such as ``WandbSink("my/step")`` for
-            an x axis of your own; None for none.
+        tracker: where scalars go: ``"wandb"``, ``"trackio"`` or ``"mlflow"`` for the active run; a ``SummaryWriter`` of
+            TensorBoard; a logger of Lightning or Fabric, such as ``CSVLogger("run")``; any other sink, such as
+            ``WandbSink("my/step")`` for an x axis of your own; a list of these; None for none.
         sinks: where points go besides.
         every: see `Schedule`, as the six that follow.
         budget: share of the training time.
@@ -93,7 +94,7 @@ class MUIMonitor:
         start_step: int | None = None,
         state: Mapping[str, Any] | None = None,
         output_dir: str | os.PathLike[str] = ".",
-        tracker: Sink | Literal["wandb"] | None = "wandb",
+        tracker: Any = "wandb",
         sinks: Sequence[Sink] = (),
         every: Every = Schedule.every,
         budget: float = Schedule.budget,
@@ -139,9 +140,7 @@ class MUIMonitor:
             detail=detail,
             ablate=ablate,
         )
-        first = WandbSink() if tracker == "wandb" else tracker
-        if first is not None and not hasattr(first, "write"):
-            raise ValueError(f"tracker: expected 'wandb', a sink or None, got {tracker!r}")
+        trackers = as_sinks(tracker)
         check_sinks(sinks)
         check_probe_set(probe_set)
 
@@ -155,7 +154,7 @@ class MUIMonitor:
             schedule=schedule,
             on_error=on_error,
             output_dir=Path(output_dir),
-            sinks=[*([] if first is None else [first]), *sinks],
+            sinks=[*trackers, *sinks],
             asked=asked,
             tokenizer=tokenizer,
             start_step=self._start_step,
