@@ -5,9 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -141,3 +146,45 @@ def test_trackers_of_a_loop(tracker: str, directory: Path) -> None:
     assert "mui/über?/mui" in points[0]
     renamed = {step: {key.replace("über?", name): of[key] for key in of} for step, of in points.items()}
     assert_same(found, renamed)
+
+
+@contextmanager
+def dashboard(output_dir: Path) -> Iterator[str]:
+    """The address of Trackio's page."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = f"open_browser=False, host='127.0.0.1', server_port={port}, block_thread=True"
+    program = f"import trackio; trackio.show(project='huggingface', {options})"
+    environment = {**os.environ, "TRACKIO_DIR": str(output_dir / "trackio")}
+    with (output_dir / "dashboard.log").open("wb") as log:
+        server = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(300):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/?project=huggingface"
+    finally:
+        server.kill()
+        server.wait()
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_trackio_shows_it_in_a_browser(directory: Path, tmp_path: Path) -> None:
+    with dashboard(train(directory, "transformers")) as address:
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}",
+            "--window-size=1500,4000",
+        ]
+        command = [BROWSER, *options, "--virtual-time-budget=10000", "--dump-dom", address]
+        page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    text = re.sub(r"<[^>]*>", "\n", re.sub(r"<(style|script).*?</\1>", "", page, flags=re.DOTALL))
+    shown = {line.strip() for line in text.splitlines()}
+    assert any(re.fullmatch(r"mui \(\d+\)", line) for line in shown)
+    assert {"expert_gini", "shared_share", "mui_low", "overhead"} <= shown

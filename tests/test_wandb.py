@@ -123,6 +123,14 @@ def test_a_run_is_summed_up_by_what_is_best_or_most_alarming(reporter: str, x: s
     assert not {"mui/mui", "mui/a/loss", "mui/expert_gini", "mui/overhead", x} & hidden
 
 
+def test_alerts_are_sent(directory: Path) -> None:
+    alerts = [record["alert"] for record in recorded(directory, "ruin") if record["type"] == "alert"]
+    lines = [json.loads(line) for line in (directory / "ruin" / "mui.jsonl").read_text().splitlines()]
+    told = [one for line in lines for one in line.get("alerts", [])]
+    assert [(one["title"], one["text"]) for one in alerts] == [(one["title"], one["text"]) for one in told]
+    assert {"MUI: collapsing"} <= {one["title"] for one in alerts}
+
+
 def test_a_run_of_the_users_own(directory: Path) -> None:
     records = train_with_wandb(directory / "mine", "mine")
     assert [row[X] for row in mui_rows(records)] == [0, 3, 6, STEPS]

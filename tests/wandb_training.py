@@ -9,6 +9,7 @@ import wandb
 
 from integrations import INTEGRATIONS, Watch
 from mui_callback import MUICallback, ProbeSet
+from test_alerts import ruin
 from tiny_samples import make_samples
 from training import STEPS, make_trainer
 
@@ -61,6 +62,9 @@ if __name__ == "__main__":
     directory, how = Path(sys.argv[1]), sys.argv[2]
     if how == "lightning":
         in_lightning(directory)
+    elif how == "ruin":
+        with wandb.init(project="ruin", dir=directory):
+            ruin(directory, tracker="wandb")
     elif how.startswith("loop-"):
         in_a_loop(directory, how.removeprefix("loop-"))
     else:

@@ -11,6 +11,7 @@ from torch import nn
 from mui_callback.benchmarks.given import Benchmarks
 from mui_callback.forgiving import described, warn
 from mui_callback.metrics.catalogue import Detail
+from mui_callback.monitoring.alert_rule import AlertRule
 from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
 from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error, check_sinks
@@ -86,6 +87,7 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         phase_level: of the intervals of both trends.
         detail: ``"layers"``: also log MUI, shared share, concentration and dead experts of each layer, in at most
             256 keys.
+        alerts: False for no alerts; an `AlertRule` for other thresholds; see `mui_callback.monitoring.alert_rule`.
         ablate: ``"neurons"`` (or True) or ``"experts"``: after the last step, log the change of each task's loss
             without its key ones, and without as many random ones.
 
@@ -132,6 +134,7 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         phase_window: int = Asked.phase_window,
         phase_level: float = Asked.phase_level,
         detail: Detail = Asked.detail,
+        alerts: AlertRule | bool = Asked.alerts,
         ablate: Ablate = Asked.ablate,
     ) -> None:
         check_on_error(on_error)
@@ -159,6 +162,7 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             phase_window=phase_window,
             phase_level=phase_level,
             detail=detail,
+            alerts=alerts,
             ablate=ablate,
         )
         self.tokenizer = tokenizer

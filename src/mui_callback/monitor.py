@@ -15,6 +15,7 @@ from torch import nn
 from mui_callback.benchmarks.given import Benchmarks
 from mui_callback.forgiving import warn
 from mui_callback.metrics.catalogue import Detail
+from mui_callback.monitoring.alert_rule import AlertRule
 from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
 from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_sinks
@@ -78,6 +79,7 @@ class MUIMonitor:
         phase_level: of the intervals of both trends.
         detail: ``"layers"``: also log MUI, shared share, concentration and dead experts of each layer, in at most
             256 keys.
+        alerts: False for no alerts; an `AlertRule` for other thresholds; see `mui_callback.monitoring.alert_rule`.
         ablate: ``"neurons"`` (or True) or ``"experts"``, when the monitor is closed.
 
     Raises:
@@ -117,6 +119,7 @@ class MUIMonitor:
         phase_window: int = Asked.phase_window,
         phase_level: float = Asked.phase_level,
         detail: Detail = Asked.detail,
+        alerts: AlertRule | bool = Asked.alerts,
         ablate: Ablate = Asked.ablate,
     ) -> None:
         schedule = Schedule(
@@ -138,6 +141,7 @@ class MUIMonitor:
             phase_window=phase_window,
             phase_level=phase_level,
             detail=detail,
+            alerts=alerts,
             ablate=ablate,
         )
         trackers = as_sinks(tracker)

@@ -15,6 +15,7 @@ from mui_callback.forgiving import attempt, described, warn
 from mui_callback.metrics.catalogue import Detail
 from mui_callback.metrics.phases import PhaseRule, Point
 from mui_callback.metrics.trajectory import TaskPhase, Trajectories
+from mui_callback.monitoring.alert_rule import AlertRule
 from mui_callback.monitoring.benchmark_runs import BenchmarkResults, BenchmarkRuns, BenchmarksEvery, own_schedule
 from mui_callback.monitoring.final_ablation import ablation_scalars
 from mui_callback.monitoring.performance_axis import check_performance
@@ -52,6 +53,8 @@ class Asked:
     phase_level: float = PhaseRule.level
     detail: Detail = "model"
     """``"layers"``: what is logged of the whole model, and of each layer besides; see `MUIReport.scalars`."""
+    alerts: AlertRule | bool = True
+    """See `mui_callback.monitoring.alert_rule`."""
     ablate: Ablate = False
     """``"neurons"`` (or True) or ``"experts"``: after the last step, run each task without its key ones; see
     `mui_callback.probe.ablation.ablate`."""
@@ -65,6 +68,8 @@ class Asked:
         self.rule  # noqa: B018 - raises
         if self.detail not in get_args(Detail):
             raise ValueError(f"detail: expected 'model' or 'layers', got {self.detail!r}")
+        if not isinstance(self.alerts, AlertRule | bool):
+            raise TypeError(f"alerts: expected True, False or an AlertRule, got {self.alerts!r}")
         if self.ablate not in (*get_args(What), True, False):
             raise ValueError(f"ablate: expected 'neurons', 'experts', True or False, got {self.ablate!r}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mui_callback.sinks.base import ProbePoint, RunDescription
-from mui_callback.sinks.wandb_metrics import MetricDefinitions
+from mui_callback.sinks.wandb_metrics import MetricDefinitions, tell_wandb
 
 _WANDB_STEP_KEY = "trainer/global_step"
 """The x axis of Lightning's W&B logger."""
@@ -29,7 +29,9 @@ class LoggerSink:
         """Nothing to do: whoever trains has made the logger."""
 
     def write(self, point: ProbePoint) -> None:
-        """Log the scalars; a failed probe logs nothing."""
+        """Log the scalars; a failed probe has none."""
+        if point.alerts and self.name == "WandbLogger":
+            tell_wandb(self.logger.experiment, point.alerts)
         if point.scalars:
             if self.name == "WandbLogger" and not self.logger._wandb_init.get("sync_tensorboard"):
                 self._metrics.define(self.logger.experiment, point.scalars)

@@ -25,9 +25,14 @@ class TrackioSink:
         """Nothing to do: the trainer may not have started its run yet."""
 
     def write(self, point: ProbePoint) -> None:
-        """Log the scalars of the point; a failed probe logs nothing."""
+        """Log the scalars of the point; a failed probe has none."""
         trackio: Any = sys.modules.get("trackio")
-        if trackio is not None and trackio.context_vars.current_run.get() is not None and point.scalars:
+        if trackio is None or trackio.context_vars.current_run.get() is None:
+            return
+        for alert in point.alerts:
+            level = trackio.AlertLevel.ERROR if alert.is_bad else trackio.AlertLevel.WARN
+            trackio.alert(alert.title, alert.text, level=level)
+        if point.scalars:
             trackio.log({**point.scalars, self.step_key: point.step})
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mui_callback.metrics.catalogue import PREFIX
 from mui_callback.sinks.base import ProbePoint, RunDescription
-from mui_callback.sinks.wandb_metrics import MetricDefinitions
+from mui_callback.sinks.wandb_metrics import MetricDefinitions, tell_wandb
 
 OWN_STEP_KEY = f"{PREFIX}/step"
 """The x axis where no trainer has one."""
@@ -31,10 +31,13 @@ class WandbSink:
         """Nothing to do: the trainer may not have started its run yet."""
 
     def write(self, point: ProbePoint) -> None:
-        """Log the scalars of the point; a failed probe logs nothing."""
+        """Log the scalars of the point; a failed probe has none."""
         wandb = sys.modules.get("wandb")
         run: Any = getattr(wandb, "run", None)
-        if run is None or not point.scalars:
+        if run is None:
+            return
+        tell_wandb(run, point.alerts)
+        if not point.scalars:
             return
         self._metrics.define(run, point.scalars)
         self._finish_row(run)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mui_callback.metrics.catalogue import PREFIX, metric_of
+from mui_callback.sinks.base import Alert
 
 
 class MetricDefinitions:
@@ -50,3 +51,9 @@ class MetricDefinitions:
         run.define_metric(
             key, step_metric=self.step_key, step_sync=True, summary=summary, hidden=not metric.is_plotted or None
         )
+
+
+def tell_wandb(run: Any, alerts: Iterable[Alert]) -> None:
+    """Send alerts, which W&B passes on by mail or Slack if its user has it set so; it does not wait for the server."""
+    for alert in alerts:
+        run.alert(title=alert.title, text=alert.text, level="ERROR" if alert.is_bad else "WARN")
