@@ -89,7 +89,8 @@ def in_a_loop(output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    directory = Path(sys.argv[1])
+    directory, *names = sys.argv[1:]
     for way in (in_transformers, in_lightning, in_a_loop):
-        (directory / way.__name__).mkdir()
-        way(directory / way.__name__)
+        if way.__name__ in names:
+            (Path(directory) / way.__name__).mkdir()
+            way(Path(directory) / way.__name__)

@@ -25,7 +25,7 @@ API_KEY = "0123456789abcdef0123456789abcdef01234567"
 ENTITY = "me"
 
 Behaviour = Literal["ok", "refuse", "hang", "deny"]
-"""``"refuse"``: status 500; ``"hang"``: no answer until it is "ok" again, or the end; ``"deny"``: the key is not known."""
+"""``"refuse"``: status 500; ``"hang"``: no answer until it is "ok" again, or the end; ``"deny"``: an unknown key."""
 
 
 @dataclass
@@ -159,15 +159,25 @@ class Refused(Exception):
 def _project(server: WandbServer, entity: str | None, project: str | None) -> dict[str, Any]:
     entity = entity or ENTITY
     owner = {"id": f"entity-{entity}", "name": entity}
-    return {"id": f"project-{project}", "internalId": "1", "name": project, "entityName": entity, "entity": owner}
+    return {
+        "__typename": "Project",
+        "id": f"project-{project}",
+        "internalId": "1",
+        "name": project,
+        "entityName": entity,
+        "entity": owner,
+        "createdAt": "2026-01-01T00:00:00Z",
+        "isBenchmark": False,
+        "user": None,
+    }
 
 
 def _viewer(server: WandbServer, variables: dict[str, Any]) -> dict[str, Any]:
     teams = {"edges": [{"node": {"id": "team", "name": ENTITY}}]}
     return {
         "viewer": {
-            "id": "user", "name": ENTITY, "username": ENTITY, "entity": ENTITY, "email": "me@example.org", "admin": False,
-            "flags": "{}", "deletedAt": None, "apiKeys": {"edges": []}, "teams": teams,
+            "id": "user", "name": ENTITY, "username": ENTITY, "entity": ENTITY, "email": "me@example.org",
+            "admin": False, "flags": "{}", "deletedAt": None, "apiKeys": {"edges": []}, "teams": teams,
         }
     }  # fmt: skip
 
