@@ -25,15 +25,20 @@ class LoggerSink:
         """Of the next point, on the logger's x axis; None for the optimizer steps done."""
         self._metrics = MetricDefinitions(_WANDB_STEP_KEY)
 
+    @property
+    def is_wandb(self) -> bool:
+        """Whether it takes what W&B takes."""
+        return any(of.__name__ == "WandbLogger" for of in type(self.logger).__mro__)
+
     def open(self, run: RunDescription) -> None:
         """Nothing to do: whoever trains has made the logger."""
 
     def write(self, point: ProbePoint) -> None:
         """Log the scalars; a failed probe has none."""
-        if point.alerts and self.name == "WandbLogger":
+        if point.alerts and self.is_wandb:
             tell_wandb(self.logger.experiment, point.alerts)
         if point.scalars:
-            if self.name == "WandbLogger" and not self.logger._wandb_init.get("sync_tensorboard"):
+            if self.is_wandb and not self.logger._wandb_init.get("sync_tensorboard"):
                 self._metrics.define(self.logger.experiment, point.scalars)
             self.logger.log_metrics(point.scalars, step=point.step if self.step is None else self.step)
 
