@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("wandb_runs")
 
 
+@cache
+def recorded(directory: Path, reporter: str) -> list[dict[str, Any]]:
+    return train_with_wandb(directory / reporter, reporter)
+
+
 @pytest.fixture(scope="module")
 def with_trainer(directory: Path) -> list[dict[str, Any]]:
-    return train_with_wandb(directory / "trainer", "trainer")
+    return recorded(directory, "trainer")
 
 
 def test_keys_are_those_of_the_catalogue(with_trainer: list[dict[str, Any]]) -> None:
@@ -137,6 +143,44 @@ def test_the_axis_is_defined(with_trainer: list[dict[str, Any]]) -> None:
     assert steps == sorted(set(steps))  # no row was dropped or merged by W&B's own counter
 
 
+def summaries(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last of each key."""
+    found: dict[str, Any] = {}
+    for record in records:
+        if record["type"] == "summary":
+            found |= record["summary"]["update"]
+    return found
+
+
+@pytest.mark.parametrize(("reporter", "x"), [("trainer", X), ("lightning", "trainer/global_step")])
+def test_a_run_is_summed_up_by_what_is_best_or_most_alarming(reporter: str, x: str, directory: Path) -> None:
+    records = recorded(directory, reporter)
+    rows, summary = mui_rows(records), summaries(records)
+    for name in ("mui/loss", "mui/a/loss", "mui/a/token_accuracy", "mui/dead_experts", "mui/mui", "mui/a/mui"):
+        values = [row[name] for row in rows]
+        expected: Any = {"last": values[-1]}
+        if name.endswith("loss"):
+            expected["min"] = min(values)
+        elif name.endswith(("accuracy", "dead_experts")):
+            expected["max"] = max(values)
+        else:
+            expected = values[-1]
+        assert summary[name] == pytest.approx(expected), name
+    defined = [record["metric"] for record in records if record["type"] == "metric"]
+    assert {m["step_metric"] for m in defined if m.get("name", "").startswith("mui/")} == {x}
+    hidden = {m["name"] for m in defined if m["options"].get("hidden")}
+    assert {"mui/loss_low", "mui/loss_high", "mui/samples", "mui/seconds"} <= hidden
+    assert not {"mui/mui", "mui/a/loss", "mui/expert_gini", "mui/overhead", x} & hidden
+
+
+def test_alerts_are_sent(directory: Path) -> None:
+    alerts = [record["alert"] for record in recorded(directory, "ruin") if record["type"] == "alert"]
+    lines = [json.loads(line) for line in (directory / "ruin" / "mui.jsonl").read_text().splitlines()]
+    told = [one for line in lines for one in line.get("alerts", [])]
+    assert [(one["title"], one["text"]) for one in alerts] == [(one["title"], one["text"]) for one in told]
+    assert {"MUI: collapsing"} <= {one["title"] for one in alerts}
+
+
 def test_a_run_of_the_users_own(directory: Path) -> None:
     records = train_with_wandb(directory / "mine", "mine")
     assert [row[X] for row in mui_rows(records)] == [0, 3, 6, STEPS]
@@ -146,7 +190,7 @@ def test_a_run_of_the_users_own(directory: Path) -> None:
 def test_lightning_has_the_same_keys_on_the_x_axis_of_its_loss(
     directory: Path, with_trainer: list[dict[str, Any]]
 ) -> None:
-    records = train_with_wandb(directory / "lightning", "lightning")
+    records = recorded(directory, "lightning")
     x = "trainer/global_step"
     rows = mui_rows(records)
     assert [row[x] for row in rows] == [0, 2, 5, 7]  # Lightning counts from 0

@@ -9,6 +9,7 @@ import wandb
 
 from integrations import INTEGRATIONS, Watch
 from mui_callback import MUICallback, ProbeSet
+from test_alerts import ruin
 from tiny_samples import make_samples
 from training import STEPS, make_trainer
 
@@ -68,6 +69,9 @@ if __name__ == "__main__":
         in_lightning(directory)
     elif how == "table":
         with_a_table(directory)
+    elif how == "ruin":
+        with wandb.init(project="ruin", dir=directory):
+            ruin(directory, tracker="wandb")
     elif how.startswith("loop-"):
         in_a_loop(directory, how.removeprefix("loop-"))
     else:

@@ -10,6 +10,8 @@ from torch import nn
 
 from mui_callback.benchmarks.given import Benchmarks
 from mui_callback.forgiving import described, warn
+from mui_callback.metrics.catalogue import Detail
+from mui_callback.monitoring.alert_rule import AlertRule
 from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
 from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error, check_sinks
@@ -85,6 +87,9 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             accuracy or the negative loss.
         phase_window: points that a phase is called from; see `mui_callback.metrics.phases`.
         phase_level: of the intervals of both trends.
+        detail: ``"layers"``: also log MUI, shared share, concentration and dead experts of each layer, in at most
+            256 keys.
+        alerts: False for no alerts; an `AlertRule` for other thresholds; see `mui_callback.monitoring.alert_rule`.
         ablate: ``"neurons"`` (or True) or ``"experts"``: after the last step, log the change of each task's loss
             without its key ones, and without as many random ones.
         pictures: in W&B, pictures of each probe, drawn beside the training; ``"end"``: of the last one only; False:
@@ -133,6 +138,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         performance: Mapping[str | None, str] | None = None,
         phase_window: int = Asked.phase_window,
         phase_level: float = Asked.phase_level,
+        detail: Detail = Asked.detail,
+        alerts: AlertRule | bool = Asked.alerts,
         ablate: Ablate = Asked.ablate,
         pictures: Pictures = True,
         tables: bool = False,
@@ -162,6 +169,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             performance={} if performance is None else performance,
             phase_window=phase_window,
             phase_level=phase_level,
+            detail=detail,
+            alerts=alerts,
             ablate=ablate,
         )
         self.tokenizer = tokenizer

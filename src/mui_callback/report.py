@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from mui_callback.counts import KeySets
 from mui_callback.layout import KeyNeuron
 from mui_callback.metrics import key_sets
-from mui_callback.metrics.catalogue import CATALOGUE, Scope, key, metric_named, rule_key
+from mui_callback.metrics.catalogue import CATALOGUE, Detail, Scope, key, layer_keys, metric_named, rule_key
 from mui_callback.metrics.resampling import Estimate, Interval, bootstrap_intervals
 from mui_callback.metrics.utilization import BoolArray
 from mui_callback.pass_results import PassResults
@@ -72,11 +72,14 @@ class MUIReport(PassResults):
         """Model Utilization Index of all tasks pooled, in [0, 1]."""
         return self.pooled.mui
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self, *, detail: Detail = "model") -> dict[str, float]:
         """Everything that is logged: ``mui/<metric>`` pooled and ``mui/<task>/<metric>``.
 
         Keys and definitions are those of `mui_callback.metrics.catalogue`. A metric that has no answer is left out,
         so no value is None, NaN or infinite.
+
+        Args:
+            detail: ``"layers"`` for ``mui/<metric>/<layer>`` besides, at most 256 keys.
         """
         values: dict[str, float | None] = {}
         for metric in CATALOGUE:
@@ -89,7 +92,18 @@ class MUIReport(PassResults):
                     name = metric.name
                     values[key(name, task)] = ends[name] if name in ends else getattr(found, name)
         values |= {rule_key(rule): self.under(rule).mui for rule in self.rules[1:]}
+        if detail == "layers":
+            values |= self._of_layers()
         return {name: float(value) for name, value in values.items() if value is not None and np.isfinite(value)}
+
+    def _of_layers(self) -> dict[str, float | None]:
+        layers, numbers = self.pooled.layers, [layer.layer for layer in self.layout.layers]
+        return {
+            name: getattr(layers[position], metric.attribute)
+            for metric in CATALOGUE
+            if metric.scope is Scope.LAYER
+            for position, name in layer_keys(metric.name, numbers).items()
+        }
 
     def _interval_ends(self, task: str | None) -> dict[str, float | None]:
         found = self.intervals(task, metrics=("mui", "loss") if task is None else ("mui",))

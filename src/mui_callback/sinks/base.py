@@ -42,6 +42,20 @@ class RunDescription:
         }
 
 
+@dataclass(frozen=True)
+class Alert:
+    """Something in a run that its owner wants to be told of."""
+
+    kind: str
+    """``"collapsing"``, ``"coarsening"``, ``"dead_experts"``, ``"concentration"``, ``"overhead"`` or ``"failure"``."""
+    step: int
+    title: str
+    """Less than 64 characters, which is what W&B takes."""
+    text: str
+    is_bad: bool = False
+    """Whether something went wrong, or is only unusual."""
+
+
 @dataclass(frozen=True, repr=False)
 class ProbePoint:
     """One probe of a training run, at one step: a report, or the reason why there is none.
@@ -68,6 +82,9 @@ class ProbePoint:
     """The causal check after the last step."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """What went wrong besides the probe, such as ``"benchmark arc_easy"``, and why, in a line."""
+
+    alerts: tuple[Alert, ...] = ()
+    """What begins here that is worth one; see `mui_callback.monitoring.alert_rule`."""
 
     def __repr__(self) -> str:
         found = repr(self.report)

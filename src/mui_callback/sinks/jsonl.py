@@ -24,7 +24,7 @@ class JsonlSink:
     ``spent`` (see `Spent`), ``scalars`` (the logged keys), and under ``tasks`` and ``pooled`` what is too much for a
     tracker: MUI by layer, the ten experts with the highest activated frequency, and the phase with the trends that it
     was called from. A failed probe has ``error`` and ``traceback`` instead. ``ablation`` holds the causal check after
-    the last step, and ``failures`` what went wrong besides the probe.
+    the last step, ``failures`` what went wrong besides the probe, and ``alerts`` what was told.
 
     Args:
         path: the file; its directory is made if it is not there.
@@ -59,6 +59,8 @@ class JsonlSink:
             row["ablation"] = asdict(point.ablation)
         if point.failures:
             row["failures"] = dict(point.failures)
+        if point.alerts:
+            row["alerts"] = [asdict(alert) for alert in point.alerts]
         self._tell()
         self._append(row)
 
