@@ -86,7 +86,7 @@ class MUIReport(PassResults):
             if metric.scope is Scope.PROBE:
                 values[key(metric.name)] = getattr(self, metric.attribute or metric.name)
         for task, scopes in ((None, (Scope.TASK, Scope.POOLED)), *((name, (Scope.TASK,)) for name in self.task_names)):
-            found, ends = self.pooled if task is None else self.tasks[task], self._interval_ends(task)
+            found, ends = (self.pooled, self._interval_ends()) if task is None else (self.tasks[task], {})
             for metric in CATALOGUE:
                 if metric.scope in scopes:
                     name = metric.name
@@ -105,8 +105,8 @@ class MUIReport(PassResults):
             for position, name in layer_keys(metric.name, numbers).items()
         }
 
-    def _interval_ends(self, task: str | None) -> dict[str, float | None]:
-        found = self.intervals(task, metrics=("mui", "loss") if task is None else ("mui",))
+    def _interval_ends(self) -> dict[str, float | None]:
+        found = self.intervals(metrics=("mui", "loss"))
         return {
             f"{metric}_{end}": None if interval is None else getattr(interval, end)
             for metric, interval in found.items()

@@ -79,8 +79,8 @@ class Metric:
 
 CATALOGUE: tuple[Metric, ...] = (
     Metric("mui", "Key neurons, as share of all neurons of all MoE layers", "share", 0, 1, Scope.TASK),
-    Metric("mui_low", "Lower end of the 95 % interval of `mui` over probe samples", "share", 0, 1, Scope.TASK, is_plotted=False),
-    Metric("mui_high", "Its upper end", "share", 0, 1, Scope.TASK, is_plotted=False),
+    Metric("mui_low", "Lower end of the 95 % interval of `mui` over probe samples", "share", 0, 1, Scope.POOLED, is_plotted=False),
+    Metric("mui_high", "Its upper end", "share", 0, 1, Scope.POOLED, is_plotted=False),
     Metric("by_rule/<rule>", "`mui` under each further rule, such as `by_rule/top_fraction_0.002`", "share", 0, 1, Scope.RULE),
     Metric("loss", "Negative log-likelihood of the response tokens", "nats per token", 0, None, Scope.TASK, summary="min"),
     Metric("loss_low", "Lower end of the 95 % interval of `loss` over probe samples", "nats per token", 0, None, Scope.POOLED, is_plotted=False),
@@ -114,8 +114,6 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("layer_expert_gini/<layer>", "`expert_gini` inside one layer", "1", 0, 1, Scope.LAYER, "expert_gini"),
     Metric("layer_dead_experts/<layer>", "`dead_experts` inside one layer", "share", 0, 1, Scope.LAYER, "dead_experts", summary="max"),
     Metric("dropped_tokens", "Pairs of token and expert that the router's capacity in training would have dropped; the probe lets all pass", "share", 0, 1, Scope.PROBE, summary="max"),
-    Metric("samples", "Samples in the probe", "samples", 0, None, Scope.PROBE, "n_samples", is_plotted=False),
-    Metric("tokens", "Response tokens in the probe", "tokens", 0, None, Scope.PROBE, is_plotted=False),
     Metric("truncated", "Samples cut because they are longer than the context", "samples", 0, None, Scope.PROBE, summary="max", is_plotted=False),
     Metric("unscored", "Samples with no response token; they mark nothing", "samples", 0, None, Scope.PROBE, summary="max", is_plotted=False),
     Metric("not_finite", "Contributions and token losses that were NaN or infinite; such a contribution never counts", "entries", 0, None, Scope.PROBE, summary="max", is_plotted=False),

@@ -82,7 +82,6 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Time in probes over the rest", "ratio", ("overhead",)),
         Panel("Duration of a probe", "s", ("seconds",)),
         Panel("Sent between processes", "bytes", ("comm_bytes",)),
-        Panel("Probed", "samples, tokens", ("samples", "tokens")),
         Panel("Cut, unscored, not finite", "samples, entries", ("truncated", "unscored", "not_finite")),
         Panel("Error of the identity", "relative", ("identity_error",)),
     ),
