@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from mui_callback.forgiving import attempt, described, warn
-from mui_callback.sinks.base import Sink
+from mui_callback.sinks.base import Sink, TrackerError
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class Delivery:
 
     def _attempt(self, sink: Sink, action: Callable[[], None]) -> Exception | None:
         error = attempt(action)[1]
+        if isinstance(error, TrackerError) and isinstance(error.__cause__, Exception):
+            sink, error = error.sink, error.__cause__
         if error is not None:
             self._complain(sink, error)
         return error

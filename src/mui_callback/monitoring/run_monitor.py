@@ -157,7 +157,8 @@ class RunMonitor:
             if not self._pace.is_due(step, evaluated=evaluated, last=last, needed=needed):
                 if last:
                     self._complete(step)
-                self._delivery.between_points()
+                with self._pace.stopwatch.apart():
+                    self._delivery.between_points()
                 return
             self._latest = None
             if step in self._logged_before:
@@ -187,7 +188,7 @@ class RunMonitor:
         if self._is_closed:
             return
         self._is_closed, self._is_probing = True, False
-        with random_state_kept():
+        with random_state_kept(), self._pace.stopwatch.apart():
             error = self._delivery.tell(lambda sink: sink.close())
         if error is not None and self.on_error == "raise":
             raise error

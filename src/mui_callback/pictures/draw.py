@@ -79,4 +79,6 @@ def _paths(scene: Scene) -> str:
     phases = ", ".join(f"{path.task or 'all tasks'} ({path.points[-1].phase.value})" for path in scene.paths)
     left_out = len(scene.paths) - MOST_PANELS
     more = f"; {left_out} tasks more are not shown" if left_out > 0 else ""
-    return f"MUI against performance, up to the ring, of {phases or 'no task has both'}{more}"
+    n = max((len(path.points) for path in scene.paths), default=0)
+    probes = f"{n} probe{'' if n == 1 else 's'}"
+    return f"MUI against performance, {probes} up to the ring, of {phases or 'no task has both'}{more}"

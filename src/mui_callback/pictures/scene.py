@@ -43,6 +43,9 @@ PICTURE_KEYS = {
     "expert_mui_histogram": "Histogram of expert MUI, routed and shared",
 }
 """Every picture: the last part of its key, and what it is."""
+PICTURE_STEP_KEY = f"{PREFIX}/pictures/step"
+"""The x axis of pictures. They come when the trainer has gone on: on its axis they would take the step that sums up the
+run back."""
 HISTOGRAM_KEY = f"{PREFIX}/histograms/expert_mui"
 """Expert MUI of all experts, as W&B draws histograms over the steps."""
 TABLE_KEY = f"{PREFIX}/tables/experts"

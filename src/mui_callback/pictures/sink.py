@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import Any
 
 from mui_callback.forgiving import warn
+from mui_callback.metrics.catalogue import key
 from mui_callback.pictures.paths import path_of
 from mui_callback.pictures.scene import HISTOGRAM_KEY, TABLE_KEY, Picture, Pictures, Scene, check_pictures, picture_key
 from mui_callback.pictures.studio import Studio
@@ -69,6 +70,8 @@ class PictureSink:
         if point.error is not None:
             return
         self._logged.setdefault(point.step, {}).update(point.scalars)
+        if point.report is not None:
+            self._logged[point.step] |= _ends_of_tasks(point.report)
         self._axes |= {task: phase.point.axis for task, phase in point.phases.items()}
         if not self._is_crowded:
             self.between_points()
@@ -183,6 +186,13 @@ def _as_logged(scene: Scene, pictures: Mapping[str, Picture]) -> dict[str, Any]:
         for name, picture in pictures.items()
     }
     return {**values, HISTOGRAM_KEY: wandb.Histogram(scene.pooled.expert_mui)}
+
+
+def _ends_of_tasks(report: MUIReport) -> dict[str, float]:
+    """The intervals of MUI, which are logged of all tasks pooled only."""
+    found = {task: report.intervals(task, metrics=("mui",))["mui"] for task in report.task_names}
+    known = {key("mui", task): interval for task, interval in found.items() if interval is not None}
+    return {f"{name}_{end}": getattr(interval, end) for name, interval in known.items() for end in ("low", "high")}
 
 
 def _table(scene: Scene) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-from mui_callback.sinks.base import Sink
+from mui_callback.pictures.scene import PICTURE_STEP_KEY
+from mui_callback.sinks.base import Sink, TrackerError
+from mui_callback.sinks.logger import LoggerSink
 from mui_callback.sinks.wandb import OWN_STEP_KEY, WandbSink
 
 logger = logging.getLogger(__name__)
@@ -29,17 +31,18 @@ class Wall(Protocol):
 
 
 class ActiveRun:
-    """The active W&B run, on the x axis of its scalars (see `WandbSink`, which defines it).
+    """The active W&B run.
 
     Args:
-        step_key: the metric that is the x axis.
+        sink: which logs the scalars.
     """
 
-    def __init__(self, step_key: str = OWN_STEP_KEY) -> None:
-        self.step_key = step_key
+    def __init__(self, sink: WandbSink) -> None:
+        self._sink = sink
+        self._axis = _PictureAxis()
 
     def place(self, step: int) -> Hang | None:
-        """In the run that is active now, as long as it is."""
+        """In the run that is active now, as long as it is, at the step."""
         run = _active_run()
         if run is None:
             return None
@@ -49,7 +52,8 @@ class ActiveRun:
                 logger.info("MUI: the W&B run ended before the pictures of step %d were logged", step)
                 return
             # Whoever logs with `step=` finds no step taken at the end: the row stays open for theirs, or for the end.
-            run.log({**values, self.step_key: step}, commit=not (is_end and self.step_key == OWN_STEP_KEY))
+            with _as_of(self._sink):
+                self._axis.log(run, values, step, commit=not (is_end and self._sink.step_key == OWN_STEP_KEY))
 
         return hang
 
@@ -58,31 +62,58 @@ class LoggerRun:
     """The run of a `WandbLogger` of Lightning.
 
     Args:
-        logger: the logger.
-        step_now: where the point that is made now is on the logger's x axis; None for the optimizer steps done.
+        sink: which logs the scalars to it.
     """
 
-    def __init__(self, logger: Any, step_now: Callable[[], int | None]) -> None:
-        self._logger = logger
-        self._step_now = step_now
+    def __init__(self, sink: LoggerSink) -> None:
+        self._sink = sink
+        self._axis = _PictureAxis()
 
     def place(self, step: int) -> Hang:
-        """At the x of this point's scalars."""
-        now = self._step_now()
-        x = step if now is None else now
-        return lambda values, _: self._logger.log_metrics(values, step=x)
+        """At the x of this point's scalars, in Lightning's counting."""
+        x = step if self._sink.step is None else self._sink.step
+
+        def hang(values: Mapping[str, Any], is_end: bool) -> None:
+            with _as_of(self._sink):
+                self._axis.log(self._sink.logger.experiment, values, x, commit=True)
+
+        return hang
+
+
+class _PictureAxis:
+    """Logs on an x axis that only pictures have."""
+
+    def __init__(self) -> None:
+        self._defined: set[tuple[str, str]] = set()
+
+    def log(self, run: Any, values: Mapping[str, Any], x: int, *, commit: bool) -> None:
+        for name in (PICTURE_STEP_KEY, *values):
+            if (run.id, name) not in self._defined:
+                self._defined.add((run.id, name))
+                if name == PICTURE_STEP_KEY:
+                    run.define_metric(name, hidden=True)
+                else:
+                    run.define_metric(name, step_metric=PICTURE_STEP_KEY, step_sync=False)
+        run.log({**values, PICTURE_STEP_KEY: x}, commit=commit)
+
+
+@contextmanager
+def _as_of(sink: Sink) -> Iterator[None]:
+    """What is raised inside is the trouble of a tracker."""
+    try:
+        yield
+    except Exception as error:
+        raise TrackerError(sink) from error
 
 
 def walls_of(trackers: Sequence[Sink]) -> list[Wall]:
-    """Those of the trackers that are W&B's: the active run, and loggers of Lightning (which have a `logger`, and the x
-    of the next point as `step`)."""
+    """Those of the trackers that are W&B's: the active run, and loggers of Lightning."""
     walls: list[Wall] = []
     for sink in trackers:
-        of_lightning = getattr(sink, "logger", None)
         if isinstance(sink, WandbSink):
-            walls.append(ActiveRun(sink.step_key))
-        elif any(of.__name__ == "WandbLogger" for of in type(of_lightning).__mro__):
-            walls.append(LoggerRun(of_lightning, partial(getattr, sink, "step")))
+            walls.append(ActiveRun(sink))
+        elif isinstance(sink, LoggerSink) and sink.is_wandb:
+            walls.append(LoggerRun(sink))
     return walls
 
 

@@ -109,3 +109,15 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Called once at the end of training; nothing is written afterwards."""
+
+
+class TrackerError(Exception):
+    """Raised by a sink that logs to the run of another one, where that run fails: one warning is enough for both.
+
+    Args:
+        sink: the other one. What went wrong is the cause.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        super().__init__(getattr(sink, "name", type(sink).__name__))
+        self.sink = sink
