@@ -11,6 +11,7 @@ from typing import Any
 import wandb
 from transformers import AutoModelForCausalLM
 
+from forked import at_once
 from integrations import Watch, failing, make_model, probe_set
 from mui_callback import MUICallback, MUIMonitor
 from mui_callback.sinks.wandb import WandbSink
@@ -88,9 +89,14 @@ def in_a_loop(output_dir: Path) -> None:
                 monitor.close()
 
 
+WAYS = {way.__name__: way for way in (in_transformers, in_lightning, in_a_loop)}
+
+
+def main(output_dir: Path, way: str) -> None:
+    output_dir.mkdir()
+    WAYS[way](output_dir)
+
+
 if __name__ == "__main__":
     directory, *names = sys.argv[1:]
-    for way in (in_transformers, in_lightning, in_a_loop):
-        if way.__name__ in names:
-            (Path(directory) / way.__name__).mkdir()
-            way(Path(directory) / way.__name__)
+    at_once(main, Path(directory), names)

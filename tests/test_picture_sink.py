@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import wandb
 
+from integrations import make_model, probe_set
 from made import make_report
 from mui_callback import MemorySink, MUICallback, MUIMonitor, ProbeSet
 from mui_callback.pictures import sink as sink_module
@@ -203,6 +204,19 @@ def test_pictures_that_fail_cost_one_warning_and_no_point(
     assert all(p.error is None for p in memory.points)
     (ours,) = [str(w.message) for w in caught if "pictures" in str(w.message)]
     assert ("AttributeError" if where == "drawing" else "OSError: no space left") in ours
+
+
+def test_time_that_pictures_take_between_probes_is_overhead(tmp_path: Path) -> None:
+    class Slow(MemorySink):
+        def between_points(self) -> None:
+            time.sleep(0.1)
+
+    never = {"at_start": False, "at_end": False, "every": None}
+    with MUIMonitor(make_model(), probe_set(), output_dir=tmp_path, tracker=None, sinks=[Slow()], **never) as monitor:
+        for step in range(1, 6):
+            monitor.step(step)
+        spent = monitor.state_dict()["history"]["spent"]
+    assert spent["probing"] >= 0.5
 
 
 def test_a_process_that_is_killed_is_told_once_and_another_draws_on() -> None:

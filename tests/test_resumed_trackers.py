@@ -45,9 +45,19 @@ def assert_each_point_once(rows: list[dict[str, Any]], way: str, output_dir: Pat
     assert list(points) == [0, 2, 4, 6, 8]
     for row, scalars in zip(logged, points.values(), strict=True):
         assert {name: row[name] for name in scalars} == pytest.approx(scalars)
+    drawn = [row for row in rows if "mui/pictures/step" in row]
+    assert [row["mui/pictures/step"] for row in drawn] == sorted({row["mui/pictures/step"] for row in drawn})
+    assert drawn[-1]["mui/pictures/step"] == POINTS[way][-1]
+    assert f" {len(points)} probes up to the ring" in caption(drawn[-1])  # those before the pause, too
     losses = [row[key] for row in rows if {"loss", "train/loss"} & row.keys()]
     assert losses
     assert set(losses) == set(range(8) if way == "in_lightning" else range(1, 9))
+
+
+def caption(row: dict[str, Any]) -> str:
+    """Of the trajectory; offline, values inside of values have names with dots."""
+    name = "mui/pictures/trajectory"
+    return str(row[name]["caption"] if name in row else row[f"{name}.caption"])
 
 
 def test_online(tmp_path: Path) -> None:

@@ -45,8 +45,7 @@ def test_training_goes_on(trouble: str, directory: Path) -> None:
     lines = [json.loads(line) for line in (directory / trouble / "mui.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("scalars")] == list(range(9))
     failed = [said.partition(" failed")[0] for said in seen["said"] if " failed" in said]
-    assert len(set(failed)) == len(failed)
-    assert ("WandbSink" in failed) == bool(failed) == (trouble == "W&B's process is killed")
+    assert failed == (["WandbSink"] if trouble == "W&B's process is killed" else [])  # and not the pictures, too
 
 
 def test_without_trouble_the_server_has_every_point(directory: Path) -> None:

@@ -1,12 +1,16 @@
-"""A training run that logs to an offline W&B run; in a process of its own, since W&B keeps its settings."""
+"""Training runs that log to offline W&B runs; each in a process of its own, since W&B keeps its settings."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import wandb
 
+from forked import at_once
 from integrations import INTEGRATIONS, Watch
 from mui_callback import MUICallback, ProbeSet
 from test_alerts import ruin
@@ -63,16 +67,28 @@ def in_a_loop(output_dir: Path, logs: str) -> None:
     run.finish()
 
 
+def ruined(output_dir: Path) -> None:
+    with wandb.init(project="ruin", dir=output_dir):
+        ruin(output_dir, tracker="wandb")
+
+
+WAYS: dict[str, Callable[[Path], None]] = {
+    "trainer": partial(in_transformers, reporter="trainer"),
+    "plain": partial(in_transformers, reporter="plain"),
+    "mine": partial(in_transformers, reporter="mine"),
+    "table": with_a_table,
+    "lightning": in_lightning,
+    "ruin": ruined,
+    **{f"loop-{logs}": partial(in_a_loop, logs=logs) for logs in ("nothing", "steps", "rows")},
+}
+
+
+def main(output_dir: Path, way: str) -> None:
+    output_dir.mkdir()
+    os.environ["WANDB_DIR"] = str(output_dir)
+    WAYS[way](output_dir)
+    wandb.finish()
+
+
 if __name__ == "__main__":
-    directory, how = Path(sys.argv[1]), sys.argv[2]
-    if how == "lightning":
-        in_lightning(directory)
-    elif how == "table":
-        with_a_table(directory)
-    elif how == "ruin":
-        with wandb.init(project="ruin", dir=directory):
-            ruin(directory, tracker="wandb")
-    elif how.startswith("loop-"):
-        in_a_loop(directory, how.removeprefix("loop-"))
-    else:
-        in_transformers(directory, how)
+    at_once(main, Path(sys.argv[1]), WAYS)
