@@ -61,13 +61,16 @@ def test_tasks_that_enter_a_phase_together_are_one_alert() -> None:
     )
 
 
+ALIVE = [0.0] * 5
 DEAD_SHARES = {
-    "appear": ([0, 0, 0.05, 0.06, 0.2], [20]),
-    "slowly": ([0, 0.01, 0.02, 0.03, 0.04], [30]),
-    "less and more again": ([0, 0.05, 0.015, 0.005, 0.05], [10, 40]),
-    "waver at the edge": ([0, 0.021, 0.019, 0.021, 0.019, 0.021], [10]),
-    "were there before": ([0.3, 0.3, 0.28, 0.25, 0.2, 0.2], []),
-    "come back": ([0.3, 0.1, 0.13], [20]),
+    "appear": ([*ALIVE, 0, 0.05, 0.06, 0.2], [60]),
+    "slowly": ([*ALIVE, 0, 0.01, 0.02, 0.03, 0.04], [80]),
+    "less and more again": ([*ALIVE, 0.05, 0.015, 0.005, 0.05], [50, 80]),
+    "waver at the edge": ([*ALIVE, 0.021, 0.019, 0.021, 0.019, 0.021], [50]),
+    "were there before": ([0.3, 0.3, 0.28, 0.25, 0.2, 0.2, 0.2], []),
+    "come back": ([0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.13], [60]),
+    "are many while a router begins to learn": ([0, 0.19, 0.14, 0.05, 0.05, 0.03, 0.05, 0.03], []),
+    "stay many": ([0, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6], [50]),
 }
 
 
@@ -116,8 +119,8 @@ def test_overhead_over_the_budget(shares: list[float], expected: list[int]) -> N
 
 
 def test_later_points_and_those_without_values_change_nothing() -> None:
-    points = series(DEAD, [0, 0.05])
-    assert alerts_at(10, {**points, 20: {DEAD: 0.0}, 5: {"mui/mui": 0.5}}, 0.01, AlertRule()) != ()
+    points = series(DEAD, [*ALIVE, 0, 0.05])
+    assert alerts_at(60, {**points, 70: {DEAD: 0.0}, 5: {"mui/mui": 0.5}}, 0.01, AlertRule()) != ()
     assert alerts_at(7, points, 0.01, AlertRule()) == alerts_at(0, points, 0.01, AlertRule()) == ()
 
 

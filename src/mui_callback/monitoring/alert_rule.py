@@ -4,7 +4,9 @@ Each situation is told when it begins, and again only after it has ended.
 
 - A task *enters coarsening or collapsing*: the phase at the last point is one of them, and the last one that was called
   before it is another (that a phase is undecided in between ends nothing).
-- *Dead experts appear*: their share is `dead` above the lowest so far; it ends half-way back.
+- *Dead experts appear*: experts that were alive. Their share is `dead` above the lowest so far; that of the first point
+  counts as a tenth more, since a router that has learned nothing leaves nobody out. Nothing is told before the sixth
+  point: in its first steps a router leaves many experts alone for a while. It ends half-way back.
 - *Concentration jumps*: `expert_gini` is further from the mean of the last `window` points (at least 5) than `jump`
   and than Student's prediction interval at `level` allows for the next value of a normal sample with their spread. A
   trend that goes on is no jump: what it adds to the spread makes the interval as much wider. After a jump its own size
@@ -29,7 +31,9 @@ from mui_callback.sinks.base import Alert
 
 Scalars = Mapping[str, float]
 _FEWEST = 5
-"""Points before a jump can be told."""
+"""Points before a jump, or dead experts, can be told."""
+_UNLEARNED = 0.1
+"""More dead experts than at the first point, which are expected where a router has learned."""
 _OVER_FOR = 3
 """Points that the overhead is looked at for."""
 
@@ -105,13 +109,15 @@ def _phase(step: int, points: Sequence[Scalars], phase: Phase, what: str) -> Ale
 
 def _dead_experts(step: int, shares: Sequence[float], rule: AlertRule) -> Alert | None:
     was = is_on = False
-    lowest = list(accumulate(shares, min))
-    for share, low in zip(shares[1:], lowest, strict=False):
-        was, is_on = is_on, share > low + rule.dead * (0.5 if is_on else 1)
+    later = shares[1:]
+    lowest = accumulate([*(share + _UNLEARNED for share in shares[:1]), *later], min)
+    for number, (share, low) in enumerate(zip(later, lowest, strict=False), start=1):
+        was, is_on = is_on, number >= _FEWEST and share > low + rule.dead * (0.5 if is_on else 1)
     if was or not is_on:
         return None
     text = (
-        f"{shares[-1]:.1%} of the routed experts get no token of the probe set at step {step}; it was {lowest[-2]:.1%}."
+        f"{shares[-1]:.1%} of the routed experts get no token of the probe set at step {step}; at the fewest it was "
+        f"{min(shares[:-1]):.1%}."
     )
     return Alert("dead_experts", step, "MUI: dead experts", text, is_bad=True)
 
