@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mui_callback.metrics.trajectory import Trajectories, TrajectoryPoint
 from mui_callback.sinks.base import ProbePoint, RunDescription
-from mui_callback.spent import Spent
 from mui_callback.task_report import TaskReport
 from mui_callback.version import __version__
 
@@ -84,92 +82,6 @@ class JsonlSink:
 
     def close(self) -> None:
         """Nothing is left to do: every line is on disk."""
-
-
-_PROBED = ("tasks", "probe_set", "settings", "layers")
-
-
-@dataclass
-class RecordedRun:
-    """What the record holds of one run, or of the part of it that one process trained."""
-
-    id: str
-    probed: dict[str, Any]
-    """How it was probed; see `RunDescription.to_dict`."""
-    points: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Scalars by step, without the probes that failed."""
-    spent: Spent = field(default_factory=Spent)
-    """Up to its last point."""
-    trajectories: Trajectories = field(default_factory=dict)
-    """What phases were called from, of every point."""
-    top_experts: list[dict[str, Any]] = field(default_factory=list)
-    """The ten with the highest activated frequency at the last point that tells, all tasks pooled."""
-    troubles: list[tuple[int, str]] = field(default_factory=list)
-    """Steps and errors: probes that failed, and what failed besides them."""
-    last_time: float | None = None
-    """When the last point was written, in seconds since the epoch."""
-
-
-def read_record(path: str | os.PathLike[str]) -> tuple[list[RecordedRun], list[str]]:
-    """The runs in a record, in the order in which they began, and the lines of it that cannot be read, in words.
-
-    Such a line, as one that was cut short, is left out. Without a file there are none of either.
-
-    Raises:
-        OSError: there is a file, but it cannot be read.
-    """
-    runs: list[RecordedRun] = []
-    complaints: list[str] = []
-    path = Path(path)
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        wrong = _read_line(line, runs) if line.strip() else None
-        if wrong is not None:
-            complaints.append(
-                f"{path}, line {number}: expected a run or a point of one, got {line[:40]!r} ({wrong}); it is left out."
-            )
-    return runs, complaints
-
-
-def _read_line(line: bytes, runs: list[RecordedRun]) -> str | None:
-    """Adds what a line holds; what is wrong with it, if anything."""
-    try:
-        _add_row(json.loads(line), runs)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _add_row(row: dict[str, Any], runs: list[RecordedRun]) -> None:
-    if "run" in row:
-        run = row["run"]
-        runs.append(RecordedRun(run["id"], {name: run[name] for name in _PROBED}))
-        return
-    of_run = next((run for run in reversed(runs) if run.id == row["id"]), None)
-    if of_run is None:
-        raise ValueError(f"there is no run {row['id']!r} before it")
-    spent = Spent(**row["spent"])
-    step = int(row["step"])
-    troubles = [(step, str(row["error"]))] if "error" in row else []
-    troubles += [(step, f"{what}: {why}") for what, why in row.get("failures", {}).items()]
-    top_experts = list(row.get("pooled", {}).get("top_experts", of_run.top_experts))
-    if "error" not in row:
-        found = {task: point for task, of_task in _of_tasks(row) if (point := _trajectory_point(of_task)) is not None}
-        of_run.points[step] = of_run.points.get(step, {}) | row["scalars"]
-        for task, point in found.items():
-            of_run.trajectories.setdefault(task, {})[step] = point
-    of_run.top_experts = top_experts
-    of_run.troubles += troubles
-    of_run.last_time = row.get("time", of_run.last_time)
-    of_run.spent = spent
-
-
-def _of_tasks(row: dict[str, Any]) -> list[tuple[str | None, dict[str, Any]]]:
-    return [(None, row.get("pooled", {})), *row.get("tasks", {}).items()]
-
-
-def _trajectory_point(of_task: dict[str, Any]) -> TrajectoryPoint | None:
-    return TrajectoryPoint.from_dict(of_task["phase"]["point"]) if "phase" in of_task else None
 
 
 def _last_byte(path: Path) -> bytes:

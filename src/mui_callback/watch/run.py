@@ -11,12 +11,12 @@ from rich.text import Text
 
 from mui_callback.errors import MUIError
 from mui_callback.monitoring.run_monitor import RECORD_NAME
-from mui_callback.sinks.jsonl import RecordedRun, read_record
+from mui_callback.sinks.record import RecordReader
 from mui_callback.watch.frame import frame
 from mui_callback.watch.watched_run import last_run
 
 _SECONDS = 0.5
-"""Between looks at the file; it is read only where it has changed."""
+"""Between looks at the file."""
 
 
 def watch_record(path: Path, *, once: bool, console: Console) -> None:
@@ -48,7 +48,7 @@ def watch_record(path: Path, *, once: bool, console: Console) -> None:
 
 
 class Record:
-    """A record that is read again when it has changed.
+    """A record that is read on when there is more of it.
 
     Args:
         path: the file, or the directory that it is in.
@@ -56,36 +56,35 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path if path.suffix == ".jsonl" else path / RECORD_NAME
-        self._seen: tuple[int, int, int] | None = None
-        self._runs: list[RecordedRun] = []
-        self._unread = 0
+        self._reader: RecordReader | None = None
 
     @property
     def exists(self) -> bool:
         """Whether it did when it was last looked at."""
-        return self._seen is not None
+        return self._reader is not None
 
     def look(self) -> bool:
-        """Read it if it is another one than before; whether it was."""
+        """Read on; whether anything is new.
+
+        Raises:
+            MUIError: it cannot be read.
+        """
+        reader = self._reader or RecordReader(self.path)
         try:
-            found = self.path.stat()
-            seen = (found.st_ino, found.st_size, found.st_mtime_ns)
-            if seen == self._seen:
-                return False
-            self._runs, complaints = read_record(self.path)
+            is_new = reader.read()
         except (FileNotFoundError, NotADirectoryError):
-            changed = self.exists
-            self._seen, self._runs, self._unread = None, [], 0
-            return changed
+            was, self._reader = self._reader, None
+            return was is not None
         except OSError as error:
             raise MUIError(f"{self.path}: cannot be read: {error}") from error
-        self._seen, self._unread = seen, len(complaints)
-        return True
+        was, self._reader = self._reader, reader
+        return is_new or was is None
 
     def frame(self, width: int, height: int | None) -> RenderableType:
         """What is known by now; a line of text while that is nothing."""
-        run = last_run(self._runs)
-        if run is not None:
-            return frame(run, now=time.time(), width=width, height=height, unread=self._unread)
+        reader = self._reader
+        run = None if reader is None else last_run(reader.runs)
+        if reader is not None and run is not None:
+            return frame(run, now=time.time(), width=width, height=height, unread=len(reader.complaints))
         waiting = f"{self.path}: {'no run in it yet' if self.exists else 'not there yet'}; waiting. Ctrl-C ends."
         return Text(waiting, style="yellow")

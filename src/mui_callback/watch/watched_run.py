@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mui_callback.metrics.catalogue import key
-from mui_callback.sinks.jsonl import RecordedRun
+from mui_callback.sinks.record import RecordedRun
 from mui_callback.spent import Spent
 
 _ENOUGH = 4
