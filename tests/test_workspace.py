@@ -16,7 +16,8 @@ import wandb_workspaces.workspaces as ws
 from mui_callback.cli import main
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
 from mui_callback.metrics.sections import SECTIONS
-from mui_callback.workspace.build import X_AXES, build_workspace, workspace_spec
+from mui_callback.pictures.scene import PICTURE_KEYS
+from mui_callback.workspace.build import PICTURES, X_AXES, build_workspace, workspace_spec
 from wandb_server import WandbServer
 
 HERE = Path(__file__).parent
@@ -75,6 +76,19 @@ def test_every_logged_key_is_on_a_panel(metric: Any) -> None:
         intervals = metric.name.endswith(("_low", "_high")) and logged != key(metric.name)
         found = [chart for chart in charts(spec) if re.search(chart["metricRegex"], logged)]
         assert bool(found) != intervals, logged  # the intervals of single tasks would cover the lines of the others
+
+
+def test_every_metric_of_a_section_is_one_that_is_logged() -> None:
+    logged = {metric.name for metric in CATALOGUE if metric.scope is not Scope.REPORT}
+    for panel in (panel for panels in SECTIONS.values() for panel in panels):
+        assert set(panel.metrics) <= logged, panel.title
+    assert set(PICTURES) == set(PICTURE_KEYS)
+
+
+def test_whoever_reads_may_have_had_enough(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m mui_callback workspace me/moe --json - | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == ""
 
 
 def test_nothing_else_is_on_the_panels() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -177,6 +178,11 @@ def main(arguments: list[str] | None = None) -> None:
     }
     try:
         auto_cli(commands, args=arguments, prog="mui-callback", parser_class=OptionParser)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has had enough
+        # What is left must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (MUIError, ValueError) as error:
         sys.exit(f"mui-callback: {error}")
     except ImportError as error:

@@ -9,6 +9,7 @@ import wandb_workspaces.workspaces as ws
 
 from mui_callback.metrics.catalogue import PREFIX
 from mui_callback.metrics.sections import SECTIONS
+from mui_callback.pictures.scene import picture_key
 
 Trainer = Literal["hf", "lightning", "loop"]
 X_AXES: dict[Trainer, str] = {"hf": "train/global_step", "lightning": "trainer/global_step", "loop": f"{PREFIX}/step"}
@@ -39,7 +40,7 @@ def build_workspace(entity: str, project: str, trainer: Trainer) -> ws.Workspace
         if name == "Trajectory":
             lines.insert(1, loss)
         sections.append(_section(name, lines))
-    pictures = [wr.MediaBrowser(media_keys=[f"{PREFIX}/pictures/{name}"], num_columns=1) for name in PICTURES]
+    pictures = [wr.MediaBrowser(media_keys=[picture_key(name)], num_columns=1) for name in PICTURES]
     sections.insert(1, _section("Pictures", pictures))
     return ws.Workspace(
         entity=entity,

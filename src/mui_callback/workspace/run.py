@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from mui_callback.whole_file import replaced_at_once
 from mui_callback.workspace.build import NAME, Trainer, build_workspace, workspace_spec
 
 STDOUT = Path("-")
+_PATIENCE = 5
+"""Seconds for an answer of W&B's server, where nothing else is set; W&B's own are 19."""
 
 
 def make_workspace(path: str, *, trainer: Trainer, record: Path | None) -> str:
@@ -46,8 +49,9 @@ def make_workspace(path: str, *, trainer: Trainer, record: Path | None) -> str:
 def _check_project(entity: str, project: str) -> None:
     import wandb
 
+    patience = int(os.environ.get("WANDB_HTTP_TIMEOUT", _PATIENCE))
     try:
-        api = wandb.Api()
+        api = wandb.Api(timeout=patience)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         what_to_do = "Run `wandb login`, or set WANDB_API_KEY, and see that the server can be reached"
         message = f"W&B did not log you in: {error}. {what_to_do}; --json needs none"
