@@ -86,5 +86,5 @@ class Record:
         run = None if reader is None else last_run(reader.runs)
         if reader is not None and run is not None:
             return frame(run, now=time.time(), width=width, height=height, unread=len(reader.complaints))
-        waiting = f"{self.path}: {'no run in it yet' if self.exists else 'not there yet'}; waiting. Ctrl-C ends."
+        waiting = f"{self.path}:\n{'no run in it yet' if self.exists else 'not there yet'}; waiting. Ctrl-C ends."
         return Text(waiting, style="yellow")
