@@ -4,9 +4,9 @@ Each situation is told when it begins, and again only after it has ended.
 
 - A task *enters coarsening or collapsing*: the phase at the last point is one of them, and the last one that was called
   before it is another (that a phase is undecided in between ends nothing).
-- *Dead experts appear*: experts that were alive. Their share is `dead` above the lowest so far; that of the first point
+- *Dead experts appear*, which were alive: their share is `dead` above the lowest so far, where that of the first point
   counts as a tenth more, since a router that has learned nothing leaves nobody out. Nothing is told before the sixth
-  point: in its first steps a router leaves many experts alone for a while. It ends half-way back.
+  point: a router that begins to learn leaves many experts alone for a while. It ends half-way back.
 - *Concentration jumps*: `expert_gini` is further from the mean of the last `window` points (at least 5) than `jump`
   and than Student's prediction interval at `level` allows for the next value of a normal sample with their spread. A
   trend that goes on is no jump: what it adds to the spread makes the interval as much wider. After a jump its own size
