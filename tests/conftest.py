@@ -3,8 +3,13 @@
 import os
 import tempfile
 
+from hypothesis import settings
+
 # Workers, and the processes that tests start, would get in each other's way with as many threads as there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 # The code of remote models is copied to one place by the name of their folder: each worker needs its own.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# How long an example takes depends on what else the machine does.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")

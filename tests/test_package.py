@@ -12,6 +12,7 @@ import mui_callback
 from made import make_report
 from mui_callback.cli import main
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key, markdown_table
+from mui_callback.pictures.scene import HISTOGRAM_KEY, PICTURE_KEYS, PICTURE_STEP_KEY
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "transformers", "accelerate", "lightning", "wandb", "deepspeed", "datasets", "matplotlib")
@@ -51,6 +52,9 @@ def test_each_row_of_the_catalogue_is_a_value_of_the_report() -> None:
     assert len(set(names)) == len(names)
     report = make_report([{0}])
     for metric in CATALOGUE:
+        if metric.scope is Scope.LAYER:
+            assert hasattr(report.pooled.layers[0], metric.attribute)
+            continue
         attribute = (metric.attribute or metric.name).removesuffix("_low").removesuffix("_high")
         is_of_report = any(hasattr(owner, attribute) for owner in (report, report.pooled))
         assert is_of_report != (metric.scope in (Scope.RUN, Scope.PHASE, Scope.END, Scope.RULE))
@@ -59,8 +63,11 @@ def test_each_row_of_the_catalogue_is_a_value_of_the_report() -> None:
 
 
 def test_a_run_of_three_tasks_has_at_most_60_keys_unless_more_are_asked_for() -> None:
-    at_all_times = [m for m in CATALOGUE if m.scope not in (Scope.REPORT, Scope.RULE, Scope.END) and "<" not in m.name]
-    assert len(at_all_times) + 3 * sum(metric.scope.is_per_task for metric in at_all_times) <= 60
+    at_all_times = [
+        m for m in CATALOGUE if m.scope not in (Scope.REPORT, Scope.RULE, Scope.LAYER, Scope.END) and "<" not in m.name
+    ]
+    in_pictures = len(PICTURE_KEYS) + len((HISTOGRAM_KEY, PICTURE_STEP_KEY))
+    assert len(at_all_times) + 3 * sum(metric.scope.is_per_task for metric in at_all_times) + in_pictures <= 60
 
 
 def test_the_command_line_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,10 @@ import pytest
 
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.settings import ProbeSettings
+from mui_callback.sinks import record as record_module
 from mui_callback.sinks.base import ProbePoint, RunDescription
-from mui_callback.sinks.jsonl import JsonlSink, RecordedRun, read_record
+from mui_callback.sinks.jsonl import JsonlSink
+from mui_callback.sinks.record import RecordedRun, RecordReader, read_record
 from mui_callback.spent import Spent
 from tiny import build
 from tiny_samples import make_samples
@@ -306,3 +308,67 @@ def test_an_interrupt_wherever_it_comes_leaves_whole_lines_only(path: Path, run:
         outcomes.append(bool(added))
     assert len(outcomes) > 200
     assert (outcomes[0], outcomes[-1]) == (False, True)
+
+
+def test_what_comes_later_is_read_on_from_there(
+    path: Path, run: RunDescription, report: MUIReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the pieces are in which it comes, what is known is what the record holds; no line is parsed twice."""
+    sink, source = JsonlSink(path.with_name("source")), path.with_name("source")
+    sink.open(run)
+    for step in (0, 3):
+        sink.write(make_point(step, report))
+    lines = source.read_bytes().splitlines(keepends=True)
+    lines.insert(2, b"nonsense\n")
+    whole = b"".join(lines)
+    n_parsed: list[bytes] = []
+    parse = record_module._read_line
+    monkeypatch.setattr(record_module, "_read_line", lambda line, runs: (n_parsed.append(line), parse(line, runs))[1])
+    reader = RecordReader(path)
+    path.touch()
+    assert not reader.read()
+    for begin in range(0, len(whole), 997):
+        with path.open("ab") as file:
+            file.write(whole[begin : begin + 997])
+        assert reader.read()
+    assert not reader.read()
+    assert len(n_parsed) == len(lines)
+    expected = read_record(path)
+    assert (reader.runs, reader.complaints) == expected
+    assert list(reader.runs[0].points) == [0, 3]
+
+
+def test_another_file_at_the_same_place_is_read_from_its_beginning(
+    path: Path, run: RunDescription, report: MUIReport
+) -> None:
+    reader = RecordReader(path)
+    for run_id, steps in (("one", (0,)), ("other", (0, 3, 6)), ("third", (0,))):  # longer than before, and shorter
+        path.unlink(missing_ok=True)
+        sink = JsonlSink(path)
+        sink.open(replace(run, id=run_id))
+        for step in steps:
+            sink.write(make_point(step, report))
+        assert reader.read()
+        assert [(one.id, tuple(one.points)) for one in reader.runs] == [(run_id, steps)]
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        reader.read()
+
+
+def test_a_last_line_without_its_end_is_waited_for(path: Path, run: RunDescription, report: MUIReport) -> None:
+    sink = JsonlSink(path)
+    sink.open(run)
+    sink.write(make_point(0, report))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    reader = RecordReader(path)
+    reader.read()
+    assert not reader.runs[0].points
+    assert "line 2: expected a run or a point of one" in reader.complaints[0]
+    path.write_bytes(whole)
+    assert reader.read()
+    assert list(reader.runs[0].points) == [0]
+    assert not reader.complaints
+    path.write_bytes(whole[:-1])  # whoever goes on with it will not write the point again
+    (recorded,), complaints = read_record(path)
+    assert (list(recorded.points), complaints) == ([0], [])

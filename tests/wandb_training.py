@@ -1,14 +1,19 @@
-"""A training run that logs to an offline W&B run; in a process of its own, since W&B keeps its settings."""
+"""Training runs that log to offline W&B runs; each in a process of its own, since W&B keeps its settings."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import wandb
 
+from forked import at_once
 from integrations import INTEGRATIONS, Watch
 from mui_callback import MUICallback, ProbeSet
+from test_alerts import ruin
 from tiny_samples import make_samples
 from training import STEPS, make_trainer
 
@@ -19,6 +24,11 @@ def in_transformers(output_dir: Path, reporter: str) -> None:
     callbacks = [] if reporter == "plain" else [MUICallback(ProbeSet({"a": make_samples(7)}), every=3)]
     report_to = "none" if reporter == "mine" else ["wandb"]
     make_trainer(output_dir, callbacks, report_to=report_to, logging_steps=2).train()
+
+
+def with_a_table(output_dir: Path) -> None:
+    callback = MUICallback(ProbeSet({"a": make_samples(7)}), every=3, pictures="end", tables=True)
+    make_trainer(output_dir, [callback], report_to=["wandb"]).train()
 
 
 def in_lightning(output_dir: Path) -> None:
@@ -57,11 +67,28 @@ def in_a_loop(output_dir: Path, logs: str) -> None:
     run.finish()
 
 
+def ruined(output_dir: Path) -> None:
+    with wandb.init(project="ruin", dir=output_dir):
+        ruin(output_dir, tracker="wandb")
+
+
+WAYS: dict[str, Callable[[Path], None]] = {
+    "trainer": partial(in_transformers, reporter="trainer"),
+    "plain": partial(in_transformers, reporter="plain"),
+    "mine": partial(in_transformers, reporter="mine"),
+    "table": with_a_table,
+    "lightning": in_lightning,
+    "ruin": ruined,
+    **{f"loop-{logs}": partial(in_a_loop, logs=logs) for logs in ("nothing", "steps", "rows")},
+}
+
+
+def main(output_dir: Path, way: str) -> None:
+    output_dir.mkdir()
+    os.environ["WANDB_DIR"] = str(output_dir)
+    WAYS[way](output_dir)
+    wandb.finish()
+
+
 if __name__ == "__main__":
-    directory, how = Path(sys.argv[1]), sys.argv[2]
-    if how == "lightning":
-        in_lightning(directory)
-    elif how.startswith("loop-"):
-        in_a_loop(directory, how.removeprefix("loop-"))
-    else:
-        in_transformers(directory, how)
+    at_once(main, Path(sys.argv[1]), WAYS)

@@ -10,12 +10,16 @@ from torch import nn
 
 from mui_callback.benchmarks.given import Benchmarks
 from mui_callback.forgiving import described, warn
+from mui_callback.metrics.catalogue import Detail
+from mui_callback.monitoring.alert_rule import AlertRule
 from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
 from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.parallel.processes import Processes
 from mui_callback.parallel.weights import settle_roots
+from mui_callback.pictures.scene import Pictures, check_pictures
+from mui_callback.pictures.sink import pictures_at
 from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
@@ -83,8 +87,14 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             accuracy or the negative loss.
         phase_window: points that a phase is called from; see `mui_callback.metrics.phases`.
         phase_level: of the intervals of both trends.
+        detail: ``"layers"``: also log MUI, shared share, concentration and dead experts of each layer, in at most
+            256 keys.
+        alerts: False for no alerts; an `AlertRule` for other thresholds; see `mui_callback.monitoring.alert_rule`.
         ablate: ``"neurons"`` (or True) or ``"experts"``: after the last step, log the change of each task's loss
             without its key ones, and without as many random ones.
+        pictures: in W&B, pictures of each probe, drawn beside the training; ``"end"``: of the last one only; False:
+            none.
+        tables: also log a table of the experts to W&B, at the end.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -128,11 +138,16 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         performance: Mapping[str | None, str] | None = None,
         phase_window: int = Asked.phase_window,
         phase_level: float = Asked.phase_level,
+        detail: Detail = Asked.detail,
+        alerts: AlertRule | bool = Asked.alerts,
         ablate: Ablate = Asked.ablate,
+        pictures: Pictures = True,
+        tables: bool = False,
     ) -> None:
         check_on_error(on_error)
         check_sinks(sinks)
         check_probe_set(probe_set)
+        check_pictures(pictures)
         if eval_samples < 1:
             raise ValueError(f"eval_samples: expected a positive number of samples, got {eval_samples!r}")
         self.probe_set = probe_set
@@ -154,6 +169,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             performance={} if performance is None else performance,
             phase_window=phase_window,
             phase_level=phase_level,
+            detail=detail,
+            alerts=alerts,
             ablate=ablate,
         )
         self.tokenizer = tokenizer
@@ -161,6 +178,8 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         self.eval_samples = eval_samples
         self.moe_model = moe_model
         self.on_error: OnError = on_error
+        self.pictures: Pictures = pictures
+        self.tables = tables
         self._monitor: RunMonitor | None = None
         self._last_state: dict[str, Any] = {}
 
@@ -189,7 +208,11 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
             schedule=self.schedule,
             on_error=self.on_error,
             output_dir=training.output_dir,
-            sinks=[*training.trackers, *self.sinks],
+            sinks=[
+                *training.trackers,
+                *pictures_at(training.trackers, pictures=self.pictures, tables=self.tables),
+                *self.sinks,
+            ],
             asked=self.asked,
             tokenizer=self.tokenizer or training.tokenizer,
             start_step=training.step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +129,36 @@ def ablate(
     check_key(chosen, probe, what=what, draws=draws, level=level, seed=seed, record=json, console=Console())
 
 
+def workspace(project: str, trainer: Literal["hf", "lightning", "loop"] = "hf", json: Path | None = None) -> None:
+    """Make a workspace in Weights & Biases: MUI, loss and benchmarks on one x axis, experts, routing, cost.
+
+    Args:
+        project: ENTITY/PROJECT, which is there already.
+        trainer: whose steps are the x axis: of transformers' Trainer, of Lightning, or of a loop of your own.
+        json: a file for the workspace as W&B would get it, or - for the terminal; then no server is asked.
+    """
+    try:
+        from mui_callback.workspace.run import make_workspace
+    except ImportError as error:
+        missing = "a workspace needs more packages: pip install 'mui-callback[workspace]'"
+        raise MUIError(f"{missing} ({error})") from error
+    print(make_workspace(project, trainer=trainer, record=json))
+
+
+def watch(output_dir: Path, once: bool = False) -> None:
+    """Show a run in the terminal while it trains, from the record in its output directory.
+
+    Args:
+        output_dir: of the run, or the record itself; it may not be there yet.
+        once: print what there is and end, as it does where the output is no terminal.
+    """
+    from rich.console import Console
+
+    from mui_callback.watch.run import watch_record
+
+    watch_record(output_dir, once=once, console=Console(highlight=False))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``mui-callback``."""
     try:
@@ -136,9 +167,22 @@ def main(arguments: list[str] | None = None) -> None:
         from mui_callback.options import OptionParser
     except ImportError:
         sys.exit("mui-callback's command line needs more packages: pip install 'mui-callback[hf,wandb,study]'")
-    commands = {"demo": demo, "inspect": inspect, "diversity": diversity, "select": select, "ablate": ablate}
+    commands = {
+        "demo": demo,
+        "inspect": inspect,
+        "diversity": diversity,
+        "select": select,
+        "ablate": ablate,
+        "watch": watch,
+        "workspace": workspace,
+    }
     try:
         auto_cli(commands, args=arguments, prog="mui-callback", parser_class=OptionParser)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has had enough
+        # What is left must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (MUIError, ValueError) as error:
         sys.exit(f"mui-callback: {error}")
     except ImportError as error:

@@ -8,16 +8,20 @@ from dataclasses import asdict
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from mui_callback.benchmarks.given import Benchmarks
 from mui_callback.forgiving import warn
+from mui_callback.metrics.catalogue import Detail
+from mui_callback.monitoring.alert_rule import AlertRule
 from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
 from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
+from mui_callback.pictures.scene import Pictures, check_pictures
+from mui_callback.pictures.sink import pictures_at
 from mui_callback.probe.default import builtin_for, check_probe_set
 from mui_callback.probe.encode import Tokenizer
 from mui_callback.probe.probe_set import ProbeSet
@@ -25,7 +29,7 @@ from mui_callback.probe.run import MUIProbe
 from mui_callback.rules import Rules
 from mui_callback.settings import Activation, Alignment, ProbeSettings
 from mui_callback.sinks.base import Sink
-from mui_callback.sinks.wandb import WandbSink
+from mui_callback.sinks.given import as_sinks
 
 _HINT = "pass a probe set, or a tokenizer for the built-in one."
 
@@ -51,8 +55,9 @@ class MUIMonitor:
         start_step: optimizer steps done so far, where training goes on and there is no `state`, which knows them.
         state: what `state_dict` gave, from your checkpoint.
         output_dir: where ``mui.jsonl`` goes; where training goes on, it is read there too.
-        tracker: where scalars go: ``"wandb"`` for the active run; any other sink, such as ``WandbSink("my/step")`` for
-            an x axis of your own; None for none.
+        tracker: where scalars go: ``"wandb"``, ``"trackio"`` or ``"mlflow"`` for the active run; a ``SummaryWriter`` of
+            TensorBoard; a logger of Lightning or Fabric, such as ``CSVLogger("run")``; any other sink, such as
+            ``WandbSink("my/step")`` for an x axis of your own; a list of these; None for none.
         sinks: where points go besides.
         every: see `Schedule`, as the six that follow.
         budget: share of the training time.
@@ -74,7 +79,12 @@ class MUIMonitor:
         performance: the score of a benchmark that is the performance of a task in phases, by task.
         phase_window: points that a phase is called from.
         phase_level: of the intervals of both trends.
+        detail: ``"layers"``: also log MUI, shared share, concentration and dead experts of each layer, in at most
+            256 keys.
+        alerts: False for no alerts; an `AlertRule` for other thresholds; see `mui_callback.monitoring.alert_rule`.
         ablate: ``"neurons"`` (or True) or ``"experts"``, when the monitor is closed.
+        pictures: see `MUICallback`, as the following.
+        tables: of the experts, when the monitor is closed.
 
     Raises:
         MUIError: see `MUICallback`.
@@ -90,7 +100,7 @@ class MUIMonitor:
         start_step: int | None = None,
         state: Mapping[str, Any] | None = None,
         output_dir: str | os.PathLike[str] = ".",
-        tracker: Sink | Literal["wandb"] | None = "wandb",
+        tracker: Any = "wandb",
         sinks: Sequence[Sink] = (),
         every: Every = Schedule.every,
         budget: float = Schedule.budget,
@@ -112,7 +122,11 @@ class MUIMonitor:
         performance: Mapping[str | None, str] | None = None,
         phase_window: int = Asked.phase_window,
         phase_level: float = Asked.phase_level,
+        detail: Detail = Asked.detail,
+        alerts: AlertRule | bool = Asked.alerts,
         ablate: Ablate = Asked.ablate,
+        pictures: Pictures = True,
+        tables: bool = False,
     ) -> None:
         schedule = Schedule(
             every, budget, at, warmup=warmup, at_start=at_start, at_end=at_end, on_evaluation=on_evaluation
@@ -132,13 +146,14 @@ class MUIMonitor:
             performance={} if performance is None else performance,
             phase_window=phase_window,
             phase_level=phase_level,
+            detail=detail,
+            alerts=alerts,
             ablate=ablate,
         )
-        first = WandbSink() if tracker == "wandb" else tracker
-        if first is not None and not hasattr(first, "write"):
-            raise ValueError(f"tracker: expected 'wandb', a sink or None, got {tracker!r}")
+        trackers = as_sinks(tracker)
         check_sinks(sinks)
         check_probe_set(probe_set)
+        check_pictures(pictures)
 
         def make_probe() -> MUIProbe:
             samples = builtin_for(model, tokenizer, _HINT) if probe_set is None else probe_set
@@ -150,7 +165,11 @@ class MUIMonitor:
             schedule=schedule,
             on_error=on_error,
             output_dir=Path(output_dir),
-            sinks=[*([] if first is None else [first]), *sinks],
+            sinks=[
+                *trackers,
+                *pictures_at(trackers, pictures=pictures, tables=tables, is_crowded=True),
+                *sinks,
+            ],
             asked=asked,
             tokenizer=tokenizer,
             start_step=self._start_step,

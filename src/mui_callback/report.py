@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from mui_callback.counts import KeySets
 from mui_callback.layout import KeyNeuron
 from mui_callback.metrics import key_sets
-from mui_callback.metrics.catalogue import CATALOGUE, Scope, key, metric_named, rule_key
+from mui_callback.metrics.catalogue import CATALOGUE, Detail, Scope, key, layer_keys, metric_named, rule_key
 from mui_callback.metrics.resampling import Estimate, Interval, bootstrap_intervals
 from mui_callback.metrics.utilization import BoolArray
 from mui_callback.pass_results import PassResults
@@ -72,27 +72,41 @@ class MUIReport(PassResults):
         """Model Utilization Index of all tasks pooled, in [0, 1]."""
         return self.pooled.mui
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self, *, detail: Detail = "model") -> dict[str, float]:
         """Everything that is logged: ``mui/<metric>`` pooled and ``mui/<task>/<metric>``.
 
         Keys and definitions are those of `mui_callback.metrics.catalogue`. A metric that has no answer is left out,
         so no value is None, NaN or infinite.
+
+        Args:
+            detail: ``"layers"`` for ``mui/<metric>/<layer>`` besides, at most 256 keys.
         """
         values: dict[str, float | None] = {}
         for metric in CATALOGUE:
             if metric.scope is Scope.PROBE:
                 values[key(metric.name)] = getattr(self, metric.attribute or metric.name)
         for task, scopes in ((None, (Scope.TASK, Scope.POOLED)), *((name, (Scope.TASK,)) for name in self.task_names)):
-            found, ends = self.pooled if task is None else self.tasks[task], self._interval_ends(task)
+            found, ends = (self.pooled, self._interval_ends()) if task is None else (self.tasks[task], {})
             for metric in CATALOGUE:
                 if metric.scope in scopes:
                     name = metric.name
                     values[key(name, task)] = ends[name] if name in ends else getattr(found, name)
         values |= {rule_key(rule): self.under(rule).mui for rule in self.rules[1:]}
+        if detail == "layers":
+            values |= self._of_layers()
         return {name: float(value) for name, value in values.items() if value is not None and np.isfinite(value)}
 
-    def _interval_ends(self, task: str | None) -> dict[str, float | None]:
-        found = self.intervals(task, metrics=("mui", "loss") if task is None else ("mui",))
+    def _of_layers(self) -> dict[str, float | None]:
+        layers, numbers = self.pooled.layers, [layer.layer for layer in self.layout.layers]
+        return {
+            name: getattr(layers[position], metric.attribute)
+            for metric in CATALOGUE
+            if metric.scope is Scope.LAYER
+            for position, name in layer_keys(metric.name, numbers).items()
+        }
+
+    def _interval_ends(self) -> dict[str, float | None]:
+        found = self.intervals(metrics=("mui", "loss"))
         return {
             f"{metric}_{end}": None if interval is None else getattr(interval, end)
             for metric, interval in found.items()

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mui_callback.demo.palette import task_colors
+from mui_callback.pictures.palette import colors_of
 from mui_callback.report import MUIReport
 from mui_callback.sinks.base import ProbePoint, RunDescription
 from mui_callback.task_report import TaskReport
@@ -95,7 +95,7 @@ class Screen(TrainerCallback):
 
 def header(report: MUIReport) -> Text:
     """The two lines above the table."""
-    colors = task_colors(report.task_names)
+    colors = colors_of(report.task_names)
     names, columns = [Text(" " * 4)], [Text("step")]
     for name, task in report.tasks.items():
         heading = "loss acc%  MUI%" + (" pick%" if task.choice_accuracy is not None else "")

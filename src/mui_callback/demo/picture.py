@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mui_callback.demo.palette import task_colors
 from mui_callback.layout import ExpertLayout
 from mui_callback.metrics.utilization import FloatArray
+from mui_callback.pictures.palette import colors_of
+from mui_callback.pictures.style import open_axes
 from mui_callback.report import MUIReport
 from mui_callback.sinks.base import ProbePoint
 from mui_callback.task_report import TaskReport
@@ -76,8 +77,7 @@ def _draw_curves(figure: Any, steps: list[int], reports: list[MUIReport]) -> Non
         axes.set_xlabel("optimizer steps")
         axes.set_ylim(bottom=0)
         axes.margins(x=0.02)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        open_axes(axes)
     accuracy.set_ylim(0, 103)
     figure.legend(handles=accuracy.get_lines(), loc="outside upper center", ncols=9, frameon=False, fontsize=12)
 
@@ -92,7 +92,7 @@ def _draw_metric(
     linestyle: str = "-",
     suffix: str = "",
 ) -> None:
-    for (task, color), marker in zip(task_colors(reports[0].task_names).items(), _MARKERS * 9, strict=False):
+    for (task, color), marker in zip(colors_of(reports[0].task_names).items(), _MARKERS * 9, strict=False):
         values = [metric(report.tasks[task]) for report in reports]
         if all(value is None for value in values):
             continue
@@ -107,7 +107,7 @@ def _draw_experts(figure: Any, report: MUIReport, step: int) -> None:
     grids = {task: 100 * expert_grid(layout, task_report.expert_mui) for task, task_report in report.tasks.items()}
     highest = max(float(np.nanmax(grid)) for grid in grids.values())
     panels = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
-    for axes, (task, grid), color in zip(panels, grids.items(), task_colors(list(grids)).values(), strict=False):
+    for axes, (task, grid), color in zip(panels, grids.items(), colors_of(list(grids)).values(), strict=False):
         image = axes.pcolormesh(grid, cmap="cividis", vmin=0, vmax=highest or 1, edgecolors="white", linewidth=0.8)
         axes.set_title(task, color=color, fontweight="bold")
         _label_experts(axes, layout, grid.shape[1])

@@ -12,8 +12,10 @@ from mui_callback.benchmarks.given import Benchmarks, as_benchmarks, check_bench
 from mui_callback.benchmarks.names import benchmark_scalars
 from mui_callback.errors import DesynchronizedError, InterruptedPassError
 from mui_callback.forgiving import attempt, described, warn
+from mui_callback.metrics.catalogue import Detail
 from mui_callback.metrics.phases import PhaseRule, Point
 from mui_callback.metrics.trajectory import TaskPhase, Trajectories
+from mui_callback.monitoring.alert_rule import AlertRule
 from mui_callback.monitoring.benchmark_runs import BenchmarkResults, BenchmarkRuns, BenchmarksEvery, own_schedule
 from mui_callback.monitoring.final_ablation import ablation_scalars
 from mui_callback.monitoring.performance_axis import check_performance
@@ -49,6 +51,10 @@ class Asked:
     phase_window: int = PhaseRule.window
     """See `PhaseRule`, as the following."""
     phase_level: float = PhaseRule.level
+    detail: Detail = "model"
+    """``"layers"``: what is logged of the whole model, and of each layer besides; see `MUIReport.scalars`."""
+    alerts: AlertRule | bool = True
+    """See `mui_callback.monitoring.alert_rule`."""
     ablate: Ablate = False
     """``"neurons"`` (or True) or ``"experts"``: after the last step, run each task without its key ones; see
     `mui_callback.probe.ablation.ablate`."""
@@ -60,6 +66,10 @@ class Asked:
         if self.benchmarks_every != "probe" and not self.benchmarks:
             raise ValueError(f"benchmarks_every: {self.benchmarks_every!r} was given, but there are no benchmarks")
         self.rule  # noqa: B018 - raises
+        if self.detail not in get_args(Detail):
+            raise ValueError(f"detail: expected 'model' or 'layers', got {self.detail!r}")
+        if not isinstance(self.alerts, AlertRule | bool):
+            raise TypeError(f"alerts: expected True, False or an AlertRule, got {self.alerts!r}")
         if self.ablate not in (*get_args(What), True, False):
             raise ValueError(f"ablate: expected 'neurons', 'experts', True or False, got {self.ablate!r}")
 

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from mui_callback.metrics.trajectory import Trajectories, from_list, to_list
-from mui_callback.sinks.jsonl import RecordedRun
+from mui_callback.sinks.record import RecordedRun
 from mui_callback.spent import Spent
 
 _COMPARED = ("tasks", "probe_set", "layers")

@@ -9,7 +9,7 @@ from typing import Any
 from mui_callback.forgiving import described, warn
 from mui_callback.metrics.trajectory import pruned
 from mui_callback.monitoring.history import History, continued
-from mui_callback.sinks.jsonl import RecordedRun, read_record
+from mui_callback.sinks.record import RecordedRun, read_record
 
 
 def recalled(

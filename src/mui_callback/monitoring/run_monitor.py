@@ -20,6 +20,7 @@ import torch
 from mui_callback.errors import DesynchronizedError, InterruptedPassError, ProbeError
 from mui_callback.forgiving import described, warn
 from mui_callback.metrics.catalogue import OVERHEAD
+from mui_callback.monitoring.alerts import Alerts
 from mui_callback.monitoring.besides import Asked, Besides, Found
 from mui_callback.monitoring.delivery import Delivery
 from mui_callback.monitoring.history import History
@@ -85,7 +86,11 @@ class RunMonitor:
         self._step = start_step
         self._has_gone_back = False
         self._failures_in_a_row = 0
+        self._detail = asked.detail
         self._processes = Processes()
+        self._alerts = Alerts(
+            asked.alerts, schedule.budget if schedule.is_auto else None, is_main=self._processes.is_main
+        )
         self._probe = self._processes.together(make_probe)
         self._probe.agree(self._processes)
         benchmarks = self._processes.together(lambda: asked.load(self._probe.settings, tokenizer))
@@ -114,7 +119,7 @@ class RunMonitor:
         self._latest: tuple[int, MUIReport] | None = None
         self._pace = Pace(schedule, stopwatch, self._processes)
         self._delivery = Delivery((JsonlSink(record), *sinks) if self._processes.is_main else ())
-        run = replace(run, id=self._history.run_id, start_step=start_step)
+        run = replace(run, id=self._history.run_id, start_step=start_step, points_before=dict(self._history.points))
         logger.info("MUI: probing %r in %r", self._probe.probe_set, self._probe.layout)
         try:
             with random_state_kept():
@@ -152,6 +157,8 @@ class RunMonitor:
             if not self._pace.is_due(step, evaluated=evaluated, last=last, needed=needed):
                 if last:
                     self._complete(step)
+                with self._pace.stopwatch.apart():
+                    self._delivery.between_points()
                 return
             self._latest = None
             if step in self._logged_before:
@@ -181,7 +188,7 @@ class RunMonitor:
         if self._is_closed:
             return
         self._is_closed, self._is_probing = True, False
-        with random_state_kept():
+        with random_state_kept(), self._pace.stopwatch.apart():
             error = self._delivery.tell(lambda sink: sink.close())
         if error is not None and self.on_error == "raise":
             raise error
@@ -237,7 +244,7 @@ class RunMonitor:
         while True:
             outcome = self._probe.try_measure()
             if outcome.report is not None:
-                return _usable(outcome.report), outcome.report.scalars()
+                return _usable(outcome.report), outcome.report.scalars(detail=self._detail)
             failures = outcome.failures
             if not all(failure.out_of_memory for failure in failures) or not self._probe.halve_batches():
                 raise outcome.error or ProbeError(in_words(failures))
@@ -257,7 +264,8 @@ class RunMonitor:
         self._history.points[step] = scalars
         if report.not_finite:
             warn(f"MUI probe at step {step}: {report.not_finite} contributions are NaN or infinite and do not count.")
-        self._hand_on(ProbePoint(step, report=report, scalars=scalars, spent=spent), found)
+        alerts = self._alerts.at(step, self._history.points)
+        self._hand_on(ProbePoint(step, report=report, scalars=scalars, spent=spent, alerts=alerts), found)
 
     def _hand_on(self, point: ProbePoint, found: Found) -> None:
         whole = replace(
@@ -274,6 +282,8 @@ class RunMonitor:
     def _fail(self, step: int, error: Exception) -> None:
         self._failures_in_a_row += 1
         point = self._failed_point(step, error)
+        if self._failures_in_a_row == _GIVE_UP_AFTER:
+            point = replace(point, alerts=self._alerts.of_failure(step, f"At step {step}: {point.error}"))
         self._write(point)
         if self.on_error == "raise":
             raise error

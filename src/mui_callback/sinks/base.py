@@ -28,6 +28,8 @@ class RunDescription:
     """The same where training goes on after a pause; another one in each run."""
     start_step: int = 0
     """Optimizer steps done before."""
+    points_before: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """What was logged before, by step and key, where training goes on."""
 
     def to_dict(self) -> dict[str, Any]:
         """How it is probed, as JSON gives it back: tasks, probe set, settings and expert layers."""
@@ -38,6 +40,20 @@ class RunDescription:
             "settings": {**asdict(self.settings), "rules": list(self.settings.rules)},
             "layers": layers,
         }
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Something in a run that its owner wants to be told of."""
+
+    kind: str
+    """``"collapsing"``, ``"coarsening"``, ``"dead_experts"``, ``"concentration"``, ``"overhead"`` or ``"failure"``."""
+    step: int
+    title: str
+    """Less than 64 characters, which is what W&B takes."""
+    text: str
+    is_bad: bool = False
+    """Whether something went wrong, or is only unusual."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,6 +83,9 @@ class ProbePoint:
     failures: Mapping[str, str] = field(default_factory=dict)
     """What went wrong besides the probe, such as ``"benchmark arc_easy"``, and why, in a line."""
 
+    alerts: tuple[Alert, ...] = ()
+    """What begins here that is worth one; see `mui_callback.monitoring.alert_rule`."""
+
     def __repr__(self) -> str:
         found = repr(self.report)
         if self.report is None:
@@ -78,7 +97,8 @@ class Sink(Protocol):
     """Takes every point. What it raises becomes a warning, one for each sink, and does not reach the training loop,
     unless ``on_error="raise"`` asks for it; the next point is tried again, also after a failure to open.
 
-    Its methods are called on the main process only. In warnings it has its `name`, or else that of its class.
+    Its methods are called on the main process only. In warnings it has its `name`, or else that of its class. If it has
+    a method ``between_points()``, that is called at each step without a point; what it raises never ends training.
     """
 
     def open(self, run: RunDescription) -> None:
@@ -89,3 +109,15 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Called once at the end of training; nothing is written afterwards."""
+
+
+class TrackerError(Exception):
+    """Raised by a sink that logs to the run of another one, where that run fails: one warning is enough for both.
+
+    Args:
+        sink: the other one. What went wrong is the cause.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        super().__init__(getattr(sink, "name", type(sink).__name__))
+        self.sink = sink

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mui_callback.metrics.trajectory import Trajectories, TrajectoryPoint
 from mui_callback.sinks.base import ProbePoint, RunDescription
-from mui_callback.spent import Spent
 from mui_callback.task_report import TaskReport
 from mui_callback.version import __version__
 
@@ -24,7 +22,7 @@ class JsonlSink:
     ``spent`` (see `Spent`), ``scalars`` (the logged keys), and under ``tasks`` and ``pooled`` what is too much for a
     tracker: MUI by layer, the ten experts with the highest activated frequency, and the phase with the trends that it
     was called from. A failed probe has ``error`` and ``traceback`` instead. ``ablation`` holds the causal check after
-    the last step, and ``failures`` what went wrong besides the probe.
+    the last step, ``failures`` what went wrong besides the probe, and ``alerts`` what was told.
 
     Args:
         path: the file; its directory is made if it is not there.
@@ -59,6 +57,8 @@ class JsonlSink:
             row["ablation"] = asdict(point.ablation)
         if point.failures:
             row["failures"] = dict(point.failures)
+        if point.alerts:
+            row["alerts"] = [asdict(alert) for alert in point.alerts]
         self._tell()
         self._append(row)
 
@@ -82,80 +82,6 @@ class JsonlSink:
 
     def close(self) -> None:
         """Nothing is left to do: every line is on disk."""
-
-
-_PROBED = ("tasks", "probe_set", "settings", "layers")
-
-
-@dataclass
-class RecordedRun:
-    """What the record holds of one run, or of the part of it that one process trained."""
-
-    id: str
-    probed: dict[str, Any]
-    """How it was probed; see `RunDescription.to_dict`."""
-    points: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Scalars by step, without the probes that failed."""
-    spent: Spent = field(default_factory=Spent)
-    """Up to its last point."""
-    trajectories: Trajectories = field(default_factory=dict)
-    """What phases were called from, of every point."""
-
-
-def read_record(path: str | os.PathLike[str]) -> tuple[list[RecordedRun], list[str]]:
-    """The runs in a record, in the order in which they began, and the lines of it that cannot be read, in words.
-
-    Such a line, as one that was cut short, is left out. Without a file there are none of either.
-
-    Raises:
-        OSError: there is a file, but it cannot be read.
-    """
-    runs: list[RecordedRun] = []
-    complaints: list[str] = []
-    path = Path(path)
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        wrong = _read_line(line, runs) if line.strip() else None
-        if wrong is not None:
-            complaints.append(
-                f"{path}, line {number}: expected a run or a point of one, got {line[:40]!r} ({wrong}); it is left out."
-            )
-    return runs, complaints
-
-
-def _read_line(line: bytes, runs: list[RecordedRun]) -> str | None:
-    """Adds what a line holds; what is wrong with it, if anything."""
-    try:
-        _add_row(json.loads(line), runs)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _add_row(row: dict[str, Any], runs: list[RecordedRun]) -> None:
-    if "run" in row:
-        run = row["run"]
-        runs.append(RecordedRun(run["id"], {name: run[name] for name in _PROBED}))
-        return
-    of_run = next((run for run in reversed(runs) if run.id == row["id"]), None)
-    if of_run is None:
-        raise ValueError(f"there is no run {row['id']!r} before it")
-    spent = Spent(**row["spent"])
-    if "error" not in row:
-        step = int(row["step"])
-        found = {task: point for task, of_task in _of_tasks(row) if (point := _trajectory_point(of_task)) is not None}
-        of_run.points[step] = of_run.points.get(step, {}) | row["scalars"]
-        for task, point in found.items():
-            of_run.trajectories.setdefault(task, {})[step] = point
-    of_run.spent = spent
-
-
-def _of_tasks(row: dict[str, Any]) -> list[tuple[str | None, dict[str, Any]]]:
-    return [(None, row.get("pooled", {})), *row.get("tasks", {}).items()]
-
-
-def _trajectory_point(of_task: dict[str, Any]) -> TrajectoryPoint | None:
-    return TrajectoryPoint.from_dict(of_task["phase"]["point"]) if "phase" in of_task else None
 
 
 def _last_byte(path: Path) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mui_callback.metrics.catalogue import PREFIX
 from mui_callback.sinks.base import ProbePoint, RunDescription
+from mui_callback.sinks.wandb_metrics import MetricDefinitions, tell_wandb
 
 OWN_STEP_KEY = f"{PREFIX}/step"
 """The x axis where no trainer has one."""
@@ -23,23 +24,22 @@ class WandbSink:
 
     def __init__(self, step_key: str = OWN_STEP_KEY) -> None:
         self.step_key = step_key
-        self._defined_in: str | None = None
+        self._metrics = MetricDefinitions(step_key)
         self._unfinished_row: int | None = None
 
     def open(self, run: RunDescription) -> None:
         """Nothing to do: the trainer may not have started its run yet."""
 
     def write(self, point: ProbePoint) -> None:
-        """Log the scalars of the point; a failed probe logs nothing."""
+        """Log the scalars of the point; a failed probe has none."""
         wandb = sys.modules.get("wandb")
         run: Any = getattr(wandb, "run", None)
-        if run is None or not point.scalars:
+        if run is None:
             return
-        if self._defined_in != run.id:
-            # W&B's own counter must not be used: rows behind it would be dropped.
-            run.define_metric(self.step_key, hidden=self.step_key == OWN_STEP_KEY)
-            run.define_metric(f"{PREFIX}/*", step_metric=self.step_key, step_sync=True)
-            self._defined_in = run.id
+        tell_wandb(run, point.alerts)
+        if not point.scalars:
+            return
+        self._metrics.define(run, point.scalars)
         self._finish_row(run)
         # Whoever logs with `wandb.log(..., step=0)` after the point of the untrained model would find that step taken,
         # and lose the row. So it waits for theirs.

@@ -14,8 +14,9 @@ from matplotlib.ticker import MaxNLocator
 
 from mui_callback.metrics.rarefaction import CoverageCurve
 from mui_callback.metrics.utilization import FloatArray
+from mui_callback.pictures.palette import colors_of
+from mui_callback.pictures.style import open_axes
 from mui_callback.studies.data_sets import DiversityStudy
-from mui_callback.studies.palette import data_set_colors
 
 _LABEL_PLACES = [
     *((8, dy, "left") for dy in (0, 14, -14)),
@@ -36,7 +37,7 @@ def save_coverage_curves(study: DiversityStudy, path: Path, title: str = "") -> 
     figure = Figure(figsize=(10, 6.2), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colors = data_set_colors(study.data_sets)
+    colors = colors_of(study.data_sets)
     for name, one in sorted(
         study.data_sets.items(), key=lambda item: -item[1].n_samples
     ):  # short lines above long ones
@@ -54,8 +55,7 @@ def save_coverage_curves(study: DiversityStudy, path: Path, title: str = "") -> 
     axes.set_ylabel("MUI: key neurons, % of the neurons of all experts")
     figure.suptitle(title, fontsize=11, parse_math=False)
     axes.set_title(f"MUI by the number of samples, with {100 * study.comparison.level:g} % intervals", fontsize=14)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_axes(axes)
     _mark_common_size(axes, study)
     canvas.draw()
     figure.set_layout_engine("none")  # labels are placed among the lines as they are now

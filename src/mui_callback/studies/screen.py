@@ -13,8 +13,8 @@ from rich.text import Text
 from mui_callback.metrics.diversity import Difference, IntervalEstimate
 from mui_callback.metrics.max_coverage import Kept, Selection
 from mui_callback.metrics.utilization import IntArray
+from mui_callback.pictures.palette import colors_of
 from mui_callback.studies.data_sets import DiversityStudy
-from mui_callback.studies.palette import data_set_colors
 
 
 def show_diversity(console: Console, study: DiversityStudy) -> None:
@@ -24,7 +24,7 @@ def show_diversity(console: Console, study: DiversityStudy) -> None:
         "data set", "samples", "response\ntokens", f"MUI of\n{_samples(at)}", "MUI\nof all", "MUI in\ntotal"
     )
     table.add_column("\nseen", justify="right", no_wrap=True)
-    colors = data_set_colors(study.data_sets)
+    colors = colors_of(study.data_sets)
     for name, one in study.data_sets.items():
         table.add_row(
             Text(name, style=f"bold {colors[name]}"),
@@ -52,7 +52,7 @@ def show_selection(console: Console, selection: Selection, tasks: Sequence[str],
     n_chosen = len(selection.order)
     tasks = tasks if len(tasks) > 1 else ()
     table = plain_table("samples", "", "all tasks")
-    colors = data_set_colors(tasks)
+    colors = colors_of(tasks)
     for task in tasks:
         table.add_column(Text(task, style=f"bold {colors[task]}"), justify="right", overflow="fold")
     for n in _shown_sizes(n_chosen):

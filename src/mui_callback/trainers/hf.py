@@ -6,15 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mui_callback.sinks.wandb import WandbSink
 from mui_callback.trainers.base import Training, TrainingEvents
 from mui_callback.trainers.hf_caller import calling_trainer, resumed_checkpoint
 from mui_callback.trainers.hf_eval_data import eval_probe_set
+from mui_callback.trainers.hf_reporters import reporter_sinks
 from mui_callback.trainers.hf_resume import warn_if_experts_are_not_restored
 from mui_callback.trainers.hf_state import read_state, write_state
-
-HF_STEP_KEY = "train/global_step"
-"""The x axis that the Trainer's own W&B reporter uses."""
 
 
 class HFEvents(TrainingEvents):
@@ -27,14 +24,15 @@ class HFEvents(TrainingEvents):
         checkpoint = resumed_checkpoint() if state.global_step > 0 else None
         if state.is_world_process_zero:
             warn_if_experts_are_not_restored(model, checkpoint)
+        trainer = calling_trainer()
         self._begin(
             Training(
                 model=model,
                 step=state.global_step,
                 output_dir=Path(args.output_dir),
-                trackers=[WandbSink(HF_STEP_KEY)],
+                trackers=reporter_sinks(trainer),
                 tokenizer=getattr(processing_class, "tokenizer", processing_class),  # a processor for images has one
-                eval_data=partial(eval_probe_set, calling_trainer()),
+                eval_data=partial(eval_probe_set, trainer),
                 state=read_state(checkpoint) if state.is_world_process_zero else None,
             )
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mui_callback.forgiving import warn
-from mui_callback.sinks.base import ProbePoint, RunDescription
+from mui_callback.sinks.logger import LoggerSink
 from mui_callback.trainers.base import Training, TrainingEvents
 from mui_callback.trainers.lightning_eval_data import eval_probe_set
 
@@ -83,31 +83,6 @@ class LightningEvents(TrainingEvents):
         """To where the loss of this step is logged: Lightning counts there from 0, in batches that made a step."""
         for sink in self._loggers:
             sink.step = trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-class LoggerSink:
-    """Logs the scalars of each point to one of the loggers of the Trainer.
-
-    Args:
-        logger: a Lightning logger.
-    """
-
-    def __init__(self, logger: Any) -> None:
-        self.logger = logger
-        self.name = type(logger).__name__
-        self.step = 0
-        """Of the next point, on the logger's x axis."""
-
-    def open(self, run: RunDescription) -> None:
-        """Nothing to do: the Trainer has made its loggers."""
-
-    def write(self, point: ProbePoint) -> None:
-        """Log the scalars; a failed probe logs nothing."""
-        if point.scalars:
-            self.logger.log_metrics(point.scalars, step=self.step)
-
-    def close(self) -> None:
-        """The loggers belong to the Trainer, which closes them."""
 
 
 def _is_last(trainer: Any, pl_module: Any) -> bool:

@@ -1,0 +1,51 @@
+"""How expert MUI is spread over the experts of each kind."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mui_callback.pictures import style
+from mui_callback.pictures.palette import ROUTED, SHARED
+from mui_callback.task_report import TaskReport
+
+_BINS = 30
+
+
+def expert_mui_histogram(task: TaskReport, *, title: str, subtitle: str) -> Figure:
+    """The share of the experts of each kind by their expert MUI; experts without a key neuron have a bar of their own,
+    left of 0.
+
+    Args:
+        task: whose experts these are.
+        title: above it.
+        subtitle: below that.
+    """
+    figure = style.blank(780, 400, title, subtitle)
+    axes = style.open_axes(style.place(figure, 64, 62, 690, 268))
+    style.label(axes, x="expert MUI: % of the expert's neurons that are key", y="% of the experts of a kind")
+    values, is_shared = 100 * task.expert_mui, task.layout.is_shared
+    highest = float(values.max()) or 1.0
+    edges = np.linspace(0, highest, _BINS + 1)
+    width = edges[1]
+    kinds = {"routed": (~is_shared, ROUTED), "shared": (is_shared, SHARED)}
+    for kind, (is_kind, color) in kinds.items():
+        if not is_kind.any() or not task.is_measured:
+            continue
+        of_kind = values[is_kind]
+        above = 100 * np.histogram(of_kind[of_kind > 0], edges)[0] / len(of_kind)
+        none = 100 * float(np.mean(of_kind == 0))
+        mean = f"{kind}: {len(of_kind):,} experts, mean {of_kind.mean():.3g} %"
+        axes.stairs(above, edges, color=color, fill=True, alpha=0.3, linewidth=0)
+        axes.stairs(above, edges, color=color, linewidth=1.6, label=mean)
+        axes.bar(-1.5 * width, none, width=width, color=color, alpha=0.3, edgecolor=color, linewidth=1.6)
+    if axes.containers or axes.patches:
+        axes.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=style.INK)
+    else:
+        axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, fontsize=10, ha="center", color=style.INK)
+    axes.set_xlim(-2.5 * width, highest)
+    axes.set_ylim(bottom=0)
+    ticks = [tick for tick in axes.get_xticks() if 0 < tick <= highest * (1 + 1e-9)]
+    axes.set_xticks([-1.5 * width, *ticks], ["none", *(f"{tick:.4g}" for tick in ticks)])
+    axes.set_xlim(-2.5 * width, highest)
+    return figure

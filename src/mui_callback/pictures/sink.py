@@ -1,0 +1,205 @@
+"""Pictures of every probe, drawn beside the training and logged to W&B."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from io import BytesIO
+from typing import Any
+
+from mui_callback.forgiving import warn
+from mui_callback.metrics.catalogue import key
+from mui_callback.pictures.paths import path_of
+from mui_callback.pictures.scene import HISTOGRAM_KEY, TABLE_KEY, Picture, Pictures, Scene, check_pictures, picture_key
+from mui_callback.pictures.studio import Studio
+from mui_callback.pictures.table import expert_rows
+from mui_callback.pictures.walls import Hang, Wall, walls_of
+from mui_callback.pictures.worker import Worker
+from mui_callback.probe.freeze import random_state_kept
+from mui_callback.report import MUIReport
+from mui_callback.sinks.base import ProbePoint, RunDescription, Sink
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 10.0
+"""Seconds for the last pictures, at the end of training."""
+_Drawing = tuple[Sequence[Hang], Scene]
+_Hung = tuple[Sequence[Hang], Mapping[str, Any]]
+
+
+class PictureSink:
+    """Has pictures drawn of each point by another process (see `Studio`), and logs those that are finished.
+
+    A point is only handed over while it is written. Finished pictures are logged by the training thread, at the next
+    step or the next point: a row that comes at any time could end one that the training loop has begun. They have the x
+    of their point. If points come faster than pictures are drawn, those of the points between are left out.
+
+    Args:
+        walls: where they are hung. Without a run there nothing is drawn.
+        pictures: ``"probe"`` or True, of each point; ``"end"``, of the last one; False, none.
+        tables: whether a table of the experts is logged after the last point.
+        is_crowded: whether the training loop may count W&B's rows itself (``step=``). Then there is at most one of ours
+            at each step, of the point or of pictures; a loop that is probed at each step has them at its end.
+    """
+
+    name = "pictures"
+
+    def __init__(
+        self, walls: Sequence[Wall], *, pictures: Pictures = True, tables: bool = False, is_crowded: bool = False
+    ) -> None:
+        check_pictures(pictures)
+        self._walls = tuple(walls)
+        self._pictures = pictures
+        self._tables = tables
+        self._is_crowded = is_crowded
+        self._logged: dict[int, dict[str, float]] = {}
+        self._axes: dict[str | None, str] = {}
+        self._latest: _Drawing | None = None
+        self._worker: Worker[_Drawing, _Hung] | None = None
+        self._studio = Studio()
+        self._can_draw: bool | None = None
+
+    def open(self, run: RunDescription) -> None:
+        """Remember the points before, where training goes on."""
+        self._logged = {step: dict(scalars) for step, scalars in run.points_before.items()}
+
+    def write(self, point: ProbePoint) -> None:
+        """Hand the point over; a failed probe has no pictures."""
+        if point.error is not None:
+            return
+        self._logged.setdefault(point.step, {}).update(point.scalars)
+        if point.report is not None:
+            self._logged[point.step] |= _ends_of_tasks(point.report)
+        self._axes |= {task: phase.point.axis for task, phase in point.phases.items()}
+        if not self._is_crowded:
+            self.between_points()
+        places = [place for wall in self._walls if (place := wall.place(point.step)) is not None]
+        if point.report is None or not places:
+            return
+        self._latest = places, self._scene(point, point.report)
+        if self._pictures in (True, "probe"):
+            self._submit(self._latest)
+
+    def between_points(self) -> None:
+        """Log what is finished.
+
+        Raises:
+            Exception: whatever was raised when it was drawn, or logged.
+        """
+        if self._worker is not None and (finished := self._take(self._worker)):
+            with random_state_kept():
+                for places, values in finished:
+                    _hang(places, values, is_end=False)
+
+    def _take(self, worker: Worker[_Drawing, _Hung]) -> list[_Hung]:
+        finished = worker.take()
+        return finished[-1:] if self._is_crowded else finished
+
+    def close(self) -> None:
+        """Log the last pictures, and the table if one is wanted.
+
+        Raises:
+            TimeoutError: the last pictures are not drawn within 10 s.
+            Exception: see `between_points`.
+        """
+        latest, self._latest = self._latest, None
+        if latest is not None and self._pictures == "end":
+            self._submit(latest)
+        try:
+            self._hang_the_last()
+        finally:
+            if latest is not None and self._tables:
+                places, scene = latest
+                _hang(places, {TABLE_KEY: _table(scene)}, is_end=True)
+
+    def _hang_the_last(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        is_done = worker.close(_PATIENCE)
+        try:
+            finished = self._take(worker)
+        finally:
+            self._studio.close()
+        for number, (places, values) in enumerate(finished, start=1):
+            _hang(places, values, is_end=number == len(finished))
+        if worker.n_dropped:
+            logger.info("MUI: %d points came faster than their pictures were drawn, and have none", worker.n_dropped)
+        if not is_done:
+            raise TimeoutError(f"the last pictures are not drawn after {_PATIENCE:g} s; they are left out")
+
+    def _submit(self, job: _Drawing) -> None:
+        if self._can_draw is None:
+            self._can_draw = _can_draw()
+        if self._can_draw:
+            self._worker = self._worker or Worker(self._draw, "mui-pictures")
+            self._worker.submit(job)
+
+    def _draw(self, job: _Drawing) -> _Hung:
+        """Run by the worker."""
+        places, scene = job
+        return places, _as_logged(scene, self._studio.draw(scene))
+
+    def _scene(self, point: ProbePoint, report: MUIReport) -> Scene:
+        tasks = report.task_names
+        whole = (None, *tasks) if len(tasks) > 1 else tasks
+        paths = (path_of(task, self._axes[task], self._logged) for task in whole if task in self._axes)
+        return Scene(
+            point.step, report.pooled, {name: report.tasks[name] for name in tasks}, tuple(p for p in paths if p.points)
+        )
+
+
+def pictures_at(
+    trackers: Sequence[Sink], *, pictures: Pictures, tables: bool, is_crowded: bool = False
+) -> list[PictureSink]:
+    """The sink that hangs pictures where these trackers log, if there is anything for it to do; see `PictureSink`."""
+    walls = walls_of(trackers)
+    wanted = bool(walls) and (pictures is not False or tables)
+    return [PictureSink(walls, pictures=pictures, tables=tables, is_crowded=is_crowded)] if wanted else []
+
+
+def _can_draw() -> bool:
+    """Whether there is what it takes; with a warning if not."""
+    try:
+        import PIL.Image  # noqa: F401 - W&B needs it here
+    except ImportError:
+        missing = "pillow"
+    else:
+        missing = "" if find_spec("matplotlib") else "matplotlib"
+    if missing:
+        warn(
+            f"MUI: there are no pictures, as {missing} cannot be imported; values are logged. "
+            "pip install 'mui-callback[wandb]'"
+        )
+    return not missing
+
+
+def _as_logged(scene: Scene, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+    """What W&B takes, by key."""
+    from PIL import Image
+
+    wandb: Any = sys.modules["wandb"]
+    values = {
+        picture_key(name): wandb.Image(Image.open(BytesIO(picture.png)), caption=picture.caption)
+        for name, picture in pictures.items()
+    }
+    return {**values, HISTOGRAM_KEY: wandb.Histogram(scene.pooled.expert_mui)}
+
+
+def _ends_of_tasks(report: MUIReport) -> dict[str, float]:
+    """The intervals of MUI, which are logged of all tasks pooled only."""
+    found = {task: report.intervals(task, metrics=("mui",))["mui"] for task in report.task_names}
+    known = {key("mui", task): interval for task, interval in found.items() if interval is not None}
+    return {f"{name}_{end}": getattr(interval, end) for name, interval in known.items() for end in ("low", "high")}
+
+
+def _table(scene: Scene) -> Any:
+    columns, rows = expert_rows(scene.pooled, scene.tasks)
+    return sys.modules["wandb"].Table(columns=columns, data=rows)
+
+
+def _hang(places: Sequence[Hang], values: Mapping[str, Any], *, is_end: bool) -> None:
+    for place in places:
+        place(values, is_end)

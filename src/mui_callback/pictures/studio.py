@@ -1,0 +1,108 @@
+"""A process that draws, beside the one that trains.
+
+Drawing is half a second of Python; in a thread it would take that from the training loop, which holds the same lock.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from contextlib import suppress
+from typing import IO, Any
+
+from mui_callback.pictures.scene import Picture, Scene
+
+
+class StudioError(RuntimeError):
+    """The process that draws said what went wrong, or ended."""
+
+
+class Studio:
+    """Draws scenes in a process of its own, which is started by the first one and again if it has ended.
+
+    It is a new Python that imports neither torch nor what the user has written, at low priority; where the training
+    process ends in whichever way, so does it.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def draw(self, scene: Scene) -> dict[str, Picture]:
+        """See `mui_callback.pictures.draw.draw`; waits for it.
+
+        Raises:
+            StudioError: it cannot be drawn, or the process ended.
+            OSError: it cannot be started.
+        """
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            _send(process.stdin, scene)
+            found = pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            self.close()
+            raise StudioError(f"the process that draws ended ({type(error).__name__})") from error
+        if isinstance(found, str):
+            raise StudioError(found)
+        drawn: dict[str, Picture] = found
+        return drawn
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    _close(pipe)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+                start_new_session=True,  # what interrupts the training in the terminal leaves the last pictures alone
+            )
+        return self._process
+
+
+def main() -> None:
+    """Draw what comes in, until nothing does any more."""
+    from mui_callback.pictures.draw import draw
+
+    if hasattr(os, "nice"):
+        os.nice(10)
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr
+    while True:
+        try:
+            scene = pickle.load(source)
+        except EOFError:
+            return
+        try:
+            found: Any = draw(scene)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        _send(target, found)
+
+
+def _send(target: IO[bytes], values: Any) -> None:
+    target.write(pickle.dumps(values))
+    target.flush()
+
+
+def _close(pipe: IO[bytes]) -> None:
+    with suppress(OSError):  # what was written last did not arrive
+        pipe.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The workspace: the sections of the catalogue as panels, all on the x axis of the loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
+from mui_callback.metrics.catalogue import PREFIX
+from mui_callback.metrics.sections import SECTIONS
+from mui_callback.pictures.scene import picture_key
+
+Trainer = Literal["hf", "lightning", "loop"]
+X_AXES: dict[Trainer, str] = {"hf": "train/global_step", "lightning": "trainer/global_step", "loop": f"{PREFIX}/step"}
+"""What the losses of each trainer are plotted against."""
+NAME = "MUI"
+PICTURES = ("trajectory", "expert_mui", "activated_frequency", "top_experts", "expert_mui_histogram")
+"""The last parts of the keys of pictures, in the order of their panels."""
+
+_TRAINING_LOSS = r"^((train|val|valid|validation|eval|test)[/_])*loss(_step|_epoch)?$"
+_COLUMNS = 3
+
+
+def build_workspace(entity: str, project: str, trainer: Trainer) -> ws.Workspace:
+    """The workspace as an object of wandb-workspaces; nothing is sent.
+
+    Whatever tasks, benchmarks and rules a run has are found by regular expressions; a panel without data stays empty.
+
+    Args:
+        entity: whose project it is.
+        project: its name.
+        trainer: whose step is the x axis.
+    """
+    x = X_AXES[trainer]
+    loss = _line(x, "Loss of the trainer", "loss", _TRAINING_LOSS)
+    sections = []
+    for name, panels in SECTIONS.items():
+        lines = [_line(x, panel.title, panel.unit, panel.regex) for panel in panels]
+        if name == "Trajectory":
+            lines.insert(1, loss)
+        sections.append(_section(name, lines))
+    pictures = [wr.MediaBrowser(media_keys=[picture_key(name)], num_columns=1) for name in PICTURES]
+    sections.insert(1, _section("Pictures", pictures))
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=NAME,
+        sections=sections,
+        settings=ws.WorkspaceSettings(x_axis=x),
+        auto_generate_panels=False,
+    )
+
+
+def workspace_spec(workspace: ws.Workspace) -> dict[str, Any]:
+    """What `save` would send, as JSON has it."""
+    spec: dict[str, Any] = workspace._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return spec
+
+
+def _line(x: str, title: str, unit: str, regex: str) -> Any:
+    return wr.LinePlot(title=title, x=x, metric_regex=regex, title_y=unit, smoothing_type="none")
+
+
+def _section(name: str, panels: list[Any]) -> Any:
+    rows = -(-len(panels) // _COLUMNS)
+    layout = ws.SectionLayoutSettings(columns=_COLUMNS, rows=rows)
+    return ws.Section(name=name, panels=panels, is_open=name != "Cost", layout_settings=layout)

@@ -1,0 +1,37 @@
+"""Several runs in processes of their own, without importing everything once for each."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+with suppress(ImportError):
+    import deepspeed  # noqa: F401 - or the Trainer imports it in each of them
+
+_AT_A_TIME = 2
+
+
+def at_once(main: Callable[[Path, str], None], directory: Path, names: Iterable[str]) -> None:
+    """Call ``main(directory / name, name)`` for each, in forks, two at a time; exits with 1 if any of them fails."""
+    failed = n_running = 0
+    for name in names:
+        if n_running == _AT_A_TIME:
+            failed += os.wait()[1] != 0
+            n_running -= 1
+        n_running += 1
+        if os.fork() == 0:
+            code = 1
+            try:
+                main(directory / name, name)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)  # nothing of the parent's, which it would do at its exit
+    failed += sum(os.wait()[1] != 0 for _ in range(n_running))
+    sys.exit(failed > 0)
