@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from mui_callback.callback import MUICallback
     from mui_callback.experts.adapters import MoEBlock, StackedWeight, register_adapter
     from mui_callback.monitor import MUIMonitor
+    from mui_callback.monitoring.alert_rule import AlertRule
     from mui_callback.probe.probe_set import ProbeSet
     from mui_callback.probe.run import MUIProbe
     from mui_callback.report import MUIReport
     from mui_callback.sinks.memory import MemorySink
 
 __all__ = [
+    "AlertRule",
     "LMEval",
     "MUICallback",
     "MUIMonitor",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AlertRule": "mui_callback.monitoring.alert_rule",
     "LMEval": "mui_callback.benchmarks.tasks",
     "MUICallback": "mui_callback.callback",
     "MUIMonitor": "mui_callback.monitor",
