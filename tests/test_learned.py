@@ -13,9 +13,12 @@ import tiny
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.errors import ProbeError
 from mui_callback.experts.tail import Tail
+from mui_callback.scoring.rows import Contributions
 from plain_moe import build_plain
 from test_repeated import assert_same_to_the_bit
 from tiny_samples import make_samples
+
+sums = Contributions.sums
 
 
 def make_probe(model: nn.Module) -> MUIProbe:
@@ -81,11 +84,33 @@ def test_a_model_that_is_changed_in_between_is_found_out_and_learned_anew(locate
     probe, shared = make_probe(model), [m for name, m in model.named_modules() if name.endswith(".shared_expert")]
     first, asked = probe.measure(), len(located)
     with in_reverse(shared):
-        with pytest.raises(ProbeError, match="do not add up"):
-            probe.measure()
-        assert len(located) == asked
-        assert_same_key_neurons(first, probe.measure())
+        for _ in range(2):
+            located.clear()
+            assert_same_key_neurons(first, probe.measure())
+            assert len(located) == asked * len(probe._rounds)  # their order is not that of the positions
+    located.clear()
     assert_same_key_neurons(first, probe.measure())
+    assert len(located) == asked
+
+
+def test_one_that_stays_wrong_is_told(located: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = make_probe(tiny.build("qwen2_moe"))
+    probe.measure()
+    monkeypatch.setattr(Contributions, "sums", lambda rows: 2 * sums(rows))
+    with pytest.raises(ProbeError, match="do not add up"):
+        probe.measure()
+    monkeypatch.undo()
+    probe.measure()
+
+
+def test_verify_learns_anew_and_leaves_what_is_known(located: list[str]) -> None:
+    probe = make_probe(tiny.build("qwen2_moe"))
+    probe.measure()
+    asked = len(located)
+    probe.verify()
+    assert len(located) == 2 * asked
+    probe.measure()
+    assert len(located) == 2 * asked
 
 
 def test_nothing_is_kept_of_what_has_no_weight(located: list[str]) -> None:

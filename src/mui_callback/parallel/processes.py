@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from torch import distributed
 
@@ -30,13 +30,22 @@ _ABANDONED = "abandoned"
 _numbers = count()
 
 
+Kind = Literal["other", "reading", "memory"]
+"""``"reading"``: a `ProbeError`, which is about how the layers are read."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """What went wrong in one process."""
 
     rank: int
     text: str
-    out_of_memory: bool
+    kind: Kind
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether a smaller batch may go well."""
+        return self.kind == "memory"
 
     def __str__(self) -> str:
         return f"process {self.rank}: {self.text}"
@@ -99,23 +108,22 @@ class Processes:
         Raises:
             DesynchronizedError: not all processes came to this call.
         """
-        mine = None if error is None else Failure(self.rank, described(error), out_of_memory(error))
+        mine = None if error is None else Failure(self.rank, described(error), _kind(error))
         if self._store is None:
             return [] if mine is None else [mine]
         with self._talking() as key:
             if mine is not None:
-                # Those that ran out of memory are numbered apart, so that one look tells whether all failures are such.
-                kind = "memory" if mine.out_of_memory else "other"
-                number = self._store.add(f"{key}/{kind}", 1)
-                self._store.set(f"{key}/{kind}/{number}", json.dumps([mine.rank, mine.text]))
+                # Each kind is numbered apart, so that one look tells whether all failures are of one.
+                number = self._store.add(f"{key}/{mine.kind}", 1)
+                self._store.set(f"{key}/{mine.kind}/{number}", json.dumps([mine.rank, mine.text]))
             if self._store.add(f"{key}/arrived", 1) == self.world_size:
                 self._store.set(f"{key}/all", "")
             self._wait_for(f"{key}/all")
             found = []
-            for kind in ("other", "memory"):
+            for kind in get_args(Kind):
                 for number in range(1, min(self._store.add(f"{key}/{kind}", 0), _SHOWN) + 1):
                     rank, text = json.loads(self._store.get(f"{key}/{kind}/{number}"))
-                    found.append(Failure(rank, text, kind == "memory"))
+                    found.append(Failure(rank, text, kind))
             return found
 
     def together(self, action: Callable[[], _T]) -> _T:
@@ -181,6 +189,12 @@ class Processes:
 def in_words(failures: Sequence[Failure]) -> str:
     """All of them, in one line."""
     return "; ".join(map(str, failures))
+
+
+def _kind(error: BaseException) -> Kind:
+    if out_of_memory(error):
+        return "memory"
+    return "reading" if isinstance(error, ProbeError) else "other"
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,21 +16,24 @@ from mui_callback.experts.discover import find_expert_layers
 from mui_callback.experts.layer import layout_of
 from mui_callback.forgiving import attempt, warn
 from mui_callback.metrics.utilization import FloatArray
-from mui_callback.parallel.processes import Failure, Processes, in_words
+from mui_callback.parallel.processes import Processes, in_words
 from mui_callback.parallel.replicas import check_same, have_one_model
 from mui_callback.parallel.shards import Shards
 from mui_callback.parallel.weights import common_device, is_spread
 from mui_callback.probe.ablation import AblationReport, What, ablate
 from mui_callback.probe.batches import make_rounds
 from mui_callback.probe.capture import Reading
-from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
+from mui_callback.probe.encode import Tokenizer, encode
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead
+from mui_callback.probe.learned import Learned
 from mui_callback.probe.losses import LossPass, Trial
 from mui_callback.probe.model_config import context_length, decoder_start
+from mui_callback.probe.outcome import Outcome
 from mui_callback.probe.passes import Passed, ProbePass, Rounds
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.score_layer import LayerReader
+from mui_callback.probe.tabled import tabled
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.probe.verification import ROUNDING, ROUNDING_OF_FLOAT32, Verification
 from mui_callback.report import MUIReport
@@ -100,7 +102,7 @@ class MUIProbe:
             vocab_size=vocab_size,
             decoder_start=decoder_start(self.model),
         )
-        self._sample_table = _sample_table(self._encoded)
+        self._sample_table = tabled(self._encoded)
         self._find_shards()
 
     def halve_batches(self) -> bool:
@@ -144,9 +146,19 @@ class MUIProbe:
         """
         processes = self._agreed()
         self.wait_for_device()
-        start = time.perf_counter()
-        sent = self._sent
-        passed, error = attempt(lambda: self._one_pass(self._rounds, self._choice_rounds))
+        start, sent = time.perf_counter(), self._sent
+        if self._learned.is_used:
+            outcome, error = attempt(lambda: self._outcome(processes, start, sent))
+            if error is not None and not isinstance(error, ProbeError):
+                raise error
+            if outcome is not None and not outcome.is_misread:
+                return outcome
+            # what was learned before does not hold any more
+        return self._outcome(processes, start, sent)
+
+    def _outcome(self, processes: Processes, start: float, sent: int) -> Outcome:
+        """See `try_measure`, of one pass."""
+        passed, error = attempt(lambda: self._one_pass(self._rounds, self._choice_rounds, self._learned.take))
         if isinstance(error, InterruptedPassError):
             raise error
         failures = processes.gather_failures(error)
@@ -168,7 +180,7 @@ class MUIProbe:
         )
         rounding = ROUNDING if n_bytes[1] else ROUNDING_OF_FLOAT32
         Verification.of(self.layout, report.counts, report.tokens, rounding).raise_if_wrong()
-        self._remember(passed.readers)
+        self._learned.keep(passed.readers)
         return Outcome(report)
 
     @property
@@ -249,7 +261,7 @@ class MUIProbe:
             ProbeError: the experts did not run in a way that can be read at all.
         """
         first = self._rounds[:1]
-        passed = self._one_pass(first, [])
+        passed = self._one_pass(first, [], lambda device: self._learned.anew())
         n_tokens = sum(len(batch.target) for batch in chain.from_iterable(first))
         explained = ROUNDING if passed.is_coarse else ROUNDING_OF_FLOAT32
         counts = passed.counts.to_host()
@@ -270,8 +282,7 @@ class MUIProbe:
 
     def _use(self, shards: Shards) -> None:
         self._shards = shards
-        self._readers = self._new_readers()
-        self._read_in = _autocast(self._device)
+        self._learned = Learned(self._new_readers, self._device)
         self._make_batches(self.settings.batch_tokens)
 
     def _alone_if_models_differ(self, processes: Processes) -> None:
@@ -302,12 +313,11 @@ class MUIProbe:
         """Bytes that this process has sent in all probes so far."""
         return self._shards.traffic.sent + sum(layer.peers.traffic.sent for layer in self.layers)
 
-    def _one_pass(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
+    def _one_pass(
+        self, rounds: Rounds, choice_rounds: Rounds, readers: Callable[[torch.device], Sequence[LayerReader]]
+    ) -> Passed:
         self._device = common_device(self.model)
-        precision = _autocast(self._device)
-        reading = Reading(self._readers if precision == self._read_in else self._new_readers())
-        self._read_in = precision
-        self._readers = self._new_readers()  # nothing is kept of a pass that fails in any process
+        reading = Reading(readers(self._device))
         one = ProbePass(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings, reading)
         return one.run(rounds, choice_rounds)
 
@@ -321,52 +331,7 @@ class MUIProbe:
             LayerReader(layer, counts=self._shards.counts, activation=self.settings.activation) for layer in self.layers
         )
 
-    def _remember(self, readers: Sequence[LayerReader]) -> None:
-        """After a pass that went well in all processes: what was learned is not learned again."""
-        self._readers = tuple(
-            reader if reader.is_learned else new for reader, new in zip(readers, self._readers, strict=True)
-        )
-
     def _make_batches(self, batch_tokens: int) -> None:
         self.settings = replace(self.settings, batch_tokens=batch_tokens)
         self._rounds = make_rounds(self._encoded.samples, batch_tokens, self._shards.n)
         self._choice_rounds = make_rounds(self._encoded.choices, batch_tokens, self._shards.n)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of a pass in all processes."""
-
-    report: MUIReport | None = None
-    """None if it failed in one of them."""
-    error: Exception | None = None
-    """What it failed with in this one."""
-    failures: Sequence[Failure] = ()
-
-
-def _autocast(device: torch.device) -> torch.dtype | None:
-    """In which precision autocast lets products run; None without it."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def _sample_table(encoded: EncodedProbeSet) -> SampleTable:
-    samples = encoded.samples
-    n_choices = [len(sample.choices) for sample in samples]
-    lengths = [
-        # one unit for all choices of a sample
-        [
-            choice.n_bytes if all(c.n_bytes for c in sample.choices) else int(choice.scored.sum())
-            for choice in sample.choices
-        ]
-        for sample in samples
-    ]
-    return SampleTable(
-        id=tuple(sample.id for sample in samples),
-        task=encoded.task_of_sample,
-        n_tokens=np.array([sample.scored.sum() for sample in samples], dtype=np.int64),
-        n_bytes=np.array([-1 if sample.n_bytes is None else sample.n_bytes for sample in samples], dtype=np.int64),
-        truncated=np.array([sample.n_truncated > 0 for sample in samples], dtype=np.bool_),
-        answer=np.array([-1 if sample.answer is None else sample.answer for sample in samples], dtype=np.int64),
-        choice_sample=np.repeat(np.arange(len(samples)), n_choices),
-        choice_length=np.array([length for sample in lengths for length in sample], dtype=np.int64),
-    )
