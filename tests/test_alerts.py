@@ -18,7 +18,7 @@ from integrations import make_model, probe_set
 from mui_callback import MemorySink, MUIMonitor
 from mui_callback.monitoring.alert_rule import AlertRule, alerts_at
 from mui_callback.monitoring.alerts import Alerts
-from mui_callback.monitoring.besides import Asked
+from mui_callback.monitoring.asked import Asked
 from training import rows
 
 GINI, DEAD, OVERHEAD = "mui/expert_gini", "mui/dead_experts", "mui/overhead"

@@ -12,7 +12,7 @@ from made import LAYOUT, make_report
 from mui_callback import MemorySink, MUIMonitor
 from mui_callback.layout import ExpertLayout, LayerShape
 from mui_callback.metrics.catalogue import CATALOGUE, MOST_LAYERS, Scope, key, layer_keys, metric_of
-from mui_callback.monitoring.besides import Asked
+from mui_callback.monitoring.asked import Asked
 
 SAMPLES = [{0, 1, 13}, {4, 24}, {1, 12}]
 

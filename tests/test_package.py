@@ -12,7 +12,7 @@ import mui_callback
 from made import make_report
 from mui_callback.cli import main
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key, markdown_table
-from mui_callback.pictures.scene import HISTOGRAM_KEY, PICTURE_KEYS, PICTURE_STEP_KEY
+from mui_callback.pictures.scene import HISTOGRAM_KEY, PICTURE_STEP_KEY, PICTURES
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "transformers", "accelerate", "lightning", "wandb", "deepspeed", "datasets", "matplotlib")
@@ -66,7 +66,7 @@ def test_a_run_of_three_tasks_has_at_most_60_keys_unless_more_are_asked_for() ->
     at_all_times = [
         m for m in CATALOGUE if m.scope not in (Scope.REPORT, Scope.RULE, Scope.LAYER, Scope.END) and "<" not in m.name
     ]
-    in_pictures = len(PICTURE_KEYS) + len((HISTOGRAM_KEY, PICTURE_STEP_KEY))
+    in_pictures = len(PICTURES) + len((HISTOGRAM_KEY, PICTURE_STEP_KEY))
     assert len(at_all_times) + 3 * sum(metric.scope.is_per_task for metric in at_all_times) + in_pictures <= 60
 
 

@@ -21,7 +21,7 @@ from integrations import make_model, probe_set
 from made import make_report
 from mui_callback import MemorySink, MUICallback, MUIMonitor, ProbeSet
 from mui_callback.pictures import sink as sink_module
-from mui_callback.pictures.scene import HISTOGRAM_KEY, PICTURE_KEYS, TABLE_KEY, picture_key
+from mui_callback.pictures.scene import HISTOGRAM_KEY, PICTURES, TABLE_KEY, picture_key
 from mui_callback.pictures.sink import PictureSink
 from mui_callback.pictures.studio import Studio, StudioError
 from mui_callback.pictures.worker import Worker
@@ -76,23 +76,25 @@ def test_the_newest_job_is_done_next_and_nothing_piles_up() -> None:
     assert started.wait(30)
     for job in range(1, 100):
         worker.submit(job)  # returns, though nothing is done
-    assert worker.take() == []
+    assert not worker.has_news
+    assert worker.take() == ([], None)
     go_on.set()
     assert worker.close(30)
-    assert worker.take() == done == [0, 99]
+    assert worker.has_news
+    assert worker.take() == (done, None) == ([0, 99], None)
     assert worker.n_dropped == 98
     worker.submit(5)
-    assert worker.take() == []
+    assert not worker.has_news
 
 
 def test_results_that_nobody_takes_do_not_pile_up() -> None:
     worker: Worker[int, int] = Worker(lambda job: job, "test")
     for job in range(50):
         worker.submit(job)
-        while not worker.take() and job % 2:
+        while not worker.take()[0] and job % 2:
             time.sleep(0.001)
     assert worker.close(30)
-    assert len(worker.take()) <= 4
+    assert len(worker.take()[0]) <= 4
 
 
 def test_what_a_job_raises_comes_once_and_the_next_is_done() -> None:
@@ -105,9 +107,10 @@ def test_what_a_job_raises_comes_once_and_the_next_is_done() -> None:
         time.sleep(0.001)
     worker.submit(2)
     assert worker.close(30)
-    with pytest.raises(ZeroDivisionError):
-        worker.take()
-    assert worker.take() == [0.5]
+    found, error = worker.take()
+    assert found == [0.5]  # not lost, whatever another job raised
+    assert isinstance(error, ZeroDivisionError)
+    assert worker.take() == ([], None)
 
 
 def test_a_job_without_end_is_not_waited_for() -> None:
@@ -132,11 +135,11 @@ def test_the_training_thread_logs_what_another_has_drawn() -> None:
     assert [step for step, *_ in board.hung] == [0, 5]
     for _, thread, values in board.hung:
         assert thread == threading.current_thread().name
-        assert values.keys() == {*(picture_key(name) for name in PICTURE_KEYS), HISTOGRAM_KEY}
-        assert all(isinstance(values[picture_key(name)], wandb.Image) for name in PICTURE_KEYS)
+        assert values.keys() == {*(picture_key(name) for name in PICTURES), HISTOGRAM_KEY}
+        assert all(isinstance(values[picture_key(name)], wandb.Image) for name in PICTURES)
 
 
-@pytest.mark.parametrize(("pictures", "steps"), [(True, [0, 1, 2]), ("probe", [0, 1, 2]), ("end", [2]), (False, [])])
+@pytest.mark.parametrize(("pictures", "steps"), [(True, [0, 1, 2]), ("end", [2]), (False, [])])
 def test_when_there_are_pictures(pictures: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PictureSink, "_draw", lambda _, job: (job[0], {"step": job[1].step}))
     board = Board()
@@ -174,8 +177,8 @@ def test_without_a_run_nothing_is_drawn() -> None:
 # In training
 
 
-def watched(board: Board, memory: MemorySink) -> MUICallback:
-    return MUICallback(ProbeSet({"a": make_samples(7)}), every=2, sinks=[PictureSink([board]), memory])
+def watched(board: Board, memory: MemorySink, **options: Any) -> MUICallback:
+    return MUICallback(ProbeSet({"a": make_samples(7)}), every=2, sinks=[PictureSink([board]), memory], **options)
 
 
 def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
@@ -186,9 +189,9 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
     assert board.hung[-1][0] == STEPS
 
 
-@pytest.mark.parametrize("where", ["drawing", "logging"])
+@pytest.mark.parametrize(("where", "on_error"), [("drawing", "warn"), ("drawing", "raise"), ("logging", "raise")])
 def test_pictures_that_fail_cost_one_warning_and_no_point(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, on_error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
         raise OSError("no space left")
@@ -199,7 +202,7 @@ def test_pictures_that_fail_cost_one_warning_and_no_point(
     memory = MemorySink()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(tmp_path, [watched(Board(fail if where == "logging" else lambda: None), memory)])
+        train(tmp_path, [watched(Board(fail if where == "logging" else lambda: None), memory, on_error=on_error)])
     assert [p.step for p in memory.points] == [0, 2, 4, 6, 8]
     assert all(p.error is None for p in memory.points)
     (ours,) = [str(w.message) for w in caught if "pictures" in str(w.message)]
@@ -217,6 +220,19 @@ def test_time_that_pictures_take_between_probes_is_overhead(tmp_path: Path) -> N
             monitor.step(step)
         spent = monitor.state_dict()["history"]["spent"]
     assert spent["probing"] >= 0.5
+
+
+def test_a_wall_where_nothing_can_be_hung_keeps_nothing_from_another() -> None:
+    def fail() -> None:
+        raise OSError("no space left")
+
+    board = Board()
+    sink = PictureSink([Board(fail), board])
+    drawn(sink, 0)
+    with pytest.raises(OSError, match="no space left"):
+        sink.between_points()
+    assert [step for step, *_ in board.hung] == [0]
+    sink.close()
 
 
 def test_a_process_that_is_killed_is_told_once_and_another_draws_on() -> None:
@@ -307,7 +323,7 @@ print("mui/mui" in wandb.run.summary.keys(), "mui/pictures/expert_mui" in wandb.
 
 @pytest.mark.parametrize("pictures", ["never", None, 1.5, "True"])
 def test_an_option_that_is_none_is_told(pictures: Any) -> None:
-    with pytest.raises(ValueError, match="pictures: expected True, False, 'probe' or 'end', got"):
+    with pytest.raises(ValueError, match="pictures: expected True, False or 'end', got"):
         MUICallback(pictures=pictures)
     with pytest.raises(ValueError, match="pictures: expected"):
         MUIMonitor(None, pictures=pictures)  # type: ignore[arg-type]

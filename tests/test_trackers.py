@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from mui_callback.sinks.mlflow import MLflowSink
+
 HERE = Path(__file__).parent
 Values = dict[int, dict[str, float]]
 """By step and key."""
@@ -135,12 +137,19 @@ def test_loggers_of_lightning(tracker: str, directory: Path) -> None:
     assert {step for step, values in found.items() if "train/loss" in values} == set(range(8))
 
 
+def test_names_that_mlflow_cannot_tell_apart_stay_apart() -> None:
+    sink = MLflowSink()
+    for _ in range(2):
+        renamed = sink._renamed({"mui/a?/mui": 1.0, "mui/a!/mui": 2.0, "mui/数学/mui": 3.0, "mui/代码/mui": 4.0})
+        assert renamed == {"mui/a_/mui": 1.0, "mui/a_/mui_2": 2.0, "mui/数学/mui": 3.0, "mui/代码/mui": 4.0}
+
+
 @pytest.mark.parametrize("tracker", READERS)
 def test_trackers_of_a_loop(tracker: str, directory: Path) -> None:
     """MLflow refuses whole batches for the name of one metric."""
     output_dir = train(directory, "loop")
     found = in_trackio(output_dir, "mui/step") if tracker == "trackio" else READERS[tracker](output_dir)
-    name = "_ber_" if tracker == "mlflow" else "über?"
+    name = "über_" if tracker == "mlflow" else "über?"
     points = in_record(output_dir)
     assert list(points) == [0, 3, 6, 8]
     assert "mui/über?/mui" in points[0]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mui_callback.metrics.catalogue import CATALOGUE, key
-from mui_callback.pictures.scene import HISTOGRAM_KEY, PICTURE_KEYS, PICTURE_STEP_KEY, TABLE_KEY
+from mui_callback.pictures.scene import HISTOGRAM_KEY, PICTURE_STEP_KEY, PICTURES, TABLE_KEY
 from training import STEPS
 
 HERE = Path(__file__).parent
@@ -54,7 +54,7 @@ def mui_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def picture_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = tuple(f"mui/pictures/{name}." for name in PICTURE_KEYS)
+    names = tuple(f"mui/pictures/{name}." for name in PICTURES)
     return [row for row in history(records) if any(name.startswith(names) for name in row)]
 
 
@@ -74,9 +74,9 @@ def assert_pictures(records: list[dict[str, Any]], folder: Path, steps: dict[int
     (files,) = (folder / "wandb").glob("offline-run-*/files")
     for row in rows:
         keys = {name.rpartition(".")[0] for name in row if name.startswith(("mui/pictures/", "mui/histograms/"))} - {""}
-        assert keys == {f"mui/pictures/{name}" for name in PICTURE_KEYS} | {HISTOGRAM_KEY}
+        assert keys == {f"mui/pictures/{name}" for name in PICTURES} | {HISTOGRAM_KEY}
         assert len(keys) <= 6
-        for name in PICTURE_KEYS:
+        for name in PICTURES:
             picture = {part: row[f"mui/pictures/{name}.{part}"] for part in ("path", "caption", "width", "size")}
             assert f"Step {of_x[row[x]]}, " in picture["caption"]
             with Image.open(files / picture["path"]) as image:

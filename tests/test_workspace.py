@@ -16,8 +16,7 @@ import wandb_workspaces.workspaces as ws
 from mui_callback.cli import main
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
 from mui_callback.metrics.sections import SECTIONS
-from mui_callback.pictures.scene import PICTURE_KEYS
-from mui_callback.workspace.build import PICTURES, X_AXES, build_workspace, workspace_spec
+from mui_callback.workspace.build import X_AXES, build_workspace, workspace_spec
 from wandb_server import WandbServer
 
 HERE = Path(__file__).parent
@@ -82,7 +81,6 @@ def test_every_metric_of_a_section_is_one_that_is_logged() -> None:
     logged = {metric.name for metric in CATALOGUE if metric.scope is not Scope.REPORT}
     for panel in (panel for panels in SECTIONS.values() for panel in panels):
         assert set(panel.metrics) <= logged, panel.title
-    assert set(PICTURES) == set(PICTURE_KEYS)
 
 
 def test_whoever_reads_may_have_had_enough() -> None:

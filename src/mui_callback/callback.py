@@ -12,8 +12,8 @@ from mui_callback.benchmarks.given import Benchmarks
 from mui_callback.forgiving import described, warn
 from mui_callback.metrics.catalogue import Detail
 from mui_callback.monitoring.alert_rule import AlertRule
+from mui_callback.monitoring.asked import Ablate, Asked
 from mui_callback.monitoring.benchmark_runs import BenchmarksEvery
-from mui_callback.monitoring.besides import Ablate, Asked
 from mui_callback.monitoring.run_monitor import OnError, RunMonitor, check_on_error, check_sinks
 from mui_callback.monitoring.schedule import Every, Schedule
 from mui_callback.parallel.processes import Processes

@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+ExpertKind = Literal["routed", "shared", "dense"]
 
 
 class KeyNeuron(NamedTuple):
@@ -52,6 +54,15 @@ class LayerShape:
     def n_experts(self) -> int:
         """Routed and shared experts, |E_r| + |E_s|."""
         return self.n_routed + len(self.shared_widths)
+
+    @property
+    def expert_kinds(self) -> tuple[ExpertKind, ...]:
+        """What each expert is, in the order of the experts axis; a layer that is one expert is a dense one."""
+        if self.n_experts == 1:
+            return ("dense",)
+        kinds: list[ExpertKind] = ["routed"] * self.n_routed
+        kinds += ["shared"] * len(self.shared_widths)
+        return tuple(kinds)
 
     @property
     def n_neurons(self) -> int:
@@ -109,6 +120,11 @@ class ExpertLayout:
         """Whether each expert is a shared one, bool ``[experts]``."""
         kinds = [[False] * layer.n_routed + [True] * len(layer.shared_widths) for layer in self.layers]
         return np.array([kind for layer in kinds for kind in layer], dtype=np.bool_)
+
+    @cached_property
+    def expert_kinds(self) -> tuple[ExpertKind, ...]:
+        """What each expert is."""
+        return tuple(kind for layer in self.layers for kind in layer.expert_kinds)
 
     @cached_property
     def first_neuron(self) -> NDArray[np.int64]:

@@ -79,7 +79,7 @@ class MUIReport(PassResults):
         so no value is None, NaN or infinite.
 
         Args:
-            detail: ``"layers"`` for ``mui/<metric>/<layer>`` besides, at most 256 keys.
+            detail: ``"layers"`` for ``mui/layer_<metric>/<layer>`` besides, at most 256 keys.
         """
         values: dict[str, float | None] = {}
         for metric in CATALOGUE:

@@ -44,6 +44,7 @@ class AlertRule:
 
     Raises:
         ValueError: a value is out of its range.
+        TypeError: one that has to be a whole number is not.
     """
 
     dead: float = 0.02
@@ -60,6 +61,9 @@ class AlertRule:
     """Alerts at most, of all kinds; more are only logged."""
 
     def __post_init__(self) -> None:
+        for name in ("window", "per_hour"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name}: expected a whole number, got {getattr(self, name)!r}")
         ranges = {
             "dead": (0 <= self.dead <= 1, "a share in [0, 1]"),
             "window": (self.window >= _FEWEST, f"a number of points of at least {_FEWEST}"),

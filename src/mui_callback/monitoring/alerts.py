@@ -39,21 +39,24 @@ class Alerts:
         found, error = attempt(lambda: alerts_at(step, points, self._budget, rule))
         if error is not None:
             logger.warning("MUI at step %d: no alerts. %s", step, described(error))
+        for alert in found or ():
+            logger.warning("%s. %s", alert.title, alert.text)
         return self._allowed(found or ())
 
     def of_failure(self, step: int, message: str) -> tuple[Alert, ...]:
-        """The same, where probes fail so often that no more are made."""
+        """The same, where a probe failed and no more are made, which is a warning already."""
         if not self._rule or not self._is_main:
             return ()
-        return self._allowed((Alert("failure", step, "MUI: probes keep failing", message, is_bad=True),))
+        text = f"No more are made after step {step}. {message}"
+        return self._allowed((Alert("failure", step, "MUI: probes fail", text, is_bad=True),))
 
     def _allowed(self, alerts: tuple[Alert, ...]) -> tuple[Alert, ...]:
+        """Those that are not too many."""
         allowed: list[Alert] = []
         for alert in alerts:
             now = time.monotonic()
             while self._told and now - self._told[0] > _HOUR:
                 self._told.popleft()
-            logger.warning("%s. %s", alert.title, alert.text)
             if self._rule and len(self._told) < self._rule.per_hour:
                 self._told.append(now)
                 allowed.append(alert)

@@ -28,12 +28,13 @@ class Delivery:
         """Do something with each of them.
 
         Returns:
-            The first exception, after all were told.
+            The first exception, after all were told; that of an optional sink (pictures) is none.
         """
         first: Exception | None = None
         for sink in self.sinks:
             error = self._attempt(sink, partial(action, sink))
-            first = first or error
+            if not getattr(sink, "is_optional", False):
+                first = first or error
         return first
 
     def between_points(self) -> None:

@@ -21,7 +21,8 @@ from mui_callback.errors import DesynchronizedError, InterruptedPassError, Probe
 from mui_callback.forgiving import described, warn
 from mui_callback.metrics.catalogue import OVERHEAD
 from mui_callback.monitoring.alerts import Alerts
-from mui_callback.monitoring.besides import Asked, Besides, Found
+from mui_callback.monitoring.asked import Asked
+from mui_callback.monitoring.besides import Besides, Found
 from mui_callback.monitoring.delivery import Delivery
 from mui_callback.monitoring.history import History
 from mui_callback.monitoring.pace import Pace
@@ -169,7 +170,7 @@ class RunMonitor:
             with random_state_kept(), self._pace.probing(step, last=last):
                 self._make_point(step, last=last)
         except DesynchronizedError as error:
-            self._write(self._failed_point(step, error))
+            self._write(self._failed_point(step, error, is_last=True))
             if self.on_error == "raise":
                 raise
             self._stop(f"MUI: no more probes after step {step}, training goes on. {error}")
@@ -281,9 +282,7 @@ class RunMonitor:
 
     def _fail(self, step: int, error: Exception) -> None:
         self._failures_in_a_row += 1
-        point = self._failed_point(step, error)
-        if self._failures_in_a_row == _GIVE_UP_AFTER:
-            point = replace(point, alerts=self._alerts.of_failure(step, f"At step {step}: {point.error}"))
+        point = self._failed_point(step, error, is_last=self._failures_in_a_row == _GIVE_UP_AFTER)
         self._write(point)
         if self.on_error == "raise":
             raise error
@@ -296,9 +295,11 @@ class RunMonitor:
                 f"{point.error}"
             )
 
-    def _failed_point(self, step: int, error: Exception) -> ProbePoint:
-        where = "".join(format_exception(error))
-        return ProbePoint(step, error=described(error), traceback=where, spent=self._pace.spent)
+    def _failed_point(self, step: int, error: Exception, *, is_last: bool = False) -> ProbePoint:
+        """A point that says what went wrong; if it is the last one, trackers are alerted."""
+        where, what = "".join(format_exception(error)), described(error)
+        alerts = self._alerts.of_failure(step, what) if is_last else ()
+        return ProbePoint(step, error=what, traceback=where, spent=self._pace.spent, alerts=alerts)
 
     def _stop(self, message: str) -> None:
         self._is_probing = False

@@ -1,4 +1,4 @@
-"""All pictures of a probe. Nothing but this module's caller needs matplotlib and pillow."""
+"""All pictures of a probe; imported where they are drawn, as it needs matplotlib and pillow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mui_callback.task_report import TaskReport
 
 
 def draw(scene: Scene) -> dict[str, Picture]:
-    """Every picture by the last part of its key; see `PICTURE_KEYS`."""
+    """Every picture by the last part of its key; see `PICTURES`."""
     task = scene.pooled
     whose = "all tasks pooled" if len(scene.tasks) > 1 else f"task {next(iter(scene.tasks))}"
     at = f"step {scene.step:,}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mui_callback.layout import ExpertLayout, LayerShape
+from mui_callback.layout import ExpertLayout
 from mui_callback.metrics.utilization import FloatArray
 
 
@@ -34,10 +34,9 @@ def expert_blocks(layout: ExpertLayout, values_E: FloatArray) -> list[ExpertBloc
         layout: the numbering.
         values_E: of each expert, ``[E]``.
     """
-    is_dense = [_is_dense(layer) for layer in layout.layers]
-    n_routed = [0 if dense else layer.n_routed for layer, dense in zip(layout.layers, is_dense, strict=True)]
-    n_shared = [len(layer.shared_widths) for layer in layout.layers]
-    n_dense = [int(dense) for dense in is_dense]
+    n_routed, n_shared, n_dense = (
+        [layer.expert_kinds.count(kind) for layer in layout.layers] for kind in ("routed", "shared", "dense")
+    )
     sizes = {
         "routed": (n_routed, [f"E{index}" for index in range(max(n_routed))]),
         "shared": (n_shared, [f"S{index + 1}" for index in range(max(n_shared))]),
@@ -57,7 +56,3 @@ def _block(rows: list[FloatArray], start_L: list[int], n_L: list[int], width: in
     for row, values, start, n in zip(block, rows, start_L, n_L, strict=True):
         row[:n] = values[start : start + n]
     return block
-
-
-def _is_dense(layer: LayerShape) -> bool:
-    return layer.n_experts == 1

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mui_callback.pictures import style
-from mui_callback.pictures.palette import ROUTED, SHARED
+from mui_callback.pictures.palette import EXPERT_COLORS
 from mui_callback.task_report import TaskReport
 
 _BINS = 30
@@ -24,12 +24,12 @@ def expert_mui_histogram(task: TaskReport, *, title: str, subtitle: str) -> Figu
     figure = style.blank(780, 400, title, subtitle)
     axes = style.open_axes(style.place(figure, 64, 62, 690, 268))
     style.label(axes, x="expert MUI: % of the expert's neurons that are key", y="% of the experts of a kind")
-    values, is_shared = 100 * task.expert_mui, task.layout.is_shared
+    values, kinds = 100 * task.expert_mui, np.array(task.layout.expert_kinds)
     highest = float(values.max()) or 1.0
     edges = np.linspace(0, highest, _BINS + 1)
     width = edges[1]
-    kinds = {"routed": (~is_shared, ROUTED), "shared": (is_shared, SHARED)}
-    for kind, (is_kind, color) in kinds.items():
+    for kind, color in EXPERT_COLORS.items():
+        is_kind = kinds == kind
         if not is_kind.any() or not task.is_measured:
             continue
         of_kind = values[is_kind]

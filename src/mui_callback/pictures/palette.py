@@ -1,5 +1,5 @@
-"""The one place for colours: on the screen and in pictures, on light and on dark ground; the colour-blind tell them
-apart.
+"""The colours that mean something: on the screen and in pictures, on light and on dark ground; the colour-blind tell
+them apart.
 
 They are Okabe and Ito's (https://jfly.uni-koeln.de/color/); the blue is lighter, to be read on a black screen, too.
 """
@@ -7,13 +7,14 @@ They are Okabe and Ito's (https://jfly.uni-koeln.de/color/); the blue is lighter
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import get_args
 
+from mui_callback.layout import ExpertKind
 from mui_callback.metrics.phases import Phase
 
 _COLORS = ("#2388d1", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#7a6fd0")
 
-ROUTED, SHARED = "#2388d1", "#d55e00"
-"""Of routed and of shared experts."""
+EXPERT_COLORS: dict[ExpertKind, str] = dict(zip(get_args(ExpertKind), _COLORS, strict=False))
 PHASE_COLORS = {
     Phase.EVOLVING: "#009e73",
     Phase.ACCUMULATING: "#2388d1",

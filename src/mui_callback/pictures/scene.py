@@ -10,8 +10,8 @@ from mui_callback.metrics.catalogue import PREFIX
 from mui_callback.pictures.paths import Path
 from mui_callback.task_report import TaskReport
 
-Pictures = Literal["probe", "end"] | bool
-"""When pictures are made: True is the same as ``"probe"``."""
+Pictures = Literal["end"] | bool
+"""When pictures are made: at each probe, at the last one only, or never."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,8 @@ class Picture:
     """What is to be seen on it, of which step and tasks."""
 
 
-PICTURE_KEYS = {
-    "expert_mui": "Expert MUI of every expert, a row for each layer, all tasks pooled; shared experts set apart",
-    "activated_frequency": "The same of the activated frequency",
-    "top_experts": "The ten experts with the highest activated frequency, and MUI of each",
-    "trajectory": "MUI against performance: the path of each task so far and its phases",
-    "expert_mui_histogram": "Histogram of expert MUI, routed and shared",
-}
-"""Every picture: the last part of its key, and what it is."""
+PICTURES = ("trajectory", "expert_mui", "activated_frequency", "top_experts", "expert_mui_histogram")
+"""Every picture, by the last part of its key, in the order of their panels."""
 PICTURE_STEP_KEY = f"{PREFIX}/pictures/step"
 """The x axis of pictures. They come when the trainer has gone on: on its axis they would take the step that sums up the
 run back."""
@@ -59,5 +53,5 @@ def picture_key(name: str) -> str:
 
 def check_pictures(pictures: object) -> None:
     """Raises ValueError for what is not `Pictures`."""
-    if pictures not in (True, False, "probe", "end") or not isinstance(pictures, bool | str):
-        raise ValueError(f"pictures: expected True, False, 'probe' or 'end', got {pictures!r}")
+    if pictures != "end" and not isinstance(pictures, bool):
+        raise ValueError(f"pictures: expected True, False or 'end', got {pictures!r}")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from io import BytesIO
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from mui_callback.forgiving import warn
+from mui_callback.forgiving import attempt
 from mui_callback.metrics.catalogue import key
+from mui_callback.pictures.media import as_media, as_table, can_draw
 from mui_callback.pictures.paths import path_of
-from mui_callback.pictures.scene import HISTOGRAM_KEY, TABLE_KEY, Picture, Pictures, Scene, check_pictures, picture_key
+from mui_callback.pictures.scene import Pictures, Scene, check_pictures
 from mui_callback.pictures.studio import Studio
-from mui_callback.pictures.table import expert_rows
 from mui_callback.pictures.walls import Hang, Wall, walls_of
 from mui_callback.pictures.worker import Worker
 from mui_callback.probe.freeze import random_state_kept
@@ -38,13 +36,15 @@ class PictureSink:
 
     Args:
         walls: where they are hung. Without a run there nothing is drawn.
-        pictures: ``"probe"`` or True, of each point; ``"end"``, of the last one; False, none.
+        pictures: True, of each point; ``"end"``, of the last one; False, none.
         tables: whether a table of the experts is logged after the last point.
         is_crowded: whether the training loop may count W&B's rows itself (``step=``). Then there is at most one of ours
             at each step, of the point or of pictures; a loop that is probed at each step has them at its end.
     """
 
     name = "pictures"
+    is_optional = True
+    """What it raises is told, and no more, also with ``on_error="raise"``."""
 
     def __init__(
         self, walls: Sequence[Wall], *, pictures: Pictures = True, tables: bool = False, is_crowded: bool = False
@@ -70,17 +70,18 @@ class PictureSink:
         if point.error is not None:
             return
         self._logged.setdefault(point.step, {}).update(point.scalars)
-        if point.report is not None:
-            self._logged[point.step] |= _ends_of_tasks(point.report)
         self._axes |= {task: phase.point.axis for task, phase in point.phases.items()}
+        places = [place for wall in self._walls if (place := wall.place(point.step)) is not None]
+        if point.report is not None and places:
+            if self._pictures:
+                self._logged[point.step] |= _ends_of_tasks(point.report)
+            scene = self._scene(point, point.report)
+            if self._pictures is True:
+                self._submit((places, scene))
+            if self._pictures == "end" or self._tables:
+                self._latest = places, scene
         if not self._is_crowded:
             self.between_points()
-        places = [place for wall in self._walls if (place := wall.place(point.step)) is not None]
-        if point.report is None or not places:
-            return
-        self._latest = places, self._scene(point, point.report)
-        if self._pictures in (True, "probe"):
-            self._submit(self._latest)
 
     def between_points(self) -> None:
         """Log what is finished.
@@ -88,14 +89,17 @@ class PictureSink:
         Raises:
             Exception: whatever was raised when it was drawn, or logged.
         """
-        if self._worker is not None and (finished := self._take(self._worker)):
+        if self._worker is not None and self._worker.has_news:
             with random_state_kept():
-                for places, values in finished:
-                    _hang(places, values, is_end=False)
+                self._hang_finished(self._worker, is_end=False)
 
-    def _take(self, worker: Worker[_Drawing, _Hung]) -> list[_Hung]:
-        finished = worker.take()
-        return finished[-1:] if self._is_crowded else finished
+    def _hang_finished(self, worker: Worker[_Drawing, _Hung], *, is_end: bool) -> None:
+        finished, error = worker.take()
+        if self._is_crowded:
+            finished = finished[-1:]
+        jobs = [(*job, is_end and number == len(finished)) for number, job in enumerate(finished, start=1)]
+        errors = [error, *(_hang(places, values, is_end=is_last) for places, values, is_last in jobs)]
+        _raise_first(errors)
 
     def close(self) -> None:
         """Log the last pictures, and the table if one is wanted.
@@ -112,27 +116,23 @@ class PictureSink:
         finally:
             if latest is not None and self._tables:
                 places, scene = latest
-                _hang(places, {TABLE_KEY: _table(scene)}, is_end=True)
+                _raise_first([_hang(places, as_table(scene), is_end=True)])
 
     def _hang_the_last(self) -> None:
         worker, self._worker = self._worker, None
         if worker is None:
             return
         is_done = worker.close(_PATIENCE)
-        try:
-            finished = self._take(worker)
-        finally:
-            self._studio.close()
-        for number, (places, values) in enumerate(finished, start=1):
-            _hang(places, values, is_end=number == len(finished))
+        self._studio.close()
         if worker.n_dropped:
             logger.info("MUI: %d points came faster than their pictures were drawn, and have none", worker.n_dropped)
+        self._hang_finished(worker, is_end=True)
         if not is_done:
             raise TimeoutError(f"the last pictures are not drawn after {_PATIENCE:g} s; they are left out")
 
     def _submit(self, job: _Drawing) -> None:
         if self._can_draw is None:
-            self._can_draw = _can_draw()
+            self._can_draw = can_draw()
         if self._can_draw:
             self._worker = self._worker or Worker(self._draw, "mui-pictures")
             self._worker.submit(job)
@@ -140,7 +140,7 @@ class PictureSink:
     def _draw(self, job: _Drawing) -> _Hung:
         """Run by the worker."""
         places, scene = job
-        return places, _as_logged(scene, self._studio.draw(scene))
+        return places, as_media(scene, self._studio.draw(scene))
 
     def _scene(self, point: ProbePoint, report: MUIReport) -> Scene:
         tasks = report.task_names
@@ -160,34 +160,6 @@ def pictures_at(
     return [PictureSink(walls, pictures=pictures, tables=tables, is_crowded=is_crowded)] if wanted else []
 
 
-def _can_draw() -> bool:
-    """Whether there is what it takes; with a warning if not."""
-    try:
-        import PIL.Image  # noqa: F401 - W&B needs it here
-    except ImportError:
-        missing = "pillow"
-    else:
-        missing = "" if find_spec("matplotlib") else "matplotlib"
-    if missing:
-        warn(
-            f"MUI: there are no pictures, as {missing} cannot be imported; values are logged. "
-            "pip install 'mui-callback[wandb]'"
-        )
-    return not missing
-
-
-def _as_logged(scene: Scene, pictures: Mapping[str, Picture]) -> dict[str, Any]:
-    """What W&B takes, by key."""
-    from PIL import Image
-
-    wandb: Any = sys.modules["wandb"]
-    values = {
-        picture_key(name): wandb.Image(Image.open(BytesIO(picture.png)), caption=picture.caption)
-        for name, picture in pictures.items()
-    }
-    return {**values, HISTOGRAM_KEY: wandb.Histogram(scene.pooled.expert_mui)}
-
-
 def _ends_of_tasks(report: MUIReport) -> dict[str, float]:
     """The intervals of MUI, which are logged of all tasks pooled only."""
     found = {task: report.intervals(task, metrics=("mui",))["mui"] for task in report.task_names}
@@ -195,11 +167,13 @@ def _ends_of_tasks(report: MUIReport) -> dict[str, float]:
     return {f"{name}_{end}": getattr(interval, end) for name, interval in known.items() for end in ("low", "high")}
 
 
-def _table(scene: Scene) -> Any:
-    columns, rows = expert_rows(scene.pooled, scene.tasks)
-    return sys.modules["wandb"].Table(columns=columns, data=rows)
+def _hang(places: Sequence[Hang], values: Mapping[str, Any], *, is_end: bool) -> Exception | None:
+    """At all of them; the first exception, if any."""
+    errors = [attempt(partial(place, values, is_end))[1] for place in places]
+    return next((error for error in errors if error is not None), None)
 
 
-def _hang(places: Sequence[Hang], values: Mapping[str, Any], *, is_end: bool) -> None:
-    for place in places:
-        place(values, is_end)
+def _raise_first(errors: Iterable[Exception | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise error

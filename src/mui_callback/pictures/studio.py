@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from contextlib import suppress
+from threading import Lock
 from typing import IO, Any
 
 from mui_callback.pictures.scene import Picture, Scene
@@ -28,6 +29,8 @@ class Studio:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
+        self._lock = Lock()
 
     def draw(self, scene: Scene) -> dict[str, Picture]:
         """See `mui_callback.pictures.draw.draw`; waits for it.
@@ -36,14 +39,16 @@ class Studio:
             StudioError: it cannot be drawn, or the process ended.
             OSError: it cannot be started.
         """
-        process = self._started()
+        with self._lock:
+            process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             _send(process.stdin, scene)
             found = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            self.close()
+        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            with self._lock:
+                self._end()
             raise StudioError(f"the process that draws ended ({type(error).__name__})") from error
         if isinstance(found, str):
             raise StudioError(found)
@@ -51,7 +56,12 @@ class Studio:
         return drawn
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, whatever it is doing; nothing is drawn any more."""
+        with self._lock:
+            self._is_closed = True
+            self._end()
+
+    def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -61,6 +71,8 @@ class Studio:
                     _close(pipe)
 
     def _started(self) -> subprocess.Popen[bytes]:
+        if self._is_closed:
+            raise StudioError("nothing is drawn any more")
         if self._process is None:
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
             self._process = subprocess.Popen(

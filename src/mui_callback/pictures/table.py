@@ -42,8 +42,7 @@ def expert_rows(
     for i in kept:
         mui, frequency, *others = (float(value[i]) for value in values)
         counts = [int(layout.width[i]), int(pooled.key_neurons[i])]
-        kind = "shared" if layout.is_shared[i] else "routed"
         layer = layout.layers[layout.layer_of_expert[i]].layer
         tokens = int(pooled.routed[i])
-        rows.append([layout.expert_labels[i], layer, kind, *counts, mui, frequency, tokens, *others])
+        rows.append([layout.expert_labels[i], layer, layout.expert_kinds[i], *counts, mui, frequency, tokens, *others])
     return columns, rows

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from mui_callback.pictures import style
-from mui_callback.pictures.palette import ROUTED, SHARED
+from mui_callback.pictures.palette import EXPERT_COLORS
 from mui_callback.task_report import TaskReport
 
 _ROW, _LEFT, _WIDTH, _RIGHT, _BOTTOM, _TOP = 34, 92, 520, 150, 66, 92
@@ -28,7 +28,8 @@ def top_experts_bars(task: TaskReport, *, title: str, subtitle: str, n: int = 10
     axes = style.open_axes(style.place(figure, _LEFT, _BOTTOM, _WIDTH, height))
     labels, frequencies, muis = zip(*top, strict=True) if top else ((), (), ())
     places = range(len(top))
-    colors = [SHARED if label.rpartition("-")[2].startswith("S") else ROUTED for label in labels]
+    kind_of = dict(zip(task.layout.expert_labels, task.layout.expert_kinds, strict=True))
+    colors = [EXPERT_COLORS[kind_of[label]] for label in labels]
     frequent = [100 * value for value in frequencies]
     axes.barh(places, frequent, height=0.74, color=colors, alpha=0.3, linewidth=0, label="frequency")
     axes.barh(places, [100 * value for value in muis], height=0.36, color=colors, linewidth=0, label="mui")
@@ -43,16 +44,17 @@ def top_experts_bars(task: TaskReport, *, title: str, subtitle: str, n: int = 10
     style.label(axes, x="% of the samples (wide), % of the expert's neurons (narrow)")
     if not top:
         axes.text(50, 1, "nothing was measured", fontsize=10, color=style.INK, ha="center", va="center")
-    kinds = {"routed": ROUTED, "shared": SHARED} if SHARED in colors else {}
+    kinds = {kind: color for kind, color in EXPERT_COLORS.items() if color in colors}
+    names = {"routed": "routed expert", "shared": "shared expert", "dense": "dense MLP"} if len(kinds) > 1 else {}
     figure.legend(
         handles=[
             Patch(color="#3a3f47", alpha=0.3, linewidth=0, label="activated frequency"),
             Patch(color="#3a3f47", linewidth=0, label="expert MUI"),
-            *(Patch(color=color, linewidth=0, label=f"{kind} expert") for kind, color in kinds.items()),
+            *(Patch(color=kinds[kind], linewidth=0, label=name) for kind, name in names.items() if kind in kinds),
         ],
         loc="upper left",
         bbox_to_anchor=(10 / (_LEFT + _WIDTH + _RIGHT), 1 - 52 / (height + _BOTTOM + _TOP)),
-        ncols=4,
+        ncols=5,
         frameon=False,
         fontsize=9.5,
         labelcolor=style.INK,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -11,7 +10,8 @@ from typing import Any, Protocol
 from mui_callback.pictures.scene import PICTURE_STEP_KEY
 from mui_callback.sinks.base import Sink, TrackerError
 from mui_callback.sinks.logger import LoggerSink
-from mui_callback.sinks.wandb import OWN_STEP_KEY, WandbSink
+from mui_callback.sinks.step_keys import OWN_STEP_KEY
+from mui_callback.sinks.wandb import WandbSink, active_run
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ class ActiveRun:
 
     def place(self, step: int) -> Hang | None:
         """In the run that is active now, as long as it is, at the step."""
-        run = _active_run()
+        run = active_run()
         if run is None:
             return None
 
         def hang(values: Mapping[str, Any], is_end: bool) -> None:
-            if _active_run() is not run:
+            if active_run() is not run:
                 logger.info("MUI: the W&B run ended before the pictures of step %d were logged", step)
                 return
             # Whoever logs with `step=` finds no step taken at the end: the row stays open for theirs, or for the end.
@@ -115,7 +115,3 @@ def walls_of(trackers: Sequence[Sink]) -> list[Wall]:
         elif isinstance(sink, LoggerSink) and sink.is_wandb:
             walls.append(LoggerRun(sink))
     return walls
-
-
-def _active_run() -> Any:
-    return getattr(sys.modules.get("wandb"), "run", None)

@@ -21,7 +21,7 @@ class Worker(Generic[_Job, _Result]):
     nobody takes.
 
     Args:
-        work: does a job. What it raises is kept for `errors`.
+        work: does a job. What it raises is kept for `take`.
         name: of the thread.
     """
 
@@ -50,19 +50,19 @@ class Worker(Generic[_Job, _Result]):
                 self._thread = Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
 
-    def take(self) -> list[_Result]:
-        """What is finished, the oldest first.
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything to take."""
+        with self._changed:
+            return bool(self._finished) or self._error is not None
 
-        Raises:
-            Exception: that of a job, once; what is finished is there at the next call.
-        """
+    def take(self) -> tuple[list[_Result], Exception | None]:
+        """What is finished, the oldest first, and what the last job that failed raised."""
         with self._changed:
             error, self._error = self._error, None
-            if error is not None:
-                raise error
             results = list(self._finished)
             self._finished.clear()
-        return results
+        return results, error
 
     def close(self, timeout: float) -> bool:
         """Take no more jobs, and wait for those that there are.

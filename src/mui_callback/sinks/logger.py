@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mui_callback.sinks.base import ProbePoint, RunDescription
+from mui_callback.sinks.step_keys import LIGHTNING_STEP_KEY
 from mui_callback.sinks.wandb_metrics import MetricDefinitions, tell_wandb
-
-_WANDB_STEP_KEY = "trainer/global_step"
-"""The x axis of Lightning's W&B logger."""
 
 
 class LoggerSink:
@@ -23,7 +21,7 @@ class LoggerSink:
         self.name = type(logger).__name__
         self.step: int | None = None
         """Of the next point, on the logger's x axis; None for the optimizer steps done."""
-        self._metrics = MetricDefinitions(_WANDB_STEP_KEY)
+        self._metrics = MetricDefinitions(LIGHTNING_STEP_KEY)
 
     @property
     def is_wandb(self) -> bool:

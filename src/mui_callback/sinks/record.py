@@ -64,11 +64,8 @@ class RecordReader:
         rest = self._rest.strip()
         return [*self._complaints, *([self._complaint(rest, self._n_lines + 1, "it has no end")] if rest else [])]
 
-    def read(self) -> bool:
+    def read(self) -> None:
         """Read on.
-
-        Returns:
-            Whether there was anything new.
 
         Raises:
             OSError: there is no file, or it cannot be read.
@@ -81,14 +78,12 @@ class RecordReader:
             found = file.read()
         whole, end, rest = found.rpartition(b"\n")
         lines = (whole + end).splitlines()
-        is_new = bool(lines) or rest != self._rest
         self._end += len(whole + end)
         self._rest = rest
         if is_first:
             self._beginning = found[: min(_BEGINNING, self._end)]
         for line in lines:
             self._take(line)
-        return is_new
 
     def read_to_the_end(self) -> None:
         """Read on, and take the last line as it is; to be called once."""

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from mui_callback.sinks.base import ProbePoint, RunDescription
-from mui_callback.sinks.wandb import OWN_STEP_KEY
+from mui_callback.sinks.step_keys import OWN_STEP_KEY
 
 
 class TrackioSink:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from mui_callback.metrics.catalogue import PREFIX
 from mui_callback.sinks.base import ProbePoint, RunDescription
+from mui_callback.sinks.step_keys import OWN_STEP_KEY
 from mui_callback.sinks.wandb_metrics import MetricDefinitions, tell_wandb
-
-OWN_STEP_KEY = f"{PREFIX}/step"
-"""The x axis where no trainer has one."""
 
 
 class WandbSink:
@@ -32,8 +29,7 @@ class WandbSink:
 
     def write(self, point: ProbePoint) -> None:
         """Log the scalars of the point; a failed probe has none."""
-        wandb = sys.modules.get("wandb")
-        run: Any = getattr(wandb, "run", None)
+        run = active_run()
         if run is None:
             return
         tell_wandb(run, point.alerts)
@@ -53,3 +49,8 @@ class WandbSink:
 
     def close(self) -> None:
         """The run belongs to the trainer, which ends it."""
+
+
+def active_run() -> Any:
+    """``wandb.run``; None without one, or where W&B was never imported."""
+    return getattr(sys.modules.get("wandb"), "run", None)

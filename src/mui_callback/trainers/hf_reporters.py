@@ -7,12 +7,10 @@ from typing import Any
 
 from mui_callback.sinks.base import Sink
 from mui_callback.sinks.mlflow import MLflowSink
+from mui_callback.sinks.step_keys import HF_STEP_KEY
 from mui_callback.sinks.tensorboard import TensorBoardSink
 from mui_callback.sinks.trackio import TrackioSink
 from mui_callback.sinks.wandb import WandbSink
-
-HF_STEP_KEY = "train/global_step"
-"""The x axis that the Trainer's reporters to W&B and Trackio use."""
 
 
 def reporter_sinks(trainer: Any) -> tuple[Sink, ...]:

@@ -20,7 +20,7 @@ _SECONDS = 0.5
 
 
 def watch_record(path: Path, *, once: bool, console: Console) -> None:
-    """Show the last run of a record until Ctrl-C, a new frame whenever there is more of it.
+    """Show the last run of a record until Ctrl-C, a new frame every half second.
 
     Args:
         path: the output directory of a run, or the record; it is waited for.
@@ -63,22 +63,21 @@ class Record:
         """Whether it did when it was last looked at."""
         return self._reader is not None
 
-    def look(self) -> bool:
-        """Read on; whether anything is new.
+    def look(self) -> None:
+        """Read on.
 
         Raises:
             MUIError: it cannot be read.
         """
         reader = self._reader or RecordReader(self.path)
         try:
-            is_new = reader.read()
+            reader.read()
         except (FileNotFoundError, NotADirectoryError):
-            was, self._reader = self._reader, None
-            return was is not None
+            self._reader = None
+            return
         except OSError as error:
             raise MUIError(f"{self.path}: cannot be read: {error}") from error
-        was, self._reader = self._reader, reader
-        return is_new or was is None
+        self._reader = reader
 
     def frame(self, width: int, height: int | None) -> RenderableType:
         """What is known by now; a line of text while that is nothing."""

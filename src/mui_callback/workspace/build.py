@@ -7,16 +7,14 @@ from typing import Any, Literal
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from mui_callback.metrics.catalogue import PREFIX
 from mui_callback.metrics.sections import SECTIONS
-from mui_callback.pictures.scene import picture_key
+from mui_callback.pictures.scene import PICTURES, picture_key
+from mui_callback.sinks.step_keys import HF_STEP_KEY, LIGHTNING_STEP_KEY, OWN_STEP_KEY
 
 Trainer = Literal["hf", "lightning", "loop"]
-X_AXES: dict[Trainer, str] = {"hf": "train/global_step", "lightning": "trainer/global_step", "loop": f"{PREFIX}/step"}
+X_AXES: dict[Trainer, str] = {"hf": HF_STEP_KEY, "lightning": LIGHTNING_STEP_KEY, "loop": OWN_STEP_KEY}
 """What the losses of each trainer are plotted against."""
 NAME = "MUI"
-PICTURES = ("trajectory", "expert_mui", "activated_frequency", "top_experts", "expert_mui_histogram")
-"""The last parts of the keys of pictures, in the order of their panels."""
 
 _TRAINING_LOSS = r"^((train|val|valid|validation|eval|test)[/_])*loss(_step|_epoch)?$"
 _COLUMNS = 3
