@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 import collectives
 from distributed_training import launch
-from mui_callback.experts.called_rows import ranks
 from mui_callback.parallel.peers import Peers
-from mui_callback.scoring.contributions import rank_in_token
+from mui_callback.scoring.contributions import rank_of_pair, rank_of_row
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -97,11 +96,13 @@ def test_an_object_of_the_main_process_is_that_of_all(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=30, unique=True))
 def test_rows_of_a_token_are_numbered_by_expert(pairs: list[tuple[int, int]]) -> None:
     token, expert = torch.tensor([*pairs, (9, 9)]).unbind(1)
-    rank, most, n_repeated = (found.tolist() for found in ranks(token, expert, 10, 10))
-    assert rank == rank_in_token(token, expert, 10).tolist()
+    rank, most, n_repeated = (found.tolist() for found in rank_of_pair(token, expert, 10, 10))
+    assert rank == rank_of_row(token, expert, 10).tolist()
     for (token_, expert_), rank_ in zip([*pairs, (9, 9)], rank, strict=True):
         assert rank_ == sum(1 for t, e in pairs if t == token_ and e < expert_)
     assert most == max(rank) + 1
     assert n_repeated == 0
-    twice, most_of_twice, n_repeated = (found.tolist() for found in ranks(token.repeat(2), expert.repeat(2), 10, 10))
+    twice, most_of_twice, n_repeated = (
+        found.tolist() for found in rank_of_pair(token.repeat(2), expert.repeat(2), 10, 10)
+    )
     assert (twice, most_of_twice, n_repeated) == (rank * 2, most, len(rank))

@@ -46,9 +46,9 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         trainer = Trainer(..., callbacks=[MUICallback()])
 
     for the `Trainer` of transformers (and those made of it, as TRL's), of ``lightning`` and of ``pytorch_lightning``.
-    At the steps of its schedule the model is frozen and a held-out probe set run through it. The results go to the
-    active W&B run (in Lightning, to every logger of the trainer), on the x axis of the loss, and to ``mui.jsonl`` in
-    the output directory. Training is the same to the bit as without the callback.
+    At the steps of its schedule the model is frozen and a held-out probe set run through it. The results go where the
+    trainer reports to (W&B, TensorBoard, Trackio, MLflow; in Lightning, to every logger of the trainer), on the x axis
+    of the loss, and to ``mui.jsonl`` in the output directory. Training is the same to the bit as without the callback.
 
     Args:
         probe_set: the samples. Without it, the first `eval_samples` of each of the trainer's eval data sets are used;

@@ -125,8 +125,9 @@ class CalledRecorder:
 
     def follow(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
+        number_T = tokens.numbers()
         for call in (*self.calls, *self.passed):
-            n, number_T = call.product.n_experts, tokens.numbers()
+            n = call.product.n_experts
             call.cut.token_S, call.cut.weight_S = number_T if n == 1 else number_T.repeat(n), None
 
     def learn(self, tokens: ScoredTokens) -> None:

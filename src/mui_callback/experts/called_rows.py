@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mui_callback.experts.base import First
-from mui_callback.scoring.contributions import ExpertScores
+from mui_callback.scoring.contributions import ExpertScores, rank_of_pair
 from mui_callback.scoring.rows import Contributions
 
 
@@ -43,7 +43,7 @@ class CalledRows:
             n_downs: more than the highest down projection.
             asked: int64 ``[n]``, whose values are wanted on the host.
         """
-        rank_P, most, n_repeated = ranks(token_P, down_P, n_tokens, n_downs)
+        rank_P, most, n_repeated = rank_of_pair(token_P, down_P, n_tokens, n_downs)
         rows_per_token, n_repeats, *values = torch.cat([torch.stack([most, n_repeated]), asked]).tolist()
         return cls(token_P, down_P, rank_P, max(rows_per_token, 1), are_repeated=n_repeats > 0), values
 
@@ -92,21 +92,8 @@ class CalledRows:
             score_PW *= rows.weight_S[:, None]
         score_UW = score_PW.new_zeros(len(pair_U), rows.width).index_add_(0, row_P, score_PW)
         token_U, down_U = pair_U // n_downs, pair_U % n_downs
-        rank_U, most, _ = ranks(token_U, down_U, int(token_U[-1]) + 1, n_downs)
+        rank_U, most, _ = rank_of_pair(token_U, down_U, int(token_U[-1]) + 1, n_downs)
         return (
             CalledRows(token_U, down_U, rank_U, int(most)),
             Contributions(score_UW, torch.ones_like(score_UW)),
         )
-
-
-def ranks(token_P: Tensor, down_P: Tensor, n_tokens: int, n_downs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`CalledRows.rank_P`, equal for rows that repeat another's token and down projection; how many different ones a
-    token has at most, and how many rows are repeated, int64 scalars.
-
-    Memory is 8 bytes for each token and down projection.
-    """
-    is_there_RE = torch.zeros(n_tokens, n_downs, dtype=torch.int32, device=token_P.device)
-    is_there_RE[token_P, down_P] = torch.ones_like(token_P, dtype=torch.int32)  # for a number the host would wait
-    n_so_far_RE = is_there_RE.cumsum(1, dtype=torch.int32)
-    n_R = torch.nn.functional.pad(n_so_far_RE[:, -1].long(), (0, 1))  # one more, for there may be no tokens
-    return n_so_far_RE[token_P, down_P].long() - 1, n_R.max(), len(token_P) - n_R.sum()

@@ -172,7 +172,7 @@ class SortedDispatch(_Watched):
         came_PL2 = peers.exchange(n_of_expert, [n_local] * peers.n, [n_local] * peers.n).view(peers.n, n_local, 2)
         n_out, n_in = n_of_expert[:, 0].view(peers.n, n_local).sum(1), came_PL2[..., 0].sum(1)
         n_scored = HostCopy(came_PL2[..., 1].sum(0))
-        sizes = HostCopy(torch.cat([n_out, n_in])).get()
+        sizes = torch.cat([n_out, n_in]).tolist()
         came_N2 = peers.exchange(sent_X2, sizes[: peers.n], sizes[peers.n :])
         return SentSorted(came_N2, came_PL2[..., 0], n_scored)
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from mui_callback.errors import ProbeError
-from mui_callback.experts.called_rows import CalledRows, ranks
+from mui_callback.experts.called_rows import CalledRows
 from mui_callback.experts.cut import add_inner
 from mui_callback.experts.dispatch import Sent
 from mui_callback.experts.down import Product
+from mui_callback.scoring.contributions import rank_of_pair
 from mui_callback.scoring.host_copy import HostCopy
 from mui_callback.scoring.rows import Contributions, joined
 
@@ -78,7 +79,7 @@ class FollowedRows:
         place_P = torch.searchsorted((came.token_N >= 0).cumsum(0), wanted)
         expert_P = torch.searchsorted(came.first_L + came.n_L, place_P, right=True)
         token_P = came.token_N[place_P]
-        rank_P, most, n_repeated = ranks(token_P, expert_P, len(self._readout_RD), self._n_local)
+        rank_P, most, n_repeated = rank_of_pair(token_P, expert_P, len(self._readout_RD), self._n_local)
         limits = torch.stack([most, n_repeated])
         return _Pairs(
             *(token_P, expert_P, place_P - came.first_L[expert_P], came.weight_N[place_P], rank_P, HostCopy(limits))

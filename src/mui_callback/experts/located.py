@@ -37,7 +37,7 @@ def at_positions(calls: Sequence[Call], tokens: ScoredTokens) -> Located:
     """Where each expert sees every position: nothing has to be asked of the device."""
     n_scored, device = len(tokens.position_R), tokens.position_R.device
     token_R = tokens.first + torch.arange(n_scored, device=device)
-    if len(calls) == calls[0].product.n_experts == 1:
+    if len(calls) == calls[0].product.n_experts == 1:  # most often, and with a fifth of the operators
         expert_R, rank_R = torch.full_like(token_R, calls[0].first_expert), torch.zeros_like(token_R)
         return Located(CalledRows(token_R, expert_R, rank_R, rows_per_token=1), tokens.position_R, [0, n_scored])
     n_positions = tokens.n_rows * tokens.length

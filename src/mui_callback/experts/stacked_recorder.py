@@ -19,7 +19,7 @@ from mui_callback.experts.base import First
 from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.tail import Tail
-from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_in_token
+from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_of_row
 from mui_callback.scoring.rows import Contributions
 from mui_callback.settings import Activation
 
@@ -138,7 +138,7 @@ class StackedRecorder:
         expert_S = expert_S.clamp(max=n_local - 1)
         if not self.knows_order:  # a token may have several rows
             self.tail.raise_if_mixed(is_mixed=bool(self.tail.is_mixed))
-            rank_S = rank_in_token(token_S, expert_S, n_local)
+            rank_S = rank_of_row(token_S, expert_S, n_local)
             top_k = int(rank_S.max()) + 1 if len(rank_S) else 1
         readout_SD = readout_PD[from_S]
         if rows.raw_SD is not None:

@@ -62,8 +62,8 @@ class Metric:
     summary: Extreme | None = None
     """What sums up a run besides its last value: the best, or the most alarming; None for nothing."""
     is_plotted: bool = True
-    """Whether it deserves a panel where a tracker makes one for every key: not the ends of intervals and what hardly
-    changes from probe to probe."""
+    """Whether it deserves a panel where a tracker makes one for every key: not the ends of intervals, and not what
+    seldom changes from probe to probe."""
 
     def matches(self, name: str) -> bool:
         """Whether this is a name of it; ``benchmark/<name>`` has many."""

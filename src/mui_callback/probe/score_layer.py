@@ -174,7 +174,8 @@ class LayerReader:
             recorder.knows_order or (recorder.trusts_dispatch and self.layer.scope_is_moe)
             for recorder in self.recorders
         )
-        # of outputs with a weight of zero nothing was learned; what constants add is not seen without the tail
+        # Of outputs with a weight of zero nothing was learned. The identity of later passes could not be checked where
+        # constants in the tail are not seen, or rows are multiplied with other activations than those that add up.
         can_stay = can_follow and not self.tail.constants and self.activation == "product"
         was_seen = [(cut.token_S >= 0).any() for cut in self.tail.cuts if cut.token_S is not None]
         stays = torch.stack([torch.tensor(can_stay, device=device), *was_seen]).all()

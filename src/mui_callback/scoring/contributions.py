@@ -108,13 +108,26 @@ class LayerScores:
     experts that pass their input on)."""
 
 
-def rank_in_token(token_S: Tensor, expert_S: Tensor, n_experts: int) -> Tensor:
+def rank_of_row(token_S: Tensor, expert_S: Tensor, n_experts: int) -> Tensor:
     """The number of each row among those of its token, by expert, int64 ``[S]``."""
     pair_S, order_S = (token_S * n_experts + expert_S).sort(stable=True)
     sorted_S = pair_S // n_experts
     rank_S = torch.empty_like(order_S)
     rank_S[order_S] = torch.arange(len(order_S), device=order_S.device) - torch.searchsorted(sorted_S, sorted_S)
     return rank_S
+
+
+def rank_of_pair(token_S: Tensor, expert_S: Tensor, n_tokens: int, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as `rank_of_row`, but equal for rows that repeat another's token and expert, int64 ``[S]``; how many
+    different ones a token has at most, and how many rows are repeated, int64 scalars.
+
+    Nothing is sorted; memory is 8 bytes for each token and expert.
+    """
+    is_there_RE = torch.zeros(n_tokens, n_experts, dtype=torch.int32, device=token_S.device)
+    is_there_RE[token_S, expert_S] = torch.ones_like(token_S, dtype=torch.int32)  # for a number the host would wait
+    n_so_far_RE = is_there_RE.cumsum(1, dtype=torch.int32)
+    n_R = torch.nn.functional.pad(n_so_far_RE[:, -1].long(), (0, 1))  # one more, for there may be no tokens
+    return n_so_far_RE[token_S, expert_S].long() - 1, n_R.max(), len(token_S) - n_R.sum()
 
 
 def add_conserved(sum_R: Tensor, part: ExpertScores) -> None:

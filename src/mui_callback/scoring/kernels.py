@@ -1,7 +1,7 @@
 """Fused passes over contributions and logits, for GPUs where Triton runs.
 
 They compute what `mui_callback.scoring.rows` and `mui_callback.probe.head` do without them: products are the same to
-the bit, sums up to the order of their terms.
+the bit, sums up to rounding in float32.
 
 Shapes: S rows, I neurons of an expert, C chunks of neurons of a row, M chunks that are chosen, c neurons of a chunk, R
 scored tokens, V vocabulary.

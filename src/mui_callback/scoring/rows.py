@@ -108,7 +108,7 @@ class Contributions:
         return score_Mc.masked_fill_(~is_entry_Mc, NOTHING)
 
     def sums(self) -> Tensor:
-        """Σ f over the finite ones of each row, float64 ``[S]``."""
+        """Σ f over the finite ones of each row, float64 ``[S]``; where a kernel runs, added up in float32."""
         if kernels.can_run(self.act_SI, self.projected_SI):
             sum_S, _, _ = kernels.summarize(*self._factors, CHUNK, is_signed=True)
             return sum_S.double()
