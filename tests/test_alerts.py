@@ -149,7 +149,7 @@ def test_only_so_many_an_hour(caplog: pytest.LogCaptureFixture, monkeypatch: pyt
 def test_thresholds_out_of_their_range_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         AlertRule(**options)
-    with pytest.raises(TypeError, match="window: expected a whole number, got 10.0"):
+    with pytest.raises(TypeError, match=r"window: expected a whole number, got 10\.0"):
         AlertRule(window=10.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="alerts: expected True, False or an AlertRule, got 'yes'"):
         Asked(alerts="yes")
