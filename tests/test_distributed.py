@@ -319,6 +319,7 @@ def test_a_monitor_in_the_main_process_alone_is_an_error(tmp_path: Path) -> None
 def test_a_step_that_one_does_not_report_ends_probing_and_not_training(without: list[Seen], tmp_path: Path) -> None:
     seen = launch(tmp_path, train, leaves_out={1: 4}, wait=SHORT)
     assert steps(seen[0]) == [0, 2, 4]
+    assert [alert.kind for alert in seen[0].points[-1].alerts] == ["failure"]
     for rank in BOTH:
         (warning,) = seen[rank].warnings
         assert warning.startswith("MUI: no more probes after step ")
