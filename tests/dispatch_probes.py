@@ -15,10 +15,12 @@ import torch
 from backend_training import SETTINGS, many
 from backends import BACKENDS
 from mui_callback import MUIProbe, MUIReport
+from mui_callback.errors import ProbeError
 from mui_callback.experts.called_recorder import CalledRecorder
 from mui_callback.experts.dispatch import Arrivals, SentSorted, SentToSlots
 from mui_callback.experts.followed import FollowedRows
 from mui_callback.experts.tail import Tail
+from mui_callback.scoring.device_counts import DeviceCounts
 
 
 def _another_token(came: Arrivals) -> Arrivals:
@@ -97,6 +99,22 @@ def measure_with_a_lie_between(rank: int, directory: Path, *, name: str) -> list
     with _lying(_another_weight if rank == 0 else None):
         second = _told_by(probe)
     return [first, second, _told_by(probe)]
+
+
+def measure_with_a_failure_between(rank: int, directory: Path, *, name: str) -> list[Told]:
+    """Measure three times; the second time one of two processes has no memory left when all is counted."""
+    probe = MUIProbe(BACKENDS[name].build().model, many(), **SETTINGS)
+    first = _told_by(probe)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(DeviceCounts, "to_host", _no_memory)
+        with pytest.raises((ProbeError, MemoryError)):
+            probe.measure()
+    return [first, _told_by(probe), _told_by(probe)]
+
+
+def _no_memory(counts: DeviceCounts) -> None:
+    raise MemoryError("injected")
 
 
 def measure_in_another_precision(rank: int, directory: Path, *, name: str) -> list[Told]:

@@ -71,12 +71,21 @@ DEAD_SHARES = {
     "come back": ([0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.13], [60]),
     "are many while a router begins to learn": ([0, 0.19, 0.14, 0.05, 0.05, 0.03, 0.05, 0.03], []),
     "stay many": ([0, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6], [50]),
+    "become fewer": ([0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2], []),
+    "become fewer and more again": ([0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.6], [60]),
 }
 
 
 @pytest.mark.parametrize(("shares", "expected"), DEAD_SHARES.values(), ids=DEAD_SHARES)
 def test_dead_experts_that_appear(shares: list[float], expected: list[int]) -> None:
     assert told(series(DEAD, shares)) == [(step, "dead_experts") for step in expected]
+
+
+def test_dead_experts_are_told_with_where_they_were_fewest() -> None:
+    (alert,) = alerts_at(60, series(DEAD, [0.1, 0.2, 0.0625, 0.07, 0.07, 0.07, 0.25]), None, AlertRule())
+    assert alert.text == (
+        "25.0% of the routed experts get no token of the probe set at step 60; at the fewest it was 6.2% (step 20)."
+    )
 
 
 def test_concentration_that_jumps_and_stays_is_told_once() -> None:

@@ -9,7 +9,13 @@ import pytest
 
 from backend_training import SETTINGS, many
 from backends import BACKENDS
-from dispatch_probes import LIES, measure, measure_in_another_precision, measure_with_a_lie_between
+from dispatch_probes import (
+    LIES,
+    measure,
+    measure_in_another_precision,
+    measure_with_a_failure_between,
+    measure_with_a_lie_between,
+)
 from distributed_training import launch
 from mui_callback import MUIProbe, MUIReport
 from test_backends import assert_same_report
@@ -65,3 +71,11 @@ def test_what_was_learned_in_one_precision_does_not_hold_in_another(tmp_path: Pa
         assert inside.n_followed == again.n_followed == 0
         assert inside.n_asked == again.n_asked == before.n_asked * before.n_batches
         assert inside.report.pooled.loss == pytest.approx(before.report.pooled.loss, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["moe_k2", "autoep"])
+def test_after_a_failure_of_one_all_learn_anew(name: str, tmp_path: Path) -> None:
+    for first, second, third in launch(tmp_path, measure_with_a_failure_between, name=name):
+        assert second.n_asked == first.n_asked > third.n_asked == 0
+        for seen in (first, second, third):
+            assert_same_report(alone(name), seen.report)

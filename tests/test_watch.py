@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -181,3 +182,32 @@ def test_a_sparkline_is_in_the_order_of_its_values(values: list[float], width: i
         pairs = [(a, b) for a, x in zip(values, line, strict=True) for b, y in zip(values, line, strict=True) if x < y]
         assert all(a < b for a, b in pairs)
         assert not values or len(set(values)) == 1 or {"▁", "█"} <= set(line)
+
+
+def test_a_record_of_another_version_is_told_in_a_line(record: Path, tmp_path: Path) -> None:
+    path = copied(record.read_text().replace('"n_routed"', '"n_others"').splitlines(), tmp_path)
+    assert "expected a record of this version (KeyError: 'n_routed')" in " ".join(shown(path, 250).split())
+
+
+def test_the_last_alert_is_shown(record: Path, tmp_path: Path) -> None:
+    *lines, last = record.read_text().splitlines()
+    alerts = [{"kind": "failure", "step": 6, "title": "MUI: probes fail", "text": "No more.", "is_bad": True}]
+    path = copied([*lines, json.dumps({**json.loads(last), "alerts": 2 * alerts})], tmp_path)
+    assert "Last alert (step 6, 2 alerts in all): MUI: probes fail. No more." in shown(path)
+
+
+def test_the_accuracy_of_all_tasks_is_of_all_samples(record: Path, tmp_path: Path) -> None:
+    def acc(rows: list[dict[str, Any]]) -> str:
+        path = copied([json.dumps(row) for row in rows], tmp_path)
+        (line,) = [line for line in shown(path, 250).splitlines() if line.startswith("all tasks")]
+        return line.split()[-3]
+
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    first, *others = rows[0]["run"]["tasks"]
+    rows[-1]["scalars"] |= {"mui/token_accuracy": 0.25, "mui/choice_accuracy": 0.75}
+    rows[-1]["scalars"][f"mui/{first}/choice_accuracy"] = 0.75
+    for task in others:
+        rows[-1]["scalars"].pop(f"mui/{task}/choice_accuracy", None)
+    assert acc(rows) == "25"
+    rows[-1]["scalars"] |= {f"mui/{task}/choice_accuracy": 0.75 for task in others}
+    assert acc(rows) == "75"

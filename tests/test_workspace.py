@@ -53,7 +53,7 @@ def test_json_to_the_terminal_is_the_same(tmp_path: Path, capsys: pytest.Capture
     ("trainer", "x"), [("hf", "train/global_step"), ("lightning", "trainer/global_step"), ("loop", "mui/step")]
 )
 def test_mui_losses_and_benchmarks_are_on_the_trainers_own_axis(trainer: Any, x: str) -> None:
-    spec = workspace_spec(build_workspace("me", "moe", trainer))
+    spec = workspace_spec(build_workspace("me", "moe", X_AXES[trainer]))
     assert {chart["xAxis"] for chart in charts(spec)} == {x} == {spec["section"]["settings"]["xAxis"]}
     names = [section["name"] for section in spec["section"]["panelBankConfig"]["sections"]]
     assert [name for name in names if name != "Pictures"] == list(SECTIONS)
@@ -99,7 +99,7 @@ def test_nothing_else_is_on_the_panels() -> None:
 
 
 def test_what_is_written_is_what_wandb_workspaces_reads() -> None:
-    made = build_workspace("me", "moe", "lightning")
+    made = build_workspace("me", "moe", X_AXES["lightning"])
     view = made._to_model()
     again = ws.Workspace._from_model(type(view).model_validate_json(view.model_dump_json(by_alias=True)))
     assert [section.name for section in again.sections] == [section.name for section in made.sections]
@@ -125,7 +125,7 @@ def test_it_is_saved_to_a_server(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     (view,) = server.views
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("me", "moe", "MUI")
-    expected = workspace_spec(build_workspace("me", "moe", "lightning"))
+    expected = workspace_spec(build_workspace("me", "moe", X_AXES["lightning"]))
     assert without_random_ids(json.loads(view["spec"])) == without_random_ids(expected)
     assert f"{server.url}/me/moe?nw=" in done.stdout
     assert X_AXES["lightning"] in view["spec"]

@@ -147,7 +147,7 @@ class MUICallback(HFEvents, LightningEvents, TrainerClasses):
         check_on_error(on_error)
         check_sinks(sinks)
         check_probe_set(probe_set)
-        check_pictures(pictures)
+        check_pictures(pictures, tables)
         if eval_samples < 1:
             raise ValueError(f"eval_samples: expected a positive number of samples, got {eval_samples!r}")
         self.probe_set = probe_set

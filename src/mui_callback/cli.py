@@ -129,20 +129,27 @@ def ablate(
     check_key(chosen, probe, what=what, draws=draws, level=level, seed=seed, record=json, console=Console())
 
 
-def workspace(project: str, trainer: Literal["hf", "lightning", "loop"] = "hf", json: Path | None = None) -> None:
+def workspace(
+    project: str,
+    trainer: Literal["hf", "lightning", "loop"] = "hf",
+    x_axis: str | None = None,
+    json: Path | None = None,
+) -> None:
     """Make a workspace in Weights & Biases: MUI, loss and benchmarks on one x axis, experts, routing, cost.
 
     Args:
         project: ENTITY/PROJECT, which is there already.
         trainer: whose steps are the x axis: of transformers' Trainer, of Lightning, or of a loop of your own.
+        x_axis: another x axis, the key that a loop logs its steps as.
         json: a file for the workspace as W&B would get it, or - for the terminal; then no server is asked.
     """
     try:
+        from mui_callback.workspace.build import X_AXES
         from mui_callback.workspace.run import make_workspace
     except ImportError as error:
         missing = "a workspace needs more packages: pip install 'mui-callback[workspace]'"
         raise MUIError(f"{missing} ({error})") from error
-    print(make_workspace(project, trainer=trainer, record=json))
+    print(make_workspace(project, x_axis=x_axis or X_AXES[trainer], record=json))
 
 
 def watch(output_dir: Path, once: bool = False) -> None:

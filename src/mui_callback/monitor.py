@@ -153,7 +153,7 @@ class MUIMonitor:
         trackers = as_sinks(tracker)
         check_sinks(sinks)
         check_probe_set(probe_set)
-        check_pictures(pictures)
+        check_pictures(pictures, tables)
 
         def make_probe() -> MUIProbe:
             samples = builtin_for(model, tokenizer, _HINT) if probe_set is None else probe_set

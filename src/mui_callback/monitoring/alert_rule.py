@@ -5,8 +5,8 @@ Each situation is told when it begins, and again only after it has ended.
 - A task *enters coarsening or collapsing*: the phase at the last point is one of them, and the last one that was called
   before it is another (that a phase is undecided in between ends nothing).
 - *Dead experts appear*, which were alive: their share is `dead` above the lowest so far, where that of the first point
-  counts as a tenth more, since a router that has learned nothing leaves nobody out. Nothing is told before the sixth
-  point: a router that begins to learn leaves many experts alone for a while. It ends half-way back.
+  counts as a fifth more, since a router that has learned nothing leaves nobody out, and does not fall. Nothing is told
+  before the sixth point: a router that begins to learn leaves many experts alone for a while. It ends half-way back.
 - *Concentration jumps*: `expert_gini` is further from the mean of the last `window` points (at least 5) than `jump`
   and than Student's prediction interval at `level` allows for the next value of a normal sample with their spread. A
   trend that goes on is no jump: what it adds to the spread makes the interval as much wider. After a jump its own size
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -30,9 +30,10 @@ from mui_callback.metrics.rarefaction import t_quantile
 from mui_callback.sinks.base import Alert
 
 Scalars = Mapping[str, float]
+_DEAD = key("dead_experts")
 _FEWEST = 5
 """Points before a jump, or dead experts, can be told."""
-_UNLEARNED = 0.1
+_UNLEARNED = 0.2
 """More dead experts than at the first point, which are expected where a router has learned."""
 _OVER_FOR = 3
 """Points that the overhead is looked at for."""
@@ -86,13 +87,14 @@ def alerts_at(step: int, points: Mapping[int, Scalars], budget: float | None, ru
         budget: of the run, time in probes as share of the time in training; None where the interval was named instead.
         rule: what it takes.
     """
-    so_far = [points[at] for at in sorted(points) if at <= step]
+    steps = [at for at in sorted(points) if at <= step]
+    so_far = [points[at] for at in steps]
     if step not in points:
         return ()
     found = (
         _phase(step, so_far, Phase.COLLAPSING, "performance and MUI both fall"),
         _phase(step, so_far, Phase.COARSENING, "performance falls while MUI rises"),
-        _dead_experts(step, _values(so_far, key("dead_experts")), rule),
+        _dead_experts(step, {at: points[at][_DEAD] for at in steps if _DEAD in points[at]}, rule),
         _jump(step, _values(so_far, key("expert_gini")), rule),
         None if budget is None else _overhead(step, _values(so_far, OVERHEAD), budget, rule),
     )
@@ -111,19 +113,21 @@ def _phase(step: int, points: Sequence[Scalars], phase: Phase, what: str) -> Ale
     return Alert(phase.value, step, f"MUI: {phase.value}", f"{', '.join(entered)}: {what} at step {step}.", is_bad=True)
 
 
-def _dead_experts(step: int, shares: Sequence[float], rule: AlertRule) -> Alert | None:
+def _dead_experts(step: int, share_at: Mapping[int, float], rule: AlertRule) -> Alert | None:
     was = is_on = False
-    later = shares[1:]
-    lowest = accumulate([*(share + _UNLEARNED for share in shares[:1]), *later], min)
-    for number, (share, low) in enumerate(zip(later, lowest, strict=False), start=1):
-        was, is_on = is_on, number >= _FEWEST and share > low + rule.dead * (0.5 if is_on else 1)
+    shares = list(share_at.values())
+    lowest = accumulate([*(share + _UNLEARNED for share in shares[:1]), *shares[1:]], min)
+    for number, ((before, share), low) in enumerate(zip(pairwise(shares), lowest, strict=False), start=1):
+        begins = number >= _FEWEST and share > low + rule.dead and share >= before
+        was, is_on = is_on, share > low + rule.dead / 2 if is_on else begins
     if was or not is_on:
         return None
+    fewest = min(list(share_at)[:-1], key=lambda at: share_at[at])
     text = (
         f"{shares[-1]:.1%} of the routed experts get no token of the probe set at step {step}; at the fewest it was "
-        f"{min(shares[:-1]):.1%}."
+        f"{share_at[fewest]:.1%} (step {fewest})."
     )
-    return Alert("dead_experts", step, "MUI: dead experts", text, is_bad=True)
+    return Alert("dead_experts", step, "MUI: dead experts", text)
 
 
 def _jump(step: int, values: Sequence[float], rule: AlertRule) -> Alert | None:

@@ -102,7 +102,7 @@ class RunMonitor:
             self._probe.layout,
         )
         self._probed = run.to_dict()
-        record = output_dir / RECORD_NAME
+        record = output_dir.absolute() / RECORD_NAME  # training may go to another directory
         before = partial(recalled, self._probed, start_step, record, state, asked.phase_window)
         known = self._processes.from_main(lambda: before(must_be_known=on_error == "raise").to_dict())
         self._history = History.from_dict(known)

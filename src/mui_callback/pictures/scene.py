@@ -51,7 +51,9 @@ def picture_key(name: str) -> str:
     return f"{PREFIX}/pictures/{name}"
 
 
-def check_pictures(pictures: object) -> None:
-    """Raises ValueError for what is not `Pictures`."""
+def check_pictures(pictures: object, tables: object) -> None:
+    """Raises ValueError for what is not `Pictures`, or no flag."""
+    if not isinstance(tables, bool):
+        raise ValueError(f"tables: expected True or False, got {tables!r}")
     if pictures != "end" and not isinstance(pictures, bool):
         raise ValueError(f"pictures: expected True, False or 'end', got {pictures!r}")

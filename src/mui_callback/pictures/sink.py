@@ -49,7 +49,7 @@ class PictureSink:
     def __init__(
         self, walls: Sequence[Wall], *, pictures: Pictures = True, tables: bool = False, is_crowded: bool = False
     ) -> None:
-        check_pictures(pictures)
+        check_pictures(pictures, tables)
         self._walls = tuple(walls)
         self._pictures = pictures
         self._tables = tables
@@ -122,8 +122,10 @@ class PictureSink:
         worker, self._worker = self._worker, None
         if worker is None:
             return
-        is_done = worker.close(_PATIENCE)
-        self._studio.close()
+        try:
+            is_done = worker.close(_PATIENCE)
+        finally:
+            self._studio.close()
         if worker.n_dropped:
             logger.info("MUI: %d points came faster than their pictures were drawn, and have none", worker.n_dropped)
         self._hang_finished(worker, is_end=True)

@@ -9,11 +9,16 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
+import time
 from contextlib import suppress
-from threading import Lock
+from threading import Lock, Thread
 from typing import IO, Any
 
 from mui_callback.pictures.scene import Picture, Scene
+
+_SECONDS = 2.0
+"""Between looks at whether the process that trains is there."""
 
 
 class StudioError(RuntimeError):
@@ -74,26 +79,41 @@ class Studio:
         if self._is_closed:
             raise StudioError("nothing is drawn any more")
         if self._process is None:
-            paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            # absolute, and none of the directory that the training is in, where a script may be called like a module
+            paths = [os.path.abspath(os.fspath(path)) for path in sys.path if path]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+                [sys.executable, "-c", _PROGRAM, str(os.getpid()), *paths],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+                cwd=tempfile.gettempdir(),
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
                 start_new_session=True,  # what interrupts the training in the terminal leaves the last pictures alone
             )
         return self._process
 
 
-def main() -> None:
-    """Draw what comes in, until nothing does any more."""
+_PROGRAM = (
+    "import os, sys; target = os.fdopen(os.dup(1), 'wb'); os.dup2(2, 1); sys.path[:] = sys.argv[2:]; "
+    f"from {__name__} import main; main(int(sys.argv[1]), target)"
+)
+"""Nothing but pictures may come through the pipe that was standard output."""
+
+
+def main(parent: int, target: IO[bytes]) -> None:
+    """Draw what comes in, until nothing does any more.
+
+    Args:
+        parent: the process that trains. Where it has ended, so does this one, although whoever it has forked may still
+            hold the pipe.
+        target: where pictures go.
+    """
     from mui_callback.pictures.draw import draw
 
     if hasattr(os, "nice"):
         os.nice(10)
-    source, target = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+    source = sys.stdin.buffer
     while True:
         try:
             scene = pickle.load(source)
@@ -106,6 +126,12 @@ def main() -> None:
         _send(target, found)
 
 
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_SECONDS)
+    os._exit(0)
+
+
 def _send(target: IO[bytes], values: Any) -> None:
     target.write(pickle.dumps(values))
     target.flush()
@@ -114,7 +140,3 @@ def _send(target: IO[bytes], values: Any) -> None:
 def _close(pipe: IO[bytes]) -> None:
     with suppress(OSError):  # what was written last did not arrive
         pipe.close()
-
-
-if __name__ == "__main__":
-    main()

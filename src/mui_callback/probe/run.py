@@ -140,7 +140,6 @@ class MUIProbe:
         """The same, where it is to be known of every process whether it failed.
 
         Raises:
-            ProbeError: in all processes, as they have one report: contributions do not add up.
             DesynchronizedError: see `measure`, as the following.
             InterruptedPassError: …
         """
@@ -148,10 +147,8 @@ class MUIProbe:
         self.wait_for_device()
         start, sent = time.perf_counter(), self._sent
         if self._learned.is_used:
-            outcome, error = attempt(lambda: self._outcome(processes, start, sent))
-            if error is not None and not isinstance(error, ProbeError):
-                raise error
-            if outcome is not None and not outcome.is_misread:
+            outcome = self._outcome(processes, start, sent)
+            if not outcome.is_misread:
                 return outcome
             # what was learned before does not hold any more
         return self._outcome(processes, start, sent)
@@ -164,6 +161,19 @@ class MUIProbe:
         failures = processes.gather_failures(error)
         if failures or passed is None:
             return Outcome(error=error, failures=failures)
+        report, error = attempt(lambda: self._report(passed, start, sent))
+        failures = processes.gather_failures(error)
+        if failures or report is None:
+            return Outcome(error=error, failures=failures)
+        self._learned.keep(passed.readers)  # in all processes or in none, as they exchange tensors to learn
+        return Outcome(report)
+
+    def _report(self, passed: Passed, start: float, sent: int) -> MUIReport:
+        """What all processes counted.
+
+        Raises:
+            ProbeError: contributions do not add up; in all processes.
+        """
         counts = passed.counts
         counts.merge(self._shards.world)
         n_bytes = torch.tensor([self._sent - sent, float(passed.is_coarse)], dtype=torch.float64, device=self._device)
@@ -180,8 +190,7 @@ class MUIProbe:
         )
         rounding = ROUNDING if n_bytes[1] else ROUNDING_OF_FLOAT32
         Verification.of(self.layout, report.counts, report.tokens, rounding).raise_if_wrong()
-        self._learned.keep(passed.readers)
-        return Outcome(report)
+        return report
 
     @property
     def sample_table(self) -> SampleTable:

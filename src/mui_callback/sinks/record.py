@@ -33,6 +33,8 @@ class RecordedRun:
     """The ten with the highest activated frequency at the last point that tells, all tasks pooled."""
     troubles: list[tuple[int, str]] = field(default_factory=list)
     """Steps and errors: probes that failed, and what failed besides them."""
+    alerts: list[tuple[int, str]] = field(default_factory=list)
+    """Steps and texts of what its owner was told."""
     last_time: float | None = None
     """When the last point was written, in seconds since the epoch."""
 
@@ -137,6 +139,7 @@ def _add_row(row: dict[str, Any], runs: list[RecordedRun]) -> None:
     step = int(row["step"])
     troubles = [(step, str(row["error"]))] if "error" in row else []
     troubles += [(step, f"{what}: {why}") for what, why in row.get("failures", {}).items()]
+    alerts = [(step, f"{alert['title']}. {alert['text']}") for alert in row.get("alerts", ())]
     top_experts = list(row.get("pooled", {}).get("top_experts", of_run.top_experts))
     if "error" not in row:
         found = {task: point for task, of_task in _of_tasks(row) if (point := _trajectory_point(of_task)) is not None}
@@ -145,6 +148,7 @@ def _add_row(row: dict[str, Any], runs: list[RecordedRun]) -> None:
             of_run.trajectories.setdefault(task, {})[step] = point
     of_run.top_experts = top_experts
     of_run.troubles += troubles
+    of_run.alerts += alerts
     of_run.last_time = row.get("time", of_run.last_time)
     of_run.spent = spent
 

@@ -44,7 +44,8 @@ class MetricDefinitions:
 
     def _define(self, run: Any, key: str) -> None:
         metric = metric_of(key)
-        if metric is None or (metric.summary is None and metric.is_plotted):
+        # in a definition, an asterisk stands for any characters
+        if metric is None or (metric.summary is None and metric.is_plotted) or "*" in key:
             return
         summary = None if metric.summary is None else f"{metric.summary},last"
         # What is defined by name takes nothing from what is defined for all.

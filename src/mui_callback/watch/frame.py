@@ -89,13 +89,11 @@ def _tasks(run: WatchedRun, width: int, height: int | None) -> Table:
     room = len(names) if height is None else max(1, height - _OTHER_ROWS)
     shown = names if len(names) <= room else names[: max(1, room - 1)]
     for task in (None, *shown):
-        accuracy = run.last("choice_accuracy", task)
-        accuracy = run.last("token_accuracy", task) if accuracy is None else accuracy
         cells = {
             "MUI %": Text(_percent(run.last("mui", task), 2), style="bold"),
             "phase": _phase(run.last("phase", task)),
             "loss": Text(_number(run.last("loss", task))),
-            "acc %": Text(_percent(accuracy)),
+            "acc %": Text(_percent(run.accuracy(task))),
             "key %": Text(_percent(run.last("key_expert_proportion", task))),
             "shared %": Text(_percent(run.last("shared_share", task))),
         }
@@ -171,6 +169,10 @@ def _troubles(run: WatchedRun, unread: int) -> list[tuple[str, str]]:
         step, what = run.troubles[-1]
         count = f", {len(run.troubles)} errors in all" if len(run.troubles) > 1 else ""
         lines.append((f"Last error (step {step:,}{count}): {what}", "red"))
+    if run.alerts:
+        step, what = run.alerts[-1]
+        count = f", {len(run.alerts)} alerts in all" if len(run.alerts) > 1 else ""
+        lines.append((f"Last alert (step {step:,}{count}): {what}", "yellow"))
     if unread:
         lines.append((f"{unread} line{'s' if unread > 1 else ''} of the record cannot be read.", "yellow"))
     return lines

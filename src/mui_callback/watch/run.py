@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mui_callback.errors import MUIError
+from mui_callback.forgiving import attempt, described
 from mui_callback.monitoring.run_monitor import RECORD_NAME
 from mui_callback.sinks.record import RecordReader
 from mui_callback.watch.frame import frame
@@ -34,7 +35,8 @@ def watch_record(path: Path, *, once: bool, console: Console) -> None:
     if once or not console.is_terminal:
         record.look()
         if not record.exists:
-            raise MUIError(f"{record.path}: there is no record yet; without --once, watch waits for it")
+            waits = "without --once, watch waits for it" if once else "in a terminal, watch waits for it"
+            raise MUIError(f"{record.path}: there is no record yet; {waits}")
         console.print(record.frame(console.width, None))
         return
     try:
@@ -84,6 +86,12 @@ class Record:
         reader = self._reader
         run = None if reader is None else last_run(reader.runs)
         if reader is not None and run is not None:
-            return frame(run, now=time.time(), width=width, height=height, unread=len(reader.complaints))
+            shown, error = attempt(
+                lambda: frame(run, now=time.time(), width=width, height=height, unread=len(reader.complaints))
+            )
+            if error is not None:
+                return Text(f"{self.path}: expected a record of this version ({described(error)})", style="red")
+            assert shown is not None
+            return shown
         waiting = f"{self.path}:\n{'no run in it yet' if self.exists else 'not there yet'}; waiting. Ctrl-C ends."
         return Text(waiting, style="yellow")

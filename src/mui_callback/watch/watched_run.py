@@ -29,6 +29,7 @@ class WatchedRun:
     spent: Spent
     top_experts: list[dict[str, Any]]
     troubles: list[tuple[int, str]]
+    alerts: list[tuple[int, str]]
     last_time: float | None
 
     @property
@@ -51,6 +52,12 @@ class WatchedRun:
         name = key(metric, task)
         complete = [scalars for scalars in self.points.values() if key("mui") in scalars]
         return complete[-1].get(name) if complete else None
+
+    def accuracy(self, task: str | None) -> float | None:
+        """That of choices, if all samples have them, or else that of tokens."""
+        has_choices = [self.last("choice_accuracy", name) is not None for name in self.task_names]
+        choices = self.last("choice_accuracy", task) if task is not None or all(has_choices) else None
+        return self.last("token_accuracy", task) if choices is None else choices
 
     def benchmarks(self) -> dict[str, float]:
         """The last score of each."""
@@ -81,5 +88,6 @@ def last_run(runs: list[RecordedRun]) -> WatchedRun | None:
         spent=told[-1].spent,
         top_experts=next((part.top_experts for part in reversed(parts) if part.top_experts), []),
         troubles=[trouble for part in parts for trouble in part.troubles],
+        alerts=[alert for part in parts for alert in part.alerts],
         last_time=told[-1].last_time,
     )

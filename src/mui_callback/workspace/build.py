@@ -16,11 +16,14 @@ X_AXES: dict[Trainer, str] = {"hf": HF_STEP_KEY, "lightning": LIGHTNING_STEP_KEY
 """What the losses of each trainer are plotted against."""
 NAME = "MUI"
 
-_TRAINING_LOSS = r"^((train|val|valid|validation|eval|test)[/_])*loss(_step|_epoch)?$"
+_TRAINING_LOSS = (
+    r"^(((train|val|valid|validation|eval|test)[/_])+([^/]+_)?)?loss(_step|_epoch)?(/dataloader_idx_[0-9]+)?$"
+)
+"""As trainers name it: ``train/loss``, ``eval/gsm8k_loss``, ``val_loss/dataloader_idx_1``."""
 _COLUMNS = 3
 
 
-def build_workspace(entity: str, project: str, trainer: Trainer) -> ws.Workspace:
+def build_workspace(entity: str, project: str, x_axis: str) -> ws.Workspace:
     """The workspace as an object of wandb-workspaces; nothing is sent.
 
     Whatever tasks, benchmarks and rules a run has are found by regular expressions; a panel without data stays empty.
@@ -28,13 +31,12 @@ def build_workspace(entity: str, project: str, trainer: Trainer) -> ws.Workspace
     Args:
         entity: whose project it is.
         project: its name.
-        trainer: whose step is the x axis.
+        x_axis: the metric that it is; see `X_AXES`.
     """
-    x = X_AXES[trainer]
-    loss = _line(x, "Loss of the trainer", "loss", _TRAINING_LOSS)
+    loss = _line(x_axis, "Loss of the trainer", "loss", _TRAINING_LOSS)
     sections = []
     for name, panels in SECTIONS.items():
-        lines = [_line(x, panel.title, panel.unit, panel.regex) for panel in panels]
+        lines = [_line(x_axis, panel.title, panel.unit, panel.regex) for panel in panels]
         if name == "Trajectory":
             lines.insert(1, loss)
         sections.append(_section(name, lines))
@@ -45,7 +47,7 @@ def build_workspace(entity: str, project: str, trainer: Trainer) -> ws.Workspace
         project=project,
         name=NAME,
         sections=sections,
-        settings=ws.WorkspaceSettings(x_axis=x),
+        settings=ws.WorkspaceSettings(x_axis=x_axis),
         auto_generate_panels=False,
     )
 

@@ -9,19 +9,19 @@ from typing import Any
 
 from mui_callback.errors import MUIError
 from mui_callback.whole_file import replaced_at_once
-from mui_callback.workspace.build import NAME, Trainer, build_workspace, workspace_spec
+from mui_callback.workspace.build import NAME, build_workspace, workspace_spec
 
 STDOUT = Path("-")
 _PATIENCE = 5
 """Seconds for an answer of W&B's server, where nothing else is set; W&B's own are 19."""
 
 
-def make_workspace(path: str, *, trainer: Trainer, record: Path | None) -> str:
+def make_workspace(path: str, *, x_axis: str, record: Path | None) -> str:
     """Save the workspace as a new view of the project, or write its spec.
 
     Args:
         path: ``"ENTITY/PROJECT"``.
-        trainer: whose step is the x axis.
+        x_axis: the metric that it is; see `X_AXES`.
         record: a file for the spec, or `STDOUT`; then no server is asked.
 
     Returns:
@@ -34,7 +34,7 @@ def make_workspace(path: str, *, trainer: Trainer, record: Path | None) -> str:
     if len(parts) != 2 or not all(parts):
         raise MUIError(f"expected ENTITY/PROJECT, such as my-team/moe, got {path!r}")
     entity, project = parts
-    workspace = build_workspace(entity, project, trainer)
+    workspace = build_workspace(entity, project, x_axis)
     if record is None:
         _check_project(entity, project)
         return f"{path} has a new saved view, {NAME}: {_save(workspace)}"
@@ -53,9 +53,8 @@ def _check_project(entity: str, project: str) -> None:
     try:
         api = wandb.Api(timeout=patience)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        what_to_do = "Run `wandb login`, or set WANDB_API_KEY, and see that the server can be reached"
-        message = f"W&B did not log you in: {error}. {what_to_do}; --json needs none"
-        raise MUIError(message) from error
+        advice = "Run `wandb login`, or set WANDB_API_KEY, and see that the server can be reached; --json needs none."
+        raise MUIError(f"W&B did not log you in. {advice}\n{error}") from error
     try:
         _ = api.project(project, entity).id
     except ValueError as error:
