@@ -253,6 +253,18 @@ def test_a_process_that_is_killed_is_told_once_and_another_draws_on() -> None:
     assert sink._studio._process is None
 
 
+def test_what_is_in_the_directory_of_the_training_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "random.py").write_text("open('was_run', 'w'); raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", tmp_path / "somewhere", *sys.path])  # as Python itself allows
+    board = Board()
+    sink = PictureSink([board])
+    drawn(sink, 0)
+    sink.close()
+    assert [step for step, *_ in board.hung] == [0]
+    assert not (tmp_path / "was_run").exists()
+
+
 def test_a_process_that_hangs_does_not_hang_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink_module, "_PATIENCE", 0.2)
     started = Studio._started

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from mui_callback import MUIProbe, MUIReport, ProbeSet
+from integrations import make_model, probe_set
+from mui_callback import MUIMonitor, MUIProbe, MUIReport, ProbeSet
 from mui_callback.settings import ProbeSettings
 from mui_callback.sinks import record as record_module
 from mui_callback.sinks.base import ProbePoint, RunDescription
@@ -372,3 +373,16 @@ def test_a_last_line_without_its_end_is_waited_for(path: Path, run: RunDescripti
     path.write_bytes(whole[:-1])  # whoever goes on with it will not write the point again
     (recorded,), complaints = read_record(path)
     assert (list(recorded.points), complaints) == ([0], [])
+
+
+def test_training_may_go_to_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with MUIMonitor(make_model(), probe_set(), every=1, output_dir=".", tracker=None) as monitor:
+        monitor.step(1)
+        monkeypatch.chdir("other")
+        monitor.step(2)
+    (run,), complaints = read_record(tmp_path / "mui.jsonl")
+    assert list(run.points) == [0, 1, 2]
+    assert not complaints
+    assert not list((tmp_path / "other").iterdir())
