@@ -68,7 +68,7 @@ def launch(directory: Path, work: Callable[..., Any], *, size: int = 2, **option
     """
     directory.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.trainer", "transformers.models.qwen2_moe.modeling_qwen2_moe"])
+    context.set_forkserver_preload(["preloaded"])
     processes = [
         context.Process(target=_process, args=(rank, size, directory, work, options), daemon=True)
         for rank in range(size)

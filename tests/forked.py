@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ _AT_A_TIME = 2
 
 def at_once(main: Callable[[Path, str], None], directory: Path, names: Iterable[str]) -> None:
     """Call ``main(directory / name, name)`` for each, in forks, two at a time; exits with 1 if any of them fails."""
+    gc.freeze()  # or each would copy all that was imported when it looks for what is no longer needed
     failed = n_running = 0
     for name in names:
         if n_running == _AT_A_TIME:

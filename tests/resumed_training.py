@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import suppress
@@ -93,8 +94,21 @@ WAYS = {way.__name__: way for way in (in_transformers, in_lightning, in_a_loop)}
 
 
 def main(output_dir: Path, way: str) -> None:
+    """The folder that all ways have in common is named for what W&B is: online, or offline."""
+    together = output_dir.parent
+    together.mkdir(exist_ok=True)
     output_dir.mkdir()
-    WAYS[way](output_dir)
+    os.environ.update(
+        WANDB_MODE=together.name,
+        WANDB_RUN_ID="in_transformers",
+        WANDB_RESUME="allow",
+        WANDB_DIR=str(together),
+        WANDB_SILENT="true",
+        TENSORBOARD_LOGGING_DIR=str(together / "tensorboard"),
+        TRACKIO_DIR=str(together / "trackio"),
+        TRACKIO_AUTO_LOG_CPU="0",
+    )
+    WAYS[way.rpartition("/")[2]](output_dir)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import wandb
 
+from distributed_training import launch
 from integrations import make_model, probe_set
 from made import make_report
 from mui_callback import MemorySink, MUICallback, MUIMonitor, ProbeSet
@@ -27,7 +28,7 @@ from mui_callback.pictures.studio import Studio, StudioError
 from mui_callback.pictures.worker import Worker
 from mui_callback.sinks.base import ProbePoint
 from tiny_samples import make_samples
-from training import STEPS, assert_same_to_the_bit, train
+from training import STEPS, assert_same_to_the_bit, make_trainer, train
 
 HERE = Path(__file__).parent
 
@@ -304,30 +305,29 @@ os._exit(1)
         pytest.fail("it goes on")
 
 
+def train_without_pillow(rank: int, directory: Path) -> tuple[list[int], list[str], list[bool]]:
+    """The steps of the points, what was warned of, and whether values and pictures are in the run."""
+    for name in ["PIL", *(name for name in sys.modules if name.startswith("PIL."))]:
+        sys.modules[name] = None  # type: ignore[assignment] # cannot be imported
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ.update(WANDB_MODE="offline", WANDB_DIR=str(directory), WANDB_SILENT="true")
+    memory = MemorySink()
+    callback = MUICallback(ProbeSet({"a": make_samples(7)}), every=4, sinks=[memory])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(directory, [callback], report_to=["wandb"], max_steps=8).train()
+    summary = wandb.run.summary.keys()
+    logged = ["mui/mui" in summary, "mui/pictures/expert_mui" in summary]
+    wandb.finish()
+    return [p.step for p in memory.points], [str(w.message) for w in caught if "MUI" in str(w.message)], logged
+
+
 def test_without_pillow_there_is_one_warning_and_all_the_rest(tmp_path: Path) -> None:
-    # in a process in which it cannot be imported
-    code = """
-import sys, warnings
-sys.modules["PIL"] = None
-import wandb
-from mui_callback import MUICallback, MemorySink, ProbeSet
-from tiny_samples import make_samples
-from training import make_trainer
-memory = MemorySink()
-callback = MUICallback(ProbeSet({"a": make_samples(7)}), every=4, sinks=[memory])
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    make_trainer(sys.argv[1], [callback], report_to=["wandb"], max_steps=8).train()
-print([point.step for point in memory.points], [str(w.message)[:60] for w in caught if "MUI" in str(w.message)])
-print("mui/mui" in wandb.run.summary.keys(), "mui/pictures/expert_mui" in wandb.run.summary.keys())
-"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    run = [sys.executable, "-c", code, str(tmp_path)]
-    shown = subprocess.run(run, env=environment, cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert shown.returncode == 0, shown.stderr
-    warned = "MUI: there are no pictures, as pillow cannot be imported; va"
-    assert shown.stdout.splitlines()[-2:] == [f"[0, 4, 8] ['{warned}']", "True False"]
+    ((steps, (warned,), logged),) = launch(tmp_path, train_without_pillow, size=1)
+    assert steps == [0, 4, 8]
+    assert warned.startswith("MUI: there are no pictures, as pillow cannot be imported; va")
+    assert logged == [True, False]
 
 
 # Options

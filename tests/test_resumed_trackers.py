@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,25 @@ HERE = Path(__file__).parent
 STEP_KEYS = {"in_transformers": "train/global_step", "in_lightning": "trainer/global_step", "in_a_loop": "step"}
 POINTS = {"in_transformers": [0, 2, 4, 6, 8], "in_lightning": [0, 1, 3, 5, 7], "in_a_loop": [0, 2, 4, 6, 8]}
 """In Lightning's counting, which begins at 0."""
+OFFLINE = {"in_transformers": "in_transformers", "in_a_loop": "loop"}
+"""The ways that are tried without a server, too, and their runs."""
 
 
-def train(directory: Path, environment: dict[str, str], *ways: str) -> None:
+@pytest.fixture(scope="module")
+def server() -> Iterator[WandbServer]:
+    with WandbServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def directory(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all trainings, with a folder for those that are online and for those that are not."""
+    directory = tmp_path_factory.mktemp("resumed")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    of_trackers = {
-        "WANDB_RUN_ID": "in_transformers",
-        "WANDB_RESUME": "allow",
-        "WANDB_DIR": str(directory),
-        "WANDB_SILENT": "true",
-        "TENSORBOARD_LOGGING_DIR": str(directory / "tensorboard"),
-        "TRACKIO_DIR": str(directory / "trackio"),
-        "TRACKIO_AUTO_LOG_CPU": "0",
-    }
-    command = [sys.executable, str(HERE / "resumed_training.py"), str(directory), *ways]
-    subprocess.run(command, env={**clean, **of_trackers, **environment}, check=True, timeout=400, cwd=HERE)
+    names = [*(f"online/{way}" for way in STEP_KEYS), *(f"offline/{way}" for way in OFFLINE)]
+    command = [sys.executable, str(HERE / "resumed_training.py"), str(directory), *names]
+    subprocess.run(command, env={**clean, **server.environment}, check=True, timeout=400, cwd=HERE)
+    return directory
 
 
 def assert_each_point_once(rows: list[dict[str, Any]], way: str, output_dir: Path) -> None:
@@ -60,30 +65,28 @@ def caption(row: dict[str, Any]) -> str:
     return str(row[name]["caption"] if name in row else row[f"{name}.caption"])
 
 
-def test_online(tmp_path: Path) -> None:
-    with WandbServer() as server:
-        train(tmp_path, server.environment, *STEP_KEYS)
+def test_online(server: WandbServer, directory: Path) -> None:
+    directory /= "online"
     for way, run in zip(STEP_KEYS, ("in_transformers", "lightning", "loop"), strict=True):
-        assert_each_point_once(server.runs[run].history, way, tmp_path / way)
+        assert_each_point_once(server.runs[run].history, way, directory / way)
     assert len(server.runs) == 3
-    found = only_mui(in_tensorboard(tmp_path)), only_mui(in_trackio(tmp_path))
+    found = only_mui(in_tensorboard(directory)), only_mui(in_trackio(directory))
     for values in found:
         assert list(values) == [0, 2, 4, 6, 8]
     both: dict[int, Any] = {}
     for version in (0, 1):
-        some = only_mui(in_csv(tmp_path / "in_lightning" / "lightning_logs" / f"version_{version}"))
+        some = only_mui(in_csv(directory / "in_lightning" / "lightning_logs" / f"version_{version}"))
         assert not both.keys() & some.keys()
         both |= some
     assert list(both) == POINTS["in_lightning"]
 
 
-def test_offline(tmp_path: Path) -> None:
-    runs = {"in_transformers": "in_transformers", "in_a_loop": "loop"}
-    train(tmp_path, {"WANDB_MODE": "offline"}, *runs)
+def test_offline(directory: Path) -> None:
+    directory /= "offline"
     wandb = shutil.which("wandb", path=Path(sys.executable).parent)
-    for way, run in runs.items():
+    for way, run in OFFLINE.items():
         rows: list[dict[str, Any]] = []
-        parts = sorted(tmp_path.rglob(f"offline-run-*-{run}"), key=lambda part: part.name)
+        parts = sorted(directory.rglob(f"offline-run-*-{run}"), key=lambda part: part.name)
         assert len(parts) == 2
         for part in parts:  # a directory for each process, which `wandb sync` puts together
             shown = subprocess.run(
@@ -91,4 +94,4 @@ def test_offline(tmp_path: Path) -> None:
             )
             records = map(json.loads, shown.stdout.splitlines())
             rows += [record["history"]["item"] for record in records if record["type"] == "history"]
-        assert_each_point_once(rows, way, tmp_path / way)
+        assert_each_point_once(rows, way, directory / way)

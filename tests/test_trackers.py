@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,25 +28,14 @@ COUNTED_FROM_0 = {0: 0, 3: 2, 6: 5, 8: 7}
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("trackers")
-
-
-@cache
-def train(directory: Path, way: str) -> Path:
-    """In a process of its own, since trackers keep their settings; where its files are."""
-    output_dir = directory / way
-    output_dir.mkdir()
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))},
-        "MLFLOW_ALLOW_FILE_STORE": "true",
-        "MLFLOW_TRACKING_URI": f"file:{output_dir}/mlruns",
-        "TENSORBOARD_LOGGING_DIR": str(output_dir / "tensorboard"),
-        "TRACKIO_DIR": str(output_dir / "trackio"),
-        "TRACKIO_AUTO_LOG_CPU": "0",
-    }
-    command = [sys.executable, str(HERE / "tracked_training.py"), way, str(output_dir)]
-    subprocess.run(command, env=environment, check=True, timeout=300, cwd=HERE)
-    return output_dir
+    """Of all runs, each in a folder of its name."""
+    directory = tmp_path_factory.mktemp("trackers")
+    # Another test of this process may have left settings in the environment.
+    of_trackers = ("WANDB_", "MLFLOW_", "TRACKIO_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(of_trackers)}
+    command = [sys.executable, str(HERE / "tracked_training.py"), str(directory)]
+    subprocess.run(command, env=clean, check=True, timeout=300, cwd=HERE)
+    return directory
 
 
 def in_record(output_dir: Path) -> Values:
@@ -120,7 +108,7 @@ READERS = {"csv": in_csv, "tensorboard": in_tensorboard, "mlflow": in_mlflow, "t
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "mlflow", "trackio"])
 def test_reporters_of_transformers(tracker: str, directory: Path) -> None:
-    output_dir = train(directory, "transformers")
+    output_dir = directory / "transformers"
     found = READERS[tracker](output_dir)
     assert list(in_record(output_dir)) == [0, 3, 6, 8]
     assert_same(found, in_record(output_dir))
@@ -129,7 +117,7 @@ def test_reporters_of_transformers(tracker: str, directory: Path) -> None:
 
 @pytest.mark.parametrize("tracker", ["csv", "tensorboard", "mlflow"])
 def test_loggers_of_lightning(tracker: str, directory: Path) -> None:
-    output_dir = train(directory, "lightning")
+    output_dir = directory / "lightning"
     found = READERS[tracker](output_dir)
     points = in_record(output_dir)
     assert list(points) == [0, 3, 6, 8]
@@ -147,7 +135,7 @@ def test_names_that_mlflow_cannot_tell_apart_stay_apart() -> None:
 @pytest.mark.parametrize("tracker", READERS)
 def test_trackers_of_a_loop(tracker: str, directory: Path) -> None:
     """MLflow refuses whole batches for the name of one metric."""
-    output_dir = train(directory, "loop")
+    output_dir = directory / "loop"
     found = in_trackio(output_dir, "mui/step") if tracker == "trackio" else READERS[tracker](output_dir)
     name = "über_" if tracker == "mlflow" else "über?"
     points = in_record(output_dir)
@@ -183,7 +171,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
 def test_trackio_shows_it_in_a_browser(directory: Path, tmp_path: Path) -> None:
-    with dashboard(train(directory, "transformers")) as address:
+    with dashboard(directory / "transformers") as address:
         options = [
             "--headless",
             "--no-sandbox",

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb_workspaces.workspaces as ws
 
+from distributed_training import launch
 from mui_callback.cli import main
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
 from mui_callback.metrics.sections import SECTIONS
@@ -131,24 +133,31 @@ def test_it_is_saved_to_a_server(tmp_path: Path) -> None:
     assert X_AXES["lightning"] in view["spec"]
 
 
+def told(rank: int, directory: Path, *, project: str, environment: dict[str, str]) -> str:
+    """What the command ends with where it cannot do what it is asked."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ.update({"HOME": str(directory), "NETRC": str(directory / "netrc"), **environment})
+    with pytest.raises(SystemExit) as ended:
+        main(["workspace", project])
+    return str(ended.value.code)
+
+
 def test_troubles_are_told_in_words(tmp_path: Path) -> None:
     with WandbServer("me/moe") as server:
-        missing = call("me/other", environment=server.environment, home=tmp_path)
-        stranger = {**server.environment, "WANDB_API_KEY": ""}
-        nobody = call("me/moe", environment=stranger, home=tmp_path)
+        alone = partial(launch, tmp_path, told, size=1)
+        (missing,) = alone(project="me/other", environment=server.environment)
+        (nobody,) = alone(project="me/moe", environment={**server.environment, "WANDB_API_KEY": ""})
         server.behaviour = "deny"
-        denied = call("me/moe", environment=server.environment, home=tmp_path)
+        (denied,) = alone(project="me/moe", environment=server.environment)
         server.vanish()
-        gone = call("me/moe", environment={**server.environment, "WANDB_HTTP_TIMEOUT": "1"}, home=tmp_path)
-    wrong = call("me", environment={}, home=tmp_path)
-    for done in (missing, nobody, denied, gone, wrong):
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr, done.stderr
-    assert "there is no project me/other that you may see: log a run to it first" in missing.stderr
-    assert "Run `wandb login`, or set WANDB_API_KEY" in nobody.stderr
-    assert "Run `wandb login`, or set WANDB_API_KEY" in denied.stderr
-    assert "see that the server can be reached" in gone.stderr
-    assert "expected ENTITY/PROJECT, such as my-team/moe, got 'me'" in wrong.stderr
+        (gone,) = alone(project="me/moe", environment={**server.environment, "WANDB_HTTP_TIMEOUT": "1"})
+    (wrong,) = alone(project="me", environment={})
+    assert "there is no project me/other that you may see: log a run to it first" in missing
+    assert "Run `wandb login`, or set WANDB_API_KEY" in nobody
+    assert "Run `wandb login`, or set WANDB_API_KEY" in denied
+    assert "see that the server can be reached" in gone
+    assert "expected ENTITY/PROJECT, such as my-team/moe, got 'me'" in wrong
     assert server.views == []
 
 

@@ -1,11 +1,16 @@
-"""A training run that logs to several trackers at once; in a process of its own, since they keep their settings."""
+"""Training runs that log to several trackers at once; each in a process of its own, since they keep their settings."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import mlflow
+import torch.utils.tensorboard  # noqa: F401 - here, or each of them would import it
+
+from forked import at_once
 from integrations import make_model
 from mui_callback import MUICallback, MUIMonitor, ProbeSet
 from tiny_samples import make_samples
@@ -46,7 +51,6 @@ def in_lightning(output_dir: Path) -> None:
 
 
 def in_a_loop(output_dir: Path) -> None:
-    import mlflow
     import trackio
     from lightning.fabric.loggers import CSVLogger
     from torch.utils.tensorboard import SummaryWriter
@@ -63,11 +67,25 @@ def in_a_loop(output_dir: Path) -> None:
     trackio.finish()
 
 
-WAYS: dict[str, Any] = {
+WAYS: dict[str, Callable[[Path], None]] = {
     "transformers": in_transformers,
     "lightning": in_lightning,
     "loop": in_a_loop,
 }
 
+
+def main(output_dir: Path, way: str) -> None:
+    output_dir.mkdir()
+    os.environ.update(
+        MLFLOW_ALLOW_FILE_STORE="true",
+        MLFLOW_TRACKING_URI=f"file:{output_dir}/mlruns",
+        TENSORBOARD_LOGGING_DIR=str(output_dir / "tensorboard"),
+        TRACKIO_DIR=str(output_dir / "trackio"),
+        TRACKIO_AUTO_LOG_CPU="0",
+    )
+    WAYS[way](output_dir)
+    mlflow.flush_async_logging()
+
+
 if __name__ == "__main__":
-    WAYS[sys.argv[1]](Path(sys.argv[2]))
+    at_once(main, Path(sys.argv[1]), WAYS)
