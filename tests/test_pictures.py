@@ -24,7 +24,7 @@ from mui_callback.pictures.expert_blocks import expert_blocks
 from mui_callback.pictures.heatmap import expert_heatmap
 from mui_callback.pictures.histogram import expert_mui_histogram
 from mui_callback.pictures.paths import Path, PathPoint, path_of
-from mui_callback.pictures.scene import PICTURE_KEYS, Picture, Scene
+from mui_callback.pictures.scene import PICTURES, Picture, Scene
 from mui_callback.pictures.style import rendered
 from mui_callback.pictures.table import expert_rows
 from mui_callback.pictures.top_experts import top_experts_bars
@@ -279,7 +279,7 @@ def test_whatever_was_found_there_is_a_picture_and_a_caption(case: str, paths: t
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pictures = draw(Scene(7, task, {"a": task}, paths))
-    assert pictures.keys() == PICTURE_KEYS.keys()
+    assert pictures.keys() == set(PICTURES)
     for picture in pictures.values():
         assert opened(picture).format == "PNG"
         assert "step 7" in picture.caption.lower()
