@@ -26,7 +26,7 @@ _NORM = PowerNorm(1 / 3, _TINY, 100)
 and the cube root tells 1, 5 and 50 % apart."""
 _TICKS = (1, 5, 20, 50, 100)
 _LEFT, _RIGHT, _BOTTOM, _TOP, _GAP = 64, 78, 34, 86, 30
-_LEAST_WIDTH, _LEAST_HEIGHT = 640, 130
+_LEAST_WIDTH, _LEAST_HEIGHT = 640, 152
 _LABEL_HEIGHT, _LABEL_WIDTH = 17, 42
 _NUMBERED = (40, 22)
 """Cells of at least this size have their value written into them."""

@@ -20,7 +20,7 @@ _RING = 7
 """Pixels by which the mark of the last point is larger."""
 _APART = 3
 """Pixels between what is drawn and the next that counts as hidden."""
-_BEYOND = (28, 0)
+_BEYOND = (24, 0)
 """Pixels right of and above the panel in which it may be."""
 _NEVER = 1000
 
@@ -42,6 +42,8 @@ def label_steps(axes: Any, steps: Sequence[int], places: FloatArray, bars: Seque
     between = np.unique(np.linspace(first, last, _MOST).round().astype(int))[1:-1]
     taken: list[FloatArray] = []
     for index in dict.fromkeys((last, first, *(int(i) for i in between))):
+        if index != last and np.linalg.norm(pixels[index] - pixels[last]) < 2 * _RING:
+            continue  # its mark is behind the ring
         words, size, weight = f"{steps[index]:,}", *((10, "bold") if index == last else (9, "normal"))
         half = np.array([style.text_width(words, size, weight) / 2 + 2, 0.75 * size])
         boxes = [
@@ -49,7 +51,9 @@ def label_steps(axes: Any, steps: Sequence[int], places: FloatArray, bars: Seque
             for gap in _GAPS
             for way in _WAYS
         ]
-        costs = [_cost(box, index, pixels, drawn, taken, axes.bbox) for box in boxes]
+        # What is inside the ring cannot be told apart.
+        others = pixels[np.linalg.norm(pixels - pixels[index], axis=1) > (_RING if index == last else 1)]
+        costs = [_cost(box, pixels[index], others, drawn, taken, axes.bbox) for box in boxes]
         best = int(np.argmin(costs))
         if costs[best] >= (_NEVER if index in (first, last) else 1):
             continue
@@ -73,13 +77,17 @@ def _line(start: FloatArray, end: FloatArray) -> FloatArray:
 
 
 def _cost(
-    box: FloatArray, index: int, pixels: FloatArray, drawn: FloatArray, taken: Sequence[FloatArray], panel: Any
+    box: FloatArray, own: FloatArray, others: FloatArray, drawn: FloatArray, taken: Sequence[FloatArray], panel: Any
 ) -> float:
     """How much of what is drawn a box ``[low/high, x/y]`` hides; more than anything if it is on another label, out of
     the panel, or not nearest to its own point."""
     hidden = ((drawn > box[0]) & (drawn < box[1])).all(axis=1).sum()
-    overlaps = sum(bool((box[0] < other[1]).all() and (box[1] > other[0]).all()) for other in taken)
+    overlaps = sum(bool((box[0] < label[1]).all() and (box[1] > label[0]).all()) for label in taken)
     is_out = (box[0] < panel.min).any() or (box[1] > panel.max + _BEYOND).any()
-    away = np.linalg.norm(np.maximum(0, np.maximum(box[0] - pixels, pixels - box[1])), axis=1)
-    is_ambiguous = (away < away[index] + 1)[np.linalg.norm(pixels - pixels[index], axis=1) > 1].any()
+    is_ambiguous = (_distance(others, box) < _distance(own, box) + 1).any()
     return float(hidden + _NEVER * (overlaps + 10 * is_out + is_ambiguous))
+
+
+def _distance(points: FloatArray, box: FloatArray) -> FloatArray:
+    away: FloatArray = np.linalg.norm(np.maximum(0, np.maximum(box[0] - points, points - box[1])), axis=-1)
+    return away

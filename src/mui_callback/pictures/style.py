@@ -5,6 +5,7 @@ Everything is placed in pixels, since a cell of a heatmap that is no whole numbe
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from io import BytesIO
 from math import ceil
 from typing import Any
@@ -48,11 +49,14 @@ def text_width(words: str, size: float, weight: str = "normal") -> float:
 
 def shortened(words: str, width: float, size: float, weight: str = "normal") -> str:
     """Words, with … for their middle where they take more than so many pixels."""
-    short, n = words, len(words)
-    while n and text_width(short, size, weight) > width:
-        n -= 1
-        short = f"{words[: n - n // 2].rstrip()}…{words[len(words) - n // 2 :].lstrip()}"
-    return short
+
+    def cut(n: int) -> str:
+        return f"{words[: n - n // 2].rstrip()}…{words[len(words) - n // 2 :].lstrip()}"
+
+    if text_width(words, size, weight) <= width:
+        return words
+    n_fit = bisect_right(range(len(words)), width, key=lambda n: text_width(cut(n), size, weight))
+    return cut(max(n_fit - 1, 0))
 
 
 def write(figure: Figure, x: float, y: float, words: str, *, size: float, **options: Any) -> Text:

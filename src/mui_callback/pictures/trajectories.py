@@ -157,8 +157,9 @@ def _draw_legend(figure: Figure) -> None:
     for place, (phase, words) in enumerate(_MEANING.items()):
         row, number = divmod(place, n_columns)
         x, y = 28 + number * column, 22 * ((len(_MEANING) - 1) // n_columns - row) + 20
-        options = {"color": PHASE_COLORS[phase], "marker": PHASE_MARKERS[phase], "markersize": 7, "linestyle": "none"}
-        figure.add_artist(Line2D([x / page[0]], [y / page[1]], transform=figure.transFigure, **options))
+        mark = Line2D([x / page[0]], [y / page[1]], markersize=7, linestyle="none", transform=figure.transFigure)
+        mark.set(color=PHASE_COLORS[phase], marker=PHASE_MARKERS[phase])
+        figure.add_artist(mark)
         style.write(figure, x + 13, y, words, size=9.5, va="center_baseline", gid="legend")
 
 
