@@ -384,6 +384,10 @@ def test_error_bars_are_in_view_and_steps_are_at_their_points(n: int, seed: int,
         away = np.linalg.norm(np.maximum(0, np.maximum(ends[0] - pixels, pixels - ends[1])), axis=1)
         own = next(i for i, point in enumerate(points) if f"{point.step:,}" == text.get_text())
         assert away[own] <= away.min() + (9 if own == n - 1 else 3)  # of the last point there is a ring
+        if own not in (n - len(seen), n - 1):
+            for line in (axes.transData.transform(ends) for ends in bars):
+                crossed = (line.max(axis=0) > ends[0] + 3) & (line.min(axis=0) < ends[1] - 3)
+                assert not crossed.all(), text.get_text()
 
 
 def test_paths_come_from_what_was_logged() -> None:
