@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 
@@ -151,6 +153,24 @@ def test_when_there_are_pictures(pictures: Any, steps: list[int], monkeypatch: p
     sink.close()
     assert [values["step"] for *_, values in board.hung] == steps
     assert all(values["step"] == step for step, _, values in board.hung)
+
+
+def test_paths_have_error_bars_of_every_task() -> None:
+    board, sink = Board(), None
+    samples, tasks = [{0, 1}, {2}, {3, 4}, {5}, {6, 7}, {8}], [0, 0, 0, 1, 1, 1]
+    report = make_report(samples, tasks, loss=np.array([1.0, 2, 4, 3, 9, 5]))
+    assert "mui/a/loss_low" not in report.scalars()
+    sink = PictureSink([board], pictures="end")
+    phases = {task: SimpleNamespace(point=SimpleNamespace(axis="-loss")) for task in (None, "a", "b")}
+    sink.write(ProbePoint(5, report=report, scalars=report.scalars(), phases=phases))  # type: ignore[arg-type]
+    assert sink._latest is not None
+    paths = sink._latest[1].paths
+    assert [path.task for path in paths] == [None, "a", "b"]
+    for path in paths:
+        (point,) = path.points
+        expected = report.intervals(path.task, metrics=("mui", "loss"))
+        assert point.mui_interval == (expected["mui"].low, expected["mui"].high)
+        assert point.performance_interval == (expected["loss"].low, expected["loss"].high)
 
 
 def test_the_table_comes_last_and_without_pictures_too() -> None:

@@ -24,8 +24,8 @@ from mui_callback.pictures.expert_blocks import expert_blocks
 from mui_callback.pictures.heatmap import expert_heatmap
 from mui_callback.pictures.histogram import expert_mui_histogram
 from mui_callback.pictures.paths import Path, PathPoint, path_of
-from mui_callback.pictures.scene import PICTURE_KEYS, Picture, Scene
-from mui_callback.pictures.style import rendered
+from mui_callback.pictures.scene import PICTURES, Picture, Scene
+from mui_callback.pictures.style import as_png, rendered
 from mui_callback.pictures.table import expert_rows
 from mui_callback.pictures.top_experts import top_experts_bars
 from mui_callback.pictures.trajectories import trajectories
@@ -90,36 +90,65 @@ def test_every_expert_has_its_cell(shape: str) -> None:
     assert sum(int((~np.isnan(block)).sum()) for block in cells.values()) == n_cells
 
 
-def test_colours_end_above_the_highest_value_at_a_round_number() -> None:
-    for shape in SHAPES:
-        task = a_task(SHAPES[shape])
-        highest = 100 * task.expert_mui.max()
-        for image in (image for axes in expert_heatmap(task, task.expert_mui, **WORDS).axes for image in axes.images):
-            assert highest <= image.norm.vmax <= 2.5 * highest
-            assert f"{image.norm.vmax:.0e}"[0] in "125"
+def color_of_cell(pixels: np.ndarray, figure: Figure, kind: str, row: int, column: int) -> np.ndarray:
+    """The pixel above the number in a cell."""
+    axes = next(axes for axes in figure.axes if axes.get_gid() == kind)
+    n_rows, n_columns = axes.images[0].get_array().shape
+    left, bottom, width, height = axes.get_window_extent().bounds
+    x = round(left + (column + 0.5) * width / n_columns)
+    y = round(pixels.shape[0] - (bottom + height) + (row + 0.25) * height / n_rows)
+    return pixels[y, x]
+
+
+def test_a_colour_means_the_same_at_every_probe() -> None:
+    layout = SHAPES["2 x 4"]
+    few, many = (
+        replace(a_task(layout), key_neurons=np.array(keys)) for keys in ([0, 1, 2, 3] * 2, [0, 1, 2, 3, 32, 31, 30, 0])
+    )
+    figures = [expert_heatmap(task, task.expert_mui, **WORDS) for task in (few, many)]
+    first, second = (np.asarray(Image.open(BytesIO(as_png(figure))).convert("RGB")) for figure in figures)
+    for column in range(4):
+        here = [
+            color_of_cell(page, figure, "routed", 0, column)
+            for page, figure in zip((first, second), figures, strict=True)
+        ]
+        np.testing.assert_array_equal(*here)
+    hues = [color_of_cell(first, figures[0], "routed", 0, column).astype(int) for column in range(4)]
+    assert all(np.abs(a - b).max() > 10 for a, b in pairwise(hues))
+    key = figures[0].axes[-1]
+    assert [label.get_text() for label in key.get_yticklabels()] == ["1 %", "5 %", "20 %", "50 %", "100 %"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zero_has_one_colour_in_the_file(shape: str) -> None:
+    task = a_task(SHAPES[shape])
+    task = replace(task, key_neurons=np.where(np.arange(len(task.key_neurons)) == 1, 0, task.key_neurons))
+    figure = expert_heatmap(task, task.expert_mui, **WORDS)
+    page = np.asarray(Image.open(BytesIO(as_png(figure))).convert("RGB"))
+    n_zeros = 0
+    for kind, values in images(figure).items():
+        for row, column in np.argwhere(values == 0):
+            assert color_of_cell(page, figure, kind, row, column).tolist() == [0xDF, 0xE2, 0xE7]
+            n_zeros += 1
+    assert n_zeros == (task.key_neurons == 0).sum() > 0
 
 
 @pytest.mark.parametrize("shape", ["48 x 128", "61 x 257", "one layer"])
 def test_a_cell_is_as_many_pixels_as_every_other_and_has_the_colour_of_its_value(shape: str) -> None:
     task = a_task(SHAPES[shape])
-    figure = expert_heatmap(task, task.activated_frequency, highest=1, **WORDS)
-    pixels = rendered(figure)
+    figure = expert_heatmap(task, task.activated_frequency, **WORDS)
+    pixels = np.asarray(Image.open(BytesIO(as_png(figure))).convert("RGB"))
     colors = mpl.colormaps["viridis"]
-    for axes in figure.axes:
-        if not axes.images:
-            continue
-        values = images(figure)[axes.get_gid()]
-        left, bottom, width, height = axes.get_window_extent().bounds
-        cell = width / values.shape[1], height / values.shape[0]
+    for kind, values in images(figure).items():
+        axes = next(axes for axes in figure.axes if axes.get_gid() == kind)
+        cell = np.array(axes.get_window_extent().size) / values.shape[::-1]
         np.testing.assert_allclose(cell, np.round(cell), atol=1e-6)
         assert min(cell) >= 3
         for row, column in np.argwhere(np.ones_like(values, dtype=bool))[:: max(1, values.size // 500)]:
-            x = round(left + (column + 0.5) * cell[0])
-            y = round(pixels.shape[0] - (bottom + height) + (row + 0.25) * cell[1])
             value = values[row, column]
-            hue = "white" if np.isnan(value) else "#dfe2e7" if value == 0 else colors(value / 100)
+            hue = "white" if np.isnan(value) else "#dfe2e7" if value == 0 else colors((value / 100) ** (1 / 3))
             expected = 255 * np.array(mpl.colors.to_rgb(hue))
-            np.testing.assert_allclose(pixels[y, x], expected, atol=4)
+            np.testing.assert_allclose(color_of_cell(pixels, figure, kind, row, column), expected, atol=6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -177,15 +206,36 @@ def test_bars_are_the_top_experts() -> None:
     assert len(colors) == len({label.split("-")[1][0] for label, *_ in top})
 
 
+def test_bars_of_experts_without_a_key_neuron_are_left_out() -> None:
+    task = edge_cases()["few"]
+    (axes,) = top_experts_bars(task, **WORDS).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["L0-E2", "L1-E0"]
+    caption = draw(Scene(7, task, {"a": task}, ()))["top_experts"].caption
+    assert caption.startswith("The 2 experts with the highest activated frequency")
+
+
 def test_the_histogram_counts_every_expert_once() -> None:
     task = a_task(SHAPES["61 x 257"])
     (axes,) = expert_mui_histogram(task, **WORDS).axes
     outlines = [patch for patch in axes.patches if isinstance(patch, mpl.patches.StepPatch) and not patch.get_fill()]
-    none = [bar.get_height() for container in axes.containers for bar in container]
-    is_shared = task.layout.is_shared
-    for outline, none_of_kind, of_kind in zip(outlines, none, (~is_shared, is_shared), strict=True):
-        assert outline.get_data().values.sum() + none_of_kind == pytest.approx(100)
-        assert none_of_kind == pytest.approx(100 * np.mean(task.key_neurons[of_kind] == 0))
+    kinds = np.array(task.layout.expert_kinds)
+    none = [100 * np.mean(task.key_neurons[kinds == kind] == 0) for kind in ("routed", "shared", "dense")]
+    bars = [bar for container in axes.containers for bar in container]
+    assert [bar.get_height() for bar in bars] == pytest.approx([share for share in none if share])
+    for outline, none_of_kind in zip(outlines, none, strict=True):
+        assert np.nansum(outline.get_data().values) + none_of_kind == pytest.approx(100)
+        assert not (outline.get_data().values == 0).any()  # no line along the axis
+        assert axes.get_xlim()[0] < outline.get_data().edges[-1] < axes.get_xlim()[1]
+    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars]
+    assert len(bars) > 1
+    assert all(end <= start + 1e-9 for (_, end), (start, _) in pairwise(spans))  # side by side
+    assert spans[-1][1] < 0
+
+
+@pytest.mark.parametrize(("shape", "words"), [("2 x 4", "MUI, routed: "), ("one layer", "MUI, routed and shared: ")])
+def test_captions_name_the_kinds_that_there_are(shape: str, words: str) -> None:
+    task = a_task(SHAPES[shape])
+    assert words in draw(Scene(7, task, {"a": task}, ()))["expert_mui_histogram"].caption
 
 
 # Trajectories
@@ -227,16 +277,117 @@ def test_paths_are_drawn_point_by_point(n: int, n_tasks: int, accuracy: bool) ->
         assert len(bands) == sum(point.phase is not Phase.UNDECIDED for point in path.points[1:])
         assert bool(axes.xaxis_inverted()) is not accuracy  # better is to the right
         steps = [text.get_text() for text in axes.texts if text.get_gid() == "step"]
-        assert f"{path.points[-1].step:,}" in steps
+        assert set(steps) <= {f"{point.step:,}" for point in path.points}
         latest = axes.transAxes.inverted().transform(axes.transData.transform(marks["latest"][0]))
         assert ((latest > 0) & (latest < 1)).all()
 
 
+def texts(figure: Figure, gid: str) -> list[mpl.text.Text]:
+    return [text for text in figure.findobj(mpl.text.Text) if text.get_gid() == gid]
+
+
 def test_a_model_that_was_far_off_in_the_beginning_is_out_of_view() -> None:
     far = PathPoint(0, 11.0, 0.9, Phase.UNDECIDED)
-    (axes,) = trajectories([Path(None, "-loss", (far, *points_of(6)[1:]))], **WORDS).axes
-    assert max(axes.get_xlim()) < 4
-    assert axes.get_title(loc="right") == "step 0 out of view"
+    figure = trajectories([Path(None, "-loss", (far, *points_of(6)[1:]))], **WORDS)
+    assert max(figure.axes[0].get_xlim()) < 5
+    (note,) = texts(figure, "note")
+    assert note.get_text() == "steps 100 to 500; step 0 out of view"
+
+
+def some_paths(n: int, n_tasks: int, name: str = "task {}") -> list[Path]:
+    return [Path(name.format(seed), "-loss", points_of(n, seed)) for seed in range(n_tasks)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 30])
+@pytest.mark.parametrize("n_tasks", [1, 2, 4, 10])
+def test_no_words_run_over_others_or_out_of_the_page(n: int, n_tasks: int) -> None:
+    figure = trajectories(some_paths(n, n_tasks, "hendrycks_math $x$ level {0}: chain_of_thought" * 3), **WORDS)
+    rendered(figure)
+    shown = [text for text in figure.texts if text.get_text()]
+    for axes in figure.axes:
+        shown += [axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):  # matplotlib has labels of ticks that are out of view, too
+            low, high = sorted(axis.get_view_interval())
+            ticks = zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
+            shown += [label for at, label in ticks if low <= at <= high]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
+    for number, (words, box) in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0, words
+        assert box.x1 <= figure.bbox.x1, words
+        assert figure.bbox.y0 <= box.y0, words
+        assert box.y1 <= figure.bbox.y1, words
+        for other, its_box in boxes[:number]:
+            assert not box.overlaps(its_box), (words, other)
+    for axes, name in zip(figure.axes, texts(figure, "name"), strict=True):
+        assert name.get_window_extent().x1 <= axes.bbox.x1 + 1
+        start, end = name.get_text().split("…")
+        assert start.startswith("hendrycks_math")
+        assert end.endswith("chain_of_thought")
+
+
+def test_short_names_are_kept() -> None:
+    assert [text.get_text() for text in texts(trajectories(some_paths(3, 2), **WORDS), "name")] == ["task 0", "task 1"]
+
+
+@pytest.mark.parametrize(
+    ("n_tasks", "words"), [(9, ""), (10, "; 1 more task is not shown"), (14, "; 5 more tasks are")]
+)
+def test_the_picture_says_how_many_tasks_are_left_out(n_tasks: int, words: str) -> None:
+    figure = trajectories(some_paths(3, n_tasks), **WORDS)
+    (subtitle,) = (text.get_text() for text in figure.texts if text.get_text().startswith(WORDS["subtitle"]))
+    assert subtitle.startswith(WORDS["subtitle"] + words)
+    assert ("shown" in subtitle) == bool(words)
+
+
+@pytest.mark.parametrize("n_tasks", [1, 2, 4, 5])
+def test_the_legend_has_even_columns(n_tasks: int) -> None:
+    figure = trajectories(some_paths(3, n_tasks), **WORDS)
+    rendered(figure)
+    boxes = [text.get_window_extent() for text in texts(figure, "legend")]
+    lefts = np.unique(np.round([box.x0 for box in boxes]))
+    assert len(boxes) == len(Phase)
+    assert np.ptp(np.diff(lefts)) <= 1
+    assert len(lefts) == (5 if n_tasks == 5 else 3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(n=st.integers(1, 24), seed=st.integers(0, 99), bar=st.floats(0.001, 0.2))
+def test_error_bars_are_in_view_and_steps_are_at_their_points(n: int, seed: int, bar: float) -> None:
+    rng = np.random.default_rng(seed)
+    points = tuple(
+        PathPoint(
+            1000 * i, 3 * 0.8**i + 0.1 * x, 0.05 + 0.002 * i, Phase.UNDECIDED,
+            (0.05 + 0.002 * i - bar / 5, 0.05 + 0.002 * i + bar / 5),
+            (3 * 0.8**i + 0.1 * x - bar, 3 * 0.8**i + 0.1 * x + bar),
+        )
+        for i, x in enumerate(rng.random(n))
+    )  # fmt: skip
+    figure = trajectories([Path("a", "-loss", points)], **WORDS)
+    rendered(figure)
+    (axes,) = figure.axes
+    left_out = texts(figure, "note")[0].get_text().endswith("out of view")
+    places = np.array([(point.performance, 100 * point.mui) for point in points])
+    limits = np.sort([axes.get_xlim(), axes.get_ylim()])
+    seen = places[(places > limits[:, 0]).all(axis=1) & (places < limits[:, 1]).all(axis=1)]
+    spans = np.ptp(seen, axis=0)
+    bars = [line.get_xydata() for line in axes.lines if line.get_gid() == "interval"]
+    assert all(line.get_marker() in ("_", "|") for line in axes.lines if line.get_gid() == "interval")
+    if not left_out:
+        assert len(bars) == 2 * n
+        outside = np.concatenate([np.maximum(limits[:, 0] - ends, ends - limits[:, 1]) for ends in bars]).max(axis=0)
+        is_wide = np.array([2 * bar, 40 * bar]) > 4 * spans
+        assert ((outside < 0) | (is_wide & (spans > 0)) | (limits[:, 0] == 0)).all()
+    pixels = axes.transData.transform(places)
+    for text in axes.texts:
+        box = text.get_window_extent()
+        ends = np.array([box.min, box.max])
+        away = np.linalg.norm(np.maximum(0, np.maximum(ends[0] - pixels, pixels - ends[1])), axis=1)
+        own = next(i for i, point in enumerate(points) if f"{point.step:,}" == text.get_text())
+        assert away[own] <= away.min() + (9 if own == n - 1 else 3)  # of the last point there is a ring
+        if own not in (n - len(seen), n - 1):
+            for line in (axes.transData.transform(ends) for ends in bars):
+                crossed = (line.max(axis=0) > ends[0] + 3) & (line.min(axis=0) < ends[1] - 3)
+                assert not crossed.all(), text.get_text()
 
 
 def test_paths_come_from_what_was_logged() -> None:
@@ -268,6 +419,11 @@ def edge_cases() -> dict[str, TaskReport]:
         "all key": replace(one, key_neurons=one.layout.width, activated=np.full_like(nothing, 200)),
         "no shared experts": a_task(SHAPES["2 x 4"]),
         "dense": a_task(SHAPES["dense"]),
+        "few": replace(
+            a_task(SHAPES["2 x 4"]),
+            key_neurons=np.array([0, 0, 2, 0, 1, 0, 0, 0]),
+            activated=np.array([0, 0, 9, 0, 3, 0, 0, 0]),
+        ),
     }
 
 
@@ -279,12 +435,23 @@ def test_whatever_was_found_there_is_a_picture_and_a_caption(case: str, paths: t
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pictures = draw(Scene(7, task, {"a": task}, paths))
-    assert pictures.keys() == PICTURE_KEYS.keys()
+    assert pictures.keys() == set(PICTURES)
     for picture in pictures.values():
         assert opened(picture).format == "PNG"
         assert "step 7" in picture.caption.lower()
         assert "task a" in picture.caption.lower()
         assert "nan" not in picture.caption.lower()
+
+
+def test_nothing_is_cut_at_the_edge_of_a_picture() -> None:
+    name = "hendrycks_math_intermediate_algebra" * 4
+    for shape in ("2 x 4", "two kinds"):
+        task = a_task(SHAPES[shape])
+        for key, picture in draw(Scene(7, task, {name: task}, (Path(name, "-loss", points_of(4)),))).items():
+            page = np.asarray(opened(picture).convert("RGB"))
+            for edge in (page[:4], page[-4:], page[:, :4], page[:, -4:]):
+                assert (edge == 255).all(), (shape, key)
+            assert name in picture.caption
 
 
 def test_zero_small_and_absent_are_told_apart() -> None:

@@ -6,19 +6,24 @@ import numpy as np
 
 from mui_callback.pictures.heatmap import expert_heatmap
 from mui_callback.pictures.histogram import expert_mui_histogram
+from mui_callback.pictures.palette import EXPERT_COLORS
 from mui_callback.pictures.scene import Picture, Scene
-from mui_callback.pictures.style import as_png
-from mui_callback.pictures.top_experts import top_experts_bars
+from mui_callback.pictures.style import as_png, shortened
+from mui_callback.pictures.top_experts import activated_experts, top_experts_bars
 from mui_callback.pictures.trajectories import MOST_PANELS, trajectories
 from mui_callback.task_report import TaskReport
+
+_ALL = "all tasks pooled"
 
 
 def draw(scene: Scene) -> dict[str, Picture]:
     """Every picture by the last part of its key; see `PICTURES`."""
     task = scene.pooled
-    whose = "all tasks pooled" if len(scene.tasks) > 1 else f"task {next(iter(scene.tasks))}"
+    name = next(iter(scene.tasks))
+    whose, briefly = (f"task {name}", f"task {shortened(name, 380, 9.5)}") if len(scene.tasks) == 1 else [_ALL] * 2
     at = f"step {scene.step:,}"
-    subtitle = f"{whose} ({task.n_samples:,} samples), {at}"
+    subtitle = f"{briefly} ({task.n_samples:,} samples), {at}"
+    top = activated_experts(task)
     drawn = {
         "expert_mui": (
             expert_heatmap(
@@ -32,15 +37,18 @@ def draw(scene: Scene) -> dict[str, Picture]:
                 task.activated_frequency,
                 title="Activated frequency: share of the samples in which it owns a key neuron",
                 subtitle=subtitle,
-                highest=1,
             ),
             "Activated frequency by layer and expert: the share of the samples in which it owns a key neuron; "
             f"{int(task.key_experts.sum()):,} of {task.layout.n_experts:,} are key experts "
             f"(at least {100 * task.key_expert_frequency:g} %)",
         ),
         "top_experts": (
-            top_experts_bars(task, title="The ten most frequently activated experts", subtitle=subtitle),
-            _top(task),
+            top_experts_bars(
+                task,
+                title="The most frequently activated experts",
+                subtitle=f"{subtitle}: {len(top)} of {int((task.activated > 0).sum()):,} that own a key neuron",
+            ),
+            _top(task, len(top)),
         ),
         "trajectory": (
             trajectories(scene.paths, title="MUI against performance", subtitle=f"each task up to {at}"),
@@ -48,7 +56,7 @@ def draw(scene: Scene) -> dict[str, Picture]:
         ),
         "expert_mui_histogram": (
             expert_mui_histogram(task, title="How expert MUI is spread", subtitle=subtitle),
-            f"Experts by expert MUI, routed and shared: {_summary(task)}",
+            f"Experts by expert MUI, {_kinds(task)}: {_summary(task)}",
         ),
     }
     return {
@@ -69,10 +77,16 @@ def _summary(task: TaskReport) -> str:
     )
 
 
-def _top(task: TaskReport) -> str:
+def _top(task: TaskReport, n: int) -> str:
     n_shared = task.shared_in_top10
     shared = "" if n_shared is None else f"; {n_shared} of them shared"
-    return f"The ten experts with the highest activated frequency, with expert MUI inside{shared}"
+    words = f"The {n} experts" if n > 1 else "The expert" if n else "None"
+    return f"{words} with the highest activated frequency, with expert MUI inside{shared}"
+
+
+def _kinds(task: TaskReport) -> str:
+    present = [kind for kind in EXPERT_COLORS if kind in task.layout.expert_kinds]
+    return " and ".join(present)
 
 
 def _paths(scene: Scene) -> str:

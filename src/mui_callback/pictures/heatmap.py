@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize, PowerNorm
+from matplotlib.colors import Colormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -21,8 +21,12 @@ _ZERO, _ABSENT = "#dfe2e7", "white"
 """A zero must not look like a small value, nor an expert that there is not like a zero."""
 _TINY = 1e-9
 """Below it the colour is that of zero; a share of neurons or samples is never so small."""
+_NORM = PowerNorm(1 / 3, _TINY, 100)
+"""The same for every probe and both values, so that colours can be compared; most experts are far below the highest,
+and the cube root tells 1, 5 and 50 % apart."""
+_TICKS = (1, 5, 20, 50, 100)
 _LEFT, _RIGHT, _BOTTOM, _TOP, _GAP = 64, 78, 34, 86, 30
-_LEAST_WIDTH, _LEAST_HEIGHT = 640, 130
+_LEAST_WIDTH, _LEAST_HEIGHT = 640, 152
 _LABEL_HEIGHT, _LABEL_WIDTH = 17, 42
 _NUMBERED = (40, 22)
 """Cells of at least this size have their value written into them."""
@@ -36,9 +40,7 @@ class _Cells:
     width_of: dict[str, int]
 
 
-def expert_heatmap(
-    task: TaskReport, values: FloatArray, *, title: str, subtitle: str, highest: float | None = None
-) -> Figure:
+def expert_heatmap(task: TaskReport, values: FloatArray, *, title: str, subtitle: str) -> Figure:
     """A picture of one value of every expert: a row for each layer; routed experts, beside them shared ones and,
     where dense layers are probed too, theirs. Zero, values and experts that a layer does not have differ in colour.
 
@@ -47,8 +49,6 @@ def expert_heatmap(
         values: of each expert, in [0, 1], float64 ``[E]``; drawn in percent.
         title: above it.
         subtitle: below that.
-        highest: the end of the colours; by default a round number at the largest value or above, and colours go by
-            the root of values.
     """
     blocks = expert_blocks(task.layout, 100 * values)
     cells = _cell_size(blocks, len(task.layout.layers))
@@ -57,16 +57,14 @@ def expert_heatmap(
     room = max(height, _LEAST_HEIGHT)
     page_width = max(_LEFT + sum(widths) + _GAP * len(blocks) + _RIGHT, _LEAST_WIDTH)
     figure = style.blank(page_width, room + _BOTTOM + _TOP, title, subtitle)
-    # Most experts are far below the highest: the root of values tells them apart.
-    norm = Normalize(_TINY, 100 * highest) if highest else PowerNorm(0.5, _TINY, _round_up(float(100 * values.max())))
     colors = matplotlib.colormaps["viridis"].with_extremes(under=_ZERO, bad=_ABSENT)
     left = _LEFT
     for block, width in zip(blocks, widths, strict=True):
         axes = style.place(figure, left, _BOTTOM + room - height, width, height)
-        _draw_block(axes, block, cells, colors, norm, is_measured=task.is_measured)
+        _draw_block(axes, block, cells, colors, is_measured=task.is_measured)
         _label_rows(axes, [str(layer.layer) for layer in task.layout.layers], cells.height, is_first=left == _LEFT)
         left += width + _GAP
-    _draw_key(figure, left, room, colors, norm, has_absent=any(np.isnan(b.values).any() for b in blocks))
+    _draw_key(figure, left, room, colors, has_absent=any(np.isnan(b.values).any() for b in blocks))
     return figure
 
 
@@ -77,11 +75,9 @@ def _cell_size(blocks: list[ExpertBlock], n_layers: int) -> _Cells:
     return _Cells(int(np.clip(600 // n_layers, 6, 40)), {"routed": routed, "shared": apart, "dense": apart})
 
 
-def _draw_block(
-    axes: Any, block: ExpertBlock, cells: _Cells, colors: Colormap, norm: Normalize, *, is_measured: bool
-) -> None:
+def _draw_block(axes: Any, block: ExpertBlock, cells: _Cells, colors: Colormap, *, is_measured: bool) -> None:
     values = block.values if is_measured else np.full_like(block.values, np.nan)
-    axes.imshow(values, cmap=colors, norm=norm, aspect="auto", interpolation="nearest", origin="upper", resample=False)
+    axes.imshow(values, cmap=colors, norm=_NORM, aspect="auto", interpolation="nearest", origin="upper", resample=False)
     axes.set_gid(block.kind)
     width = cells.width_of[block.kind]
     label_width = _LABEL_WIDTH if block.kind == "routed" else 26
@@ -96,13 +92,13 @@ def _draw_block(
         if block.kind == "routed":
             axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, fontsize=10, ha="center", va="center")
     elif width >= _NUMBERED[0] and cells.height >= _NUMBERED[1]:
-        _write_values(axes, block.values, norm)
+        _write_values(axes, block.values)
 
 
-def _write_values(axes: Any, values: FloatArray, norm: Normalize) -> None:
+def _write_values(axes: Any, values: FloatArray) -> None:
     for row, column in np.argwhere(~np.isnan(values)):
         value = values[row, column]
-        is_dark = 0 < norm(value) < 0.6 and value > 0
+        is_dark = value > 0 and _NORM(value) < 0.6
         axes.text(
             column, row, f"{value:.3g}", fontsize=8.5, ha="center", va="center", color="white" if is_dark else style.INK
         )
@@ -121,20 +117,19 @@ def _every(n: int, size: int, label_size: int) -> list[int]:
     return list(range(0, n, apart))
 
 
-def _draw_key(figure: Figure, left: int, height: int, colors: Colormap, norm: Normalize, *, has_absent: bool) -> None:
+def _draw_key(figure: Figure, left: int, height: int, colors: Colormap, *, has_absent: bool) -> None:
     """The bar of colours and, below it, those that are not in it."""
     others = [(_ZERO, "0"), (_ABSENT, "none")][: 1 + has_absent]
     bar_height = min(height - 22 * len(others), 420)
     bottom = _BOTTOM + height - bar_height
     axes = style.place(figure, left, bottom, 14, bar_height)
-    bar = figure.colorbar(ScalarMappable(norm, colors), cax=axes)
+    bar = figure.colorbar(ScalarMappable(_NORM, colors), cax=axes)
     bar.outline.set(edgecolor=style.RULE, linewidth=0.8)
-    bar.set_ticks([tick for tick in bar.get_ticks() if _TINY < tick <= norm.vmax])
+    bar.set_ticks(_TICKS, labels=[f"{tick} %" for tick in _TICKS])
     axes.tick_params(
         colors=style.RULE, labelcolor=style.INK, labelsize=9.5, width=0.8, length=3, pad=4, direction="out", left=False
     )
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g} %")
     width, page = figure.get_size_inches() * style.DPI
     for number, (color, words) in enumerate(others, start=1):
         y = bottom - 22 * number
@@ -144,11 +139,3 @@ def _draw_key(figure: Figure, left: int, height: int, colors: Colormap, norm: No
             )
         )
         style.write(figure, left + 20, y + 6, words, size=9.5, va="center")
-
-
-def _round_up(value: float) -> float:
-    """The smallest of 1, 2, 5, 10, … times a power of ten that is not below a value, so that it seldom changes."""
-    if value <= 0:
-        return 1.0
-    power = 10.0 ** np.floor(np.log10(value))
-    return float(next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9)))

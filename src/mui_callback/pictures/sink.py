@@ -17,12 +17,15 @@ from mui_callback.pictures.walls import Hang, Wall, walls_of
 from mui_callback.pictures.worker import Worker
 from mui_callback.probe.freeze import random_state_kept
 from mui_callback.report import MUIReport
+from mui_callback.sample_results import EstimatedMetric
 from mui_callback.sinks.base import ProbePoint, RunDescription, Sink
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 10.0
 """Seconds for the last pictures, at the end of training."""
+_WITH_INTERVALS: tuple[EstimatedMetric, ...] = ("mui", "loss", "choice_accuracy")
+"""The axes of a trajectory that are found by the probe."""
 _Drawing = tuple[Sequence[Hang], Scene]
 _Hung = tuple[Sequence[Hang], Mapping[str, Any]]
 
@@ -74,7 +77,7 @@ class PictureSink:
         places = [place for wall in self._walls if (place := wall.place(point.step)) is not None]
         if point.report is not None and places:
             if self._pictures:
-                self._logged[point.step] |= _ends_of_tasks(point.report)
+                self._logged[point.step] |= _missing_ends(point.report, point.scalars)
             scene = self._scene(point, point.report)
             if self._pictures is True:
                 self._submit((places, scene))
@@ -162,11 +165,15 @@ def pictures_at(
     return [PictureSink(walls, pictures=pictures, tables=tables, is_crowded=is_crowded)] if wanted else []
 
 
-def _ends_of_tasks(report: MUIReport) -> dict[str, float]:
-    """The intervals of MUI, which are logged of all tasks pooled only."""
-    found = {task: report.intervals(task, metrics=("mui",))["mui"] for task in report.task_names}
-    known = {key("mui", task): interval for task, interval in found.items() if interval is not None}
-    return {f"{name}_{end}": getattr(interval, end) for name, interval in known.items() for end in ("low", "high")}
+def _missing_ends(report: MUIReport, scalars: Mapping[str, float]) -> dict[str, float]:
+    """The intervals of MUI and of performance that are not logged: those of each task, and of accuracy."""
+    ends: dict[str, float] = {}
+    for task in (None, *report.task_names):
+        missing = [metric for metric in _WITH_INTERVALS if f"{key(metric, task)}_low" not in scalars]
+        for metric, interval in report.intervals(task, metrics=missing).items():
+            if interval is not None:
+                ends |= {f"{key(metric, task)}_{end}": getattr(interval, end) for end in ("low", "high")}
+    return ends
 
 
 def _hang(places: Sequence[Hang], values: Mapping[str, Any], *, is_end: bool) -> Exception | None:

@@ -5,31 +5,58 @@ Everything is placed in pixels, since a cell of a heatmap that is no whole numbe
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from io import BytesIO
+from math import ceil
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.spatial import cKDTree
 
 DPI = 100
 INK, FAINT, RULE = "#1f2329", "#5c6370", "#c9ced6"
 """Colours of words, of words that matter less, and of lines."""
 _FONT = ["DejaVu Sans"]
 """It comes with matplotlib."""
+_TITLE: dict[str, Any] = {"size": 13, "weight": "bold"}
+_SUBTITLE: dict[str, Any] = {"size": 9.5}
+_EDGE = 16
 _COLORS_KEPT = 256
 
 
 def blank(width: int, height: int, title: str, subtitle: str) -> Figure:
-    """A white page with a title; its size is in pixels, to be known before anything is placed."""
+    """A white page with a title; its size is in pixels, to be known before anything is placed. It is made wider where
+    its words need it."""
+    width = max(width, 2 * _EDGE + ceil(max(text_width(title, **_TITLE), text_width(subtitle, **_SUBTITLE))))
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white", edgecolor="white")
     figure.set_layout_engine("none")
-    write(figure, 16, height - 14, title, size=13, weight="bold", va="top")
-    write(figure, 16, height - 38, subtitle, size=9.5, color=FAINT, va="top")
+    write(figure, _EDGE, height - 14, title, va="top", **_TITLE)
+    write(figure, _EDGE, height - 38, subtitle, va="top", color=FAINT, **_SUBTITLE)
     return figure
+
+
+def text_width(words: str, size: float, weight: str = "normal") -> float:
+    """The pixels that words take."""
+    font = FontProperties(family=_FONT, style="normal", weight=weight, size=size)
+    return float(RendererAgg(1, 1, DPI).get_text_width_height_descent(words, font, False)[0])
+
+
+def shortened(words: str, width: float, size: float, weight: str = "normal") -> str:
+    """Words, with … for their middle where they take more than so many pixels."""
+
+    def cut(n: int) -> str:
+        return f"{words[: n - n // 2].rstrip()}…{words[len(words) - n // 2 :].lstrip()}"
+
+    if text_width(words, size, weight) <= width:
+        return words
+    n_fit = bisect_right(range(len(words)), width, key=lambda n: text_width(cut(n), size, weight))
+    return cut(max(n_fit - 1, 0))
 
 
 def write(figure: Figure, x: float, y: float, words: str, *, size: float, **options: Any) -> Text:
@@ -82,10 +109,21 @@ def rendered(figure: Figure) -> NDArray[np.uint8]:
 
 
 def as_png(figure: Figure) -> bytes:
-    """The page as a file, of so few colours that it is a third of the size."""
-    image = Image.fromarray(rendered(figure)).quantize(
-        _COLORS_KEPT, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-    )
+    """The page as a file, of so few colours that it is a third of the size.
+
+    The most frequent ones are kept as they are, so that a colour means the same in every picture; each of the others,
+    as of edges of letters, becomes the nearest of these and of some that are far apart.
+    """
+    pixels = rendered(figure)
+    codes = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+    found, place, count = np.unique(codes, return_inverse=True, return_counts=True)
+    colors = np.column_stack([found >> 16, found >> 8 & 255, found & 255])
+    half = _COLORS_KEPT // 2
+    apart = Image.fromarray(pixels).quantize(half, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    kept = np.concatenate([colors[np.argsort(-count, kind="stable")[:half]], np.reshape(apart.getpalette(), (-1, 3))])
+    nearest = cKDTree(kept).query(colors)[1].astype(np.uint8)
+    image = Image.fromarray(nearest[place].reshape(codes.shape))
+    image.putpalette(kept.astype(np.uint8).tobytes())
     buffer = BytesIO()
     image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()

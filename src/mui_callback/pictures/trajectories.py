@@ -16,16 +16,15 @@ from mui_callback.metrics.utilization import FloatArray
 from mui_callback.pictures import style
 from mui_callback.pictures.palette import PHASE_COLORS, PHASE_MARKERS
 from mui_callback.pictures.paths import Path, PathPoint
+from mui_callback.pictures.step_labels import label_steps
 
 MOST_PANELS = 9
 _PANEL_WIDTH, _PANEL_HEIGHT = 330, 250
-_LEFT, _RIGHT, _BOTTOM, _TOP, _BETWEEN = 64, 26, 100, 84, (84, 92)
+_LEFT, _RIGHT, _BOTTOM, _TOP, _BETWEEN = 78, 30, 104, 102, (92, 108)
 _MOST_INTERVALS = 24
 """Of more points only the last one's is drawn."""
-_MOST_LABELS = 6
-_WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8)])
-"""Where the label of a step may be, seen from its point; the best first."""
-_OVERLAP = 1000
+_MOST_OF_BARS = 2
+"""How far error bars may widen the view to each side, in widths of the path."""
 _MEANING = {
     Phase.EVOLVING: "evolving: better, by less",
     Phase.ACCUMULATING: "accumulating: better, by more",
@@ -45,32 +44,38 @@ def trajectories(paths: Sequence[Path], *, title: str, subtitle: str) -> Figure:
         subtitle: below that.
     """
     drawn = paths[:MOST_PANELS]
+    n_left_out = len(paths) - len(drawn)
+    if n_left_out:
+        subtitle += f"; {n_left_out} more {'task is' if n_left_out == 1 else 'tasks are'} not shown"
     n_columns = min(3, max(1, len(drawn))) if len(drawn) != 4 else 2
     n_rows = max(1, -(-len(drawn) // n_columns))
     step_x, step_y = _PANEL_WIDTH + _BETWEEN[0], _PANEL_HEIGHT + _BETWEEN[1]
-    width = max(_LEFT + n_columns * step_x - _BETWEEN[0] + _RIGHT, 700)
+    width = max(_LEFT + n_columns * step_x - _BETWEEN[0] + _RIGHT, 720)
     height = _BOTTOM + n_rows * step_y - _BETWEEN[1] + _TOP
     figure = style.blank(width, height, title, subtitle)
     for place, path in enumerate(drawn):
         row, column = divmod(place, n_columns)
         left, bottom = _LEFT + column * step_x, _BOTTOM + (n_rows - 1 - row) * step_y
         axes = style.open_axes(style.place(figure, left, bottom, _PANEL_WIDTH, _PANEL_HEIGHT))
-        axes.set_title(_name(path), fontsize=11, color=style.INK, fontweight="bold", loc="left", pad=6)
-        _draw_path(axes, path)
+        name = style.shortened(_name(path), _PANEL_WIDTH, 11, "bold")
+        style.write(figure, left, bottom + _PANEL_HEIGHT + 24, name, size=11, weight="bold", gid="name")
+        note = _draw_path(axes, path)
+        style.write(figure, left, bottom + _PANEL_HEIGHT + 8, note, size=8.5, color=style.FAINT, gid="note")
     if not drawn:
         style.write(figure, _LEFT, height / 2, "no task has a point with performance and MUI", size=10)
-    _draw_legend(figure, width)
+    _draw_legend(figure)
     return figure
 
 
-def _draw_path(axes: Any, path: Path) -> None:
+def _draw_path(axes: Any, path: Path) -> str:
+    """Draw it, and say what is to be seen of it."""
     style.label(axes, x=_words(path.axis), y="MUI, %")
     if not path.points:
         axes.text(0.5, 0.5, "no point yet", transform=axes.transAxes, fontsize=10, color=style.INK, ha="center")
-        return
+        return ""
     points = path.points
-    x, y = (np.array([getattr(point, name) for point in points]) for name in ("performance", "mui"))
-    y = 100 * y
+    places = np.array([(point.performance, 100 * point.mui) for point in points])
+    x, y = places.T
     axes.plot(x, y, color="#8a8f98", linewidth=1, zorder=2, gid="path")
     for before, after in pairwise(range(len(points))):
         phase = points[after].phase
@@ -79,7 +84,13 @@ def _draw_path(axes: Any, path: Path) -> None:
                 x[[before, after]], y[[before, after]], color=PHASE_COLORS[phase], linewidth=9, alpha=0.28,
                 solid_capstyle="butt", zorder=1, gid="band",
             )  # fmt: skip
-    _draw_intervals(axes, points[-1:] if len(points) > _MOST_INTERVALS else points)
+    first = _in_view(places)
+    bars = _bars(points[-1:] if len(points) > _MOST_INTERVALS else points[first:])
+    for (start, end), cap in bars:
+        axes.plot(
+            *zip(start, end, strict=True), color="#8a8f98", linewidth=0.9, alpha=0.6, marker=cap, markersize=5,
+            markeredgewidth=0.9, zorder=1.5, gid="interval",
+        )  # fmt: skip
     size = float(np.clip(600 / len(points), 12, 46))
     for phase in Phase:
         here = np.array([point.phase is phase for point in points])
@@ -90,25 +101,25 @@ def _draw_path(axes: Any, path: Path) -> None:
             )  # fmt: skip
     last = PHASE_COLORS[points[-1].phase]
     axes.scatter(x[-1:], y[-1:], s=150, facecolor="none", edgecolor=last, linewidth=2.2, zorder=4, gid="latest")
-    places = np.column_stack([x, y])
-    first = _in_view(places)
-    _set_view(axes, places[first:], is_inverted=path.lower_is_better)
-    if first:
-        left_out = (
-            f"step {points[0].step:,}" if first == 1 else f"steps {points[0].step:,} to {points[first - 1].step:,}"
-        )
-        axes.set_title(f"{left_out} out of view", fontsize=8.5, color=style.FAINT, loc="right", pad=6)
-    _label_steps(axes, points, places, first)
+    steps, ends = [point.step for point in points], [bar for bar, _ in bars]
+    _set_view(axes, places[first:], ends, is_inverted=path.lower_is_better)
+    label_steps(axes, steps, places, ends, first)
+    return f"{_range(steps[first:])}; {_range(steps[:first])} out of view" if first else _range(steps)
 
 
-def _draw_intervals(axes: Any, points: Sequence[PathPoint]) -> None:
-    options = {"color": "#8a8f98", "linewidth": 0.9, "alpha": 0.6, "zorder": 1.5, "gid": "interval"}
+def _range(steps: Sequence[int]) -> str:
+    return f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+
+
+def _bars(points: Sequence[PathPoint]) -> list[tuple[FloatArray, str]]:
+    """The ends of each error bar, ``[2, 2]``, and the mark that is its cap."""
+    bars = []
     for point in points:
         if point.mui_interval is not None:
-            low, high = point.mui_interval
-            axes.plot([point.performance] * 2, [100 * low, 100 * high], **options)
+            bars.append((np.array([(point.performance, 100 * end) for end in point.mui_interval]), "_"))
         if point.performance_interval is not None:
-            axes.plot(point.performance_interval, [100 * point.mui] * 2, **options)
+            bars.append((np.array([(end, 100 * point.mui) for end in point.performance_interval]), "|"))
+    return bars
 
 
 def _in_view(places: FloatArray) -> int:
@@ -124,72 +135,32 @@ def _area(places: FloatArray) -> float:
     return float(np.prod(np.ptp(places, axis=0)))
 
 
-def _set_view(axes: Any, places: FloatArray, *, is_inverted: bool) -> None:
+def _set_view(axes: Any, places: FloatArray, bars: Sequence[FloatArray], *, is_inverted: bool) -> None:
+    """Points and error bars are in view; bars that would make a dot of the path, in part."""
     low, high = places.min(axis=0), places.max(axis=0)
-    margin = np.where(high > low, 0.14 * (high - low), np.maximum(0.05 * np.abs(high), 1e-3))
+    most = np.where(high > low, _MOST_OF_BARS * (high - low), np.inf)
+    with_bars = np.concatenate([places, *bars])
+    low, high = np.maximum(with_bars.min(axis=0), low - most), np.minimum(with_bars.max(axis=0), high + most)
+    # Never so narrow that a number along the axis has five digits.
+    margin = np.maximum(0.14 * (high - low), np.where(high > 0, 0.02 * high, 1e-3))
     (left, bottom), (right, top) = low - margin, high + margin
     axes.set(xlim=(right, left) if is_inverted else (left, right), ylim=(max(bottom, 0.0), top))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def _label_steps(axes: Any, points: Sequence[PathPoint], places: FloatArray, first: int) -> None:
-    """The last step, the first in view, and some between, where there is room, each where the path is not."""
-    pixels = axes.transData.transform(places)
-    lines = [np.linspace(a, b, 2 + min(int(np.linalg.norm(b - a) / 3), 1000)) for a, b in pairwise(pixels)]
-    path = np.concatenate([pixels, *lines])
-    between = np.unique(np.linspace(first, len(points) - 1, _MOST_LABELS).round().astype(int))[1:-1]
-    taken: list[FloatArray] = []
-    for index in dict.fromkeys((len(points) - 1, first, *(int(i) for i in between))):
-        is_last = index == len(points) - 1
-        words, size = f"{points[index].step:,}", 10 if is_last else 9
-        half = np.array([0.48 * size * len(words), 0.75 * size])
-        boxes = [pixels[index] + way * (half + (13 if is_last else 6)) + half * [[-1], [1]] for way in _WAYS]
-        costs = [_cost(box, path, taken, axes.bbox) for box in boxes]
-        best = int(np.argmin(costs))
-        if costs[best] >= _OVERLAP and not is_last:
-            continue
-        taken.append(boxes[best])
-        axes.annotate(
-            words,
-            boxes[best].mean(axis=0),
-            xycoords="figure pixels",
-            fontsize=size,
-            fontweight="bold" if is_last else "normal",
-            color=style.INK if is_last else style.FAINT,
-            ha="center",
-            va="center",
-            annotation_clip=False,
-            gid="step",
-        )
-
-
-def _cost(box: FloatArray, path: FloatArray, taken: Sequence[FloatArray], panel: Any) -> float:
-    """How much a box hides: of the path, of other labels, and outside of the panel; the box is ``[low/high, x/y]``."""
-    hidden = ((path > box[0]) & (path < box[1])).all(axis=1).sum()
-    overlaps = sum(bool((box[0] < other[1]).all() and (box[1] > other[0]).all()) for other in taken)
-    is_out = (box[0] < panel.min).any() or (box[1] > panel.max).any()
-    return float(hidden + _OVERLAP * (overlaps + is_out))
-
-
-def _draw_legend(figure: Figure, width: float) -> None:
-    handles = [
-        Line2D(
-            [], [], color=PHASE_COLORS[phase], marker=PHASE_MARKERS[phase], linestyle="none", markersize=7, label=words
-        )
-        for phase, words in _MEANING.items()
-    ]
-    figure.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(10 / width, 0.0),
-        ncols=3 if width < 1100 else 5,
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=style.INK,
-        columnspacing=1.4,
-        handletextpad=0.3,
-    )
+def _draw_legend(figure: Figure) -> None:
+    """The phases in columns of one width, in one line where there is room."""
+    page = figure.get_size_inches() * style.DPI
+    column = 32 + max(style.text_width(words, 9.5) for words in _MEANING.values())
+    n_columns = min(len(_MEANING), int((page[0] - 14) // column))
+    for place, (phase, words) in enumerate(_MEANING.items()):
+        row, number = divmod(place, n_columns)
+        x, y = 28 + number * column, 22 * ((len(_MEANING) - 1) // n_columns - row) + 20
+        mark = Line2D([x / page[0]], [y / page[1]], markersize=7, linestyle="none", transform=figure.transFigure)
+        mark.set(color=PHASE_COLORS[phase], marker=PHASE_MARKERS[phase])
+        figure.add_artist(mark)
+        style.write(figure, x + 13, y, words, size=9.5, va="center_baseline", gid="legend")
 
 
 def _name(path: Path) -> str:
