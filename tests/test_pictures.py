@@ -23,7 +23,7 @@ from mui_callback.pictures.draw import draw
 from mui_callback.pictures.expert_blocks import expert_blocks
 from mui_callback.pictures.heatmap import expert_heatmap
 from mui_callback.pictures.histogram import expert_mui_histogram
-from mui_callback.pictures.paths import Path, PathPoint, path_of
+from mui_callback.pictures.paths import Path, PathPoint, Paths
 from mui_callback.pictures.scene import PICTURES, Picture, Scene
 from mui_callback.pictures.style import as_png, rendered
 from mui_callback.pictures.table import expert_rows
@@ -397,14 +397,14 @@ def test_paths_come_from_what_was_logged() -> None:
         20: {"mui/a/mui": 0.2},
         30: {"mui/a/mui": 0.3, "mui/benchmark/arc": 0.5, "mui/benchmark/arc_stderr": 0.1},
     }
-    loss = path_of("a", "-loss", logged)
+    loss = Paths().of("a", "-loss", logged)
     assert loss.points == (
         PathPoint(0, 2.0, 0.1, Phase.UNDECIDED),
         PathPoint(10, 1.0, 0.2, Phase.ACCUMULATING, (0.1, 0.3)),
     )
-    (point,) = path_of("a", "benchmark/arc", logged).points
+    (point,) = Paths().of("a", "benchmark/arc", logged).points
     assert (point.performance, point.performance_interval) == (0.5, pytest.approx((0.304, 0.696)))
-    assert path_of(None, "-loss", logged).points == ()
+    assert Paths().of(None, "-loss", logged).points == ()
 
 
 # All of them
@@ -508,3 +508,15 @@ def test_of_more_experts_than_rows_those_that_are_activated_most_are_kept() -> N
     kept = {row[0] for row in rows}
     assert {label for label, *_ in task.top_experts(10_000)} == kept
     assert [row[0] for row in rows] == [label for label in task.layout.expert_labels if label in kept]
+
+
+def test_paths_of_a_run_that_goes_on_are_those_of_all_that_was_logged() -> None:
+    logged: dict[int, dict[str, float]] = {}
+    paths = Paths()
+    for step in (0, 5, 10):
+        logged[step] = {"mui/loss": 3.0 - step, "mui/mui": 0.1}
+        paths.forget(step)
+        assert paths.of(None, "-loss", logged) == Paths().of(None, "-loss", logged)
+    logged[10]["mui/mui"] = 0.2  # as where a benchmark comes later
+    paths.forget(10)
+    assert [point.mui for point in paths.of(None, "-loss", logged).points] == [0.1, 0.1, 0.2]

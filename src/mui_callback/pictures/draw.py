@@ -7,10 +7,10 @@ import numpy as np
 from mui_callback.pictures.heatmap import expert_heatmap
 from mui_callback.pictures.histogram import expert_mui_histogram
 from mui_callback.pictures.palette import EXPERT_COLORS
-from mui_callback.pictures.scene import Picture, Scene
+from mui_callback.pictures.scene import MOST_PANELS, Picture, Scene
 from mui_callback.pictures.style import as_png, shortened
 from mui_callback.pictures.top_experts import activated_experts, top_experts_bars
-from mui_callback.pictures.trajectories import MOST_PANELS, trajectories
+from mui_callback.pictures.trajectories import trajectories
 from mui_callback.task_report import TaskReport
 
 _ALL = "all tasks pooled"

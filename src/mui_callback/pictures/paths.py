@@ -42,31 +42,40 @@ class Path:
         return self.axis.startswith("-")
 
 
-def path_of(task: str | None, axis: str, logged: Scalars) -> Path:
-    """The path of a task. A step at which its performance or its MUI has no answer is left out.
+class Paths:
+    """The paths of a run that goes on: what was found of a step is found once."""
 
-    Args:
-        task: its name; None for all tasks pooled.
-        axis: its performance at the last point; earlier points on another axis are looked up on this one.
-        logged: of the whole run.
-    """
-    name = axis.removeprefix("-")
+    def __init__(self) -> None:
+        self._found: dict[tuple[str | None, str], dict[int, PathPoint | None]] = {}
+
+    def forget(self, step: int) -> None:
+        """What was logged at a step is not what it was."""
+        for found in self._found.values():
+            found.pop(step, None)
+
+    def of(self, task: str | None, axis: str, logged: Scalars) -> Path:
+        """The path of a task. A step at which its performance or its MUI has no answer is left out.
+
+        Args:
+            task: its name; None for all tasks pooled.
+            axis: its performance at the last point; earlier points on another axis are looked up on this one.
+            logged: of the whole run.
+        """
+        found = self._found.setdefault((task, axis), {})
+        for step in logged.keys() - found.keys():
+            found[step] = _point(task, axis, step, logged[step])
+        return Path(task, axis, tuple(point for _, point in sorted(found.items()) if point is not None))
+
+
+def _point(task: str | None, axis: str, step: int, scalars: Mapping[str, float]) -> PathPoint | None:
+    name, mui = axis.removeprefix("-"), key("mui", task)
     performance = f"{PREFIX}/{name}" if name.startswith("benchmark/") else key(name, task)
-    points = []
-    for step in sorted(logged):
-        scalars = logged[step]
-        if performance in scalars and key("mui", task) in scalars:
-            points.append(
-                PathPoint(
-                    step,
-                    scalars[performance],
-                    scalars[key("mui", task)],
-                    _phase(scalars.get(key("phase", task))),
-                    _interval(scalars, key("mui", task)),
-                    _interval(scalars, performance),
-                )
-            )
-    return Path(task, axis, tuple(points))
+    if performance not in scalars or mui not in scalars:
+        return None
+    phase = _phase(scalars.get(key("phase", task)))
+    return PathPoint(
+        step, scalars[performance], scalars[mui], phase, _interval(scalars, mui), _interval(scalars, performance)
+    )
 
 
 def _interval(scalars: Mapping[str, float], name: str) -> tuple[float, float] | None:

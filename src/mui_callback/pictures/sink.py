@@ -10,8 +10,8 @@ from typing import Any
 from mui_callback.forgiving import attempt
 from mui_callback.metrics.catalogue import key
 from mui_callback.pictures.media import as_media, as_table, can_draw
-from mui_callback.pictures.paths import path_of
-from mui_callback.pictures.scene import Pictures, Scene, check_pictures
+from mui_callback.pictures.paths import Paths
+from mui_callback.pictures.scene import MOST_PANELS, Pictures, Scene, check_pictures
 from mui_callback.pictures.studio import Studio
 from mui_callback.pictures.walls import Hang, Wall, walls_of
 from mui_callback.pictures.worker import Worker
@@ -59,6 +59,7 @@ class PictureSink:
         self._is_crowded = is_crowded
         self._logged: dict[int, dict[str, float]] = {}
         self._axes: dict[str | None, str] = {}
+        self._paths = Paths()
         self._latest: _Drawing | None = None
         self._worker: Worker[_Drawing, _Hung] | None = None
         self._studio = Studio()
@@ -73,6 +74,7 @@ class PictureSink:
         if point.error is not None:
             return
         self._logged.setdefault(point.step, {}).update(point.scalars)
+        self._paths.forget(point.step)
         self._axes |= {task: phase.point.axis for task, phase in point.phases.items()}
         places = [place for wall in self._walls if (place := wall.place(point.step)) is not None]
         if point.report is not None and places:
@@ -150,7 +152,7 @@ class PictureSink:
     def _scene(self, point: ProbePoint, report: MUIReport) -> Scene:
         tasks = report.task_names
         whole = (None, *tasks) if len(tasks) > 1 else tasks
-        paths = (path_of(task, self._axes[task], self._logged) for task in whole if task in self._axes)
+        paths = (self._paths.of(task, self._axes[task], self._logged) for task in whole if task in self._axes)
         return Scene(
             point.step, report.pooled, {name: report.tasks[name] for name in tasks}, tuple(p for p in paths if p.points)
         )
@@ -168,7 +170,7 @@ def pictures_at(
 def _missing_ends(report: MUIReport, scalars: Mapping[str, float]) -> dict[str, float]:
     """The intervals of MUI and of performance that are not logged: those of each task, and of accuracy."""
     ends: dict[str, float] = {}
-    for task in (None, *report.task_names):
+    for task in (None, *report.task_names)[:MOST_PANELS]:
         missing = [metric for metric in _WITH_INTERVALS if f"{key(metric, task)}_low" not in scalars]
         for metric, interval in report.intervals(task, metrics=missing).items():
             if interval is not None:

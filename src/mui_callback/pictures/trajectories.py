@@ -16,9 +16,9 @@ from mui_callback.metrics.utilization import FloatArray
 from mui_callback.pictures import style
 from mui_callback.pictures.palette import PHASE_COLORS, PHASE_MARKERS
 from mui_callback.pictures.paths import Path, PathPoint
+from mui_callback.pictures.scene import MOST_PANELS
 from mui_callback.pictures.step_labels import label_steps
 
-MOST_PANELS = 9
 _PANEL_WIDTH, _PANEL_HEIGHT = 330, 250
 _LEFT, _RIGHT, _BOTTOM, _TOP, _BETWEEN = 78, 30, 104, 102, (92, 108)
 _MOST_INTERVALS = 24
