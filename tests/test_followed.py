@@ -12,7 +12,7 @@ from mui_callback.errors import ProbeError
 from mui_callback.experts.dispatch import Arrivals
 from mui_callback.experts.down import Product
 from mui_callback.experts.followed import FollowedRows
-from mui_callback.scoring.host_copy import HostCopy
+from mui_callback.experts.host_copy import HostCopy
 
 D, WIDTH, FIRST = 6, 5, 4
 """Width of the model, neurons of an expert, and number of the first expert of this process."""

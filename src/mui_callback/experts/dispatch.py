@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mui_callback.experts.host_copy import HostCopy
 from mui_callback.parallel.peers import Peers
-from mui_callback.scoring.host_copy import HostCopy
 
 
 @dataclass(frozen=True)

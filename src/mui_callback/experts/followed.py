@@ -21,8 +21,8 @@ from mui_callback.experts.called_rows import CalledRows
 from mui_callback.experts.cut import add_inner
 from mui_callback.experts.dispatch import Sent
 from mui_callback.experts.down import Product
+from mui_callback.experts.host_copy import HostCopy
 from mui_callback.scoring.contributions import rank_of_pair
-from mui_callback.scoring.host_copy import HostCopy
 from mui_callback.scoring.rows import Contributions, joined
 
 

@@ -18,7 +18,7 @@ from mui_callback.experts.down import Product
 from mui_callback.experts.expert_parallelism import Spread
 from mui_callback.experts.followed import FollowedRows
 from mui_callback.forgiving import attempt
-from mui_callback.scoring.contributions import ScoredTokens
+from mui_callback.scoring.contributions import ScoredTokens, number_among_equals
 from mui_callback.scoring.rows import Contributions
 from mui_callback.settings import Activation
 
@@ -132,8 +132,7 @@ class DispatchFollower:
             assert call.cut.token_S is not None
             assert call.cut.weight_S is not None
             expert_S.append(call.expert_S - self.first_down)
-            first_S = torch.searchsorted(expert_S[-1], expert_S[-1])
-            rank_S.append(torch.arange(len(first_S), device=first_S.device) - first_S)
+            rank_S.append(number_among_equals(expert_S[-1]))
             token_S.append(call.cut.token_S)
             weight_S.append(call.cut.weight_S)
         expert, seen_token, seen_weight = torch.cat(expert_S), torch.cat(token_S), torch.cat(weight_S)

@@ -104,7 +104,7 @@ class PictureSink:
             finished = finished[-1:]
         jobs = [(*job, is_end and number == len(finished)) for number, job in enumerate(finished, start=1)]
         errors = [error, *(_hang(places, values, is_end=is_last) for places, values, is_last in jobs)]
-        _raise_first(errors)
+        _raise(_first(errors))
 
     def close(self) -> None:
         """Log the last pictures, and the table if one is wanted.
@@ -121,7 +121,7 @@ class PictureSink:
         finally:
             if latest is not None and self._tables:
                 places, scene = latest
-                _raise_first([_hang(places, as_table(scene), is_end=True)])
+                _raise(_hang(places, as_table(scene), is_end=True))
 
     def _hang_the_last(self) -> None:
         worker, self._worker = self._worker, None
@@ -180,11 +180,13 @@ def _missing_ends(report: MUIReport, scalars: Mapping[str, float]) -> dict[str, 
 
 def _hang(places: Sequence[Hang], values: Mapping[str, Any], *, is_end: bool) -> Exception | None:
     """At all of them; the first exception, if any."""
-    errors = [attempt(partial(place, values, is_end))[1] for place in places]
+    return _first([attempt(partial(place, values, is_end))[1] for place in places])
+
+
+def _first(errors: Iterable[Exception | None]) -> Exception | None:
     return next((error for error in errors if error is not None), None)
 
 
-def _raise_first(errors: Iterable[Exception | None]) -> None:
-    for error in errors:
-        if error is not None:
-            raise error
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

@@ -111,10 +111,14 @@ class LayerScores:
 def rank_of_row(token_S: Tensor, expert_S: Tensor, n_experts: int) -> Tensor:
     """The number of each row among those of its token, by expert, int64 ``[S]``."""
     pair_S, order_S = (token_S * n_experts + expert_S).sort(stable=True)
-    sorted_S = pair_S // n_experts
     rank_S = torch.empty_like(order_S)
-    rank_S[order_S] = torch.arange(len(order_S), device=order_S.device) - torch.searchsorted(sorted_S, sorted_S)
+    rank_S[order_S] = number_among_equals(pair_S // n_experts)
     return rank_S
+
+
+def number_among_equals(sorted_S: Tensor) -> Tensor:
+    """How many equal ones come before each of some numbers, which ascend, int64 ``[S]``."""
+    return torch.arange(len(sorted_S), device=sorted_S.device) - torch.searchsorted(sorted_S, sorted_S)
 
 
 def rank_of_pair(token_S: Tensor, expert_S: Tensor, n_tokens: int, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
