@@ -13,15 +13,13 @@ from pathlib import Path
 with suppress(ImportError):
     import deepspeed  # noqa: F401 - or the Trainer imports it in each of them
 
-_AT_A_TIME = 2
 
-
-def at_once(main: Callable[[Path, str], None], directory: Path, names: Iterable[str]) -> None:
-    """Call ``main(directory / name, name)`` for each, in forks, two at a time; exits with 1 if any of them fails."""
+def at_once(main: Callable[[Path, str], None], directory: Path, names: Iterable[str], *, n_at_a_time: int = 2) -> None:
+    """Call ``main(directory / name, name)`` for each, in forks, some at a time; exits with 1 if any of them fails."""
     gc.freeze()  # or each would copy all that was imported when it looks for what is no longer needed
     failed = n_running = 0
     for name in names:
-        if n_running == _AT_A_TIME:
+        if n_running == n_at_a_time:
             failed += os.wait()[1] != 0
             n_running -= 1
         n_running += 1

@@ -40,8 +40,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_training_goes_on(trouble: str, directory: Path) -> None:
     seen = json.loads((directory / trouble / "seen.json").read_text())
-    assert len(seen["seconds"]) == 9
-    assert max(seen["seconds"]) < 10  # what hangs does so without end
+    *steps, end = seen["seconds"]
+    assert len(steps) == 8
+    assert max(steps) < 10  # what hangs does so without end
+    assert end < 60  # with the last pictures, for which it waits half of that at most
     lines = [json.loads(line) for line in (directory / trouble / "mui.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("scalars")] == list(range(9))
     failed = [said.partition(" failed")[0] for said in seen["said"] if " failed" in said]

@@ -22,7 +22,7 @@ from mui_callback.sinks.base import ProbePoint, RunDescription, Sink
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 10.0
+_PATIENCE = 30.0
 """Seconds for the last pictures, at the end of training."""
 _WITH_INTERVALS: tuple[EstimatedMetric, ...] = ("mui", "loss", "choice_accuracy")
 """The axes of a trajectory that are found by the probe."""
@@ -110,7 +110,7 @@ class PictureSink:
         """Log the last pictures, and the table if one is wanted.
 
         Raises:
-            TimeoutError: the last pictures are not drawn within 10 s.
+            TimeoutError: the last pictures are not drawn within 30 s.
             Exception: see `between_points`.
         """
         latest, self._latest = self._latest, None
