@@ -1,0 +1,1 @@
+"""Checkpoint-trajectory studies: one probe over many checkpoints of one model or several, resumable at any moment."""

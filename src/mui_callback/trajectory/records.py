@@ -1,0 +1,226 @@
+"""The directory of a study: a record of each checkpoint, written whole or not at all, and the table of all of them.
+
+::
+
+    study.json              the plan: models and checkpoints in their order, the identity, the config
+    checkpoints/<slug>/     one checkpoint: record.json, and report.npz (see `MUIReport.save`)
+    results.parquet         a row for each checkpoint and task, made anew from the records
+    generations/            answers that models gave, see `mui_callback.responses`
+    failures.jsonl          what could not be measured, and why
+
+Whatever is in ``checkpoints`` is complete: a directory is filled under another name and then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mui_callback.errors import MUIError
+from mui_callback.metrics.trajectory import Trajectory, TrajectoryPoint
+from mui_callback.report import MUIReport
+from mui_callback.trajectory.checkpoint import CheckpointId
+from mui_callback.whole_file import replaced_at_once
+
+RESULTS_NAME = "results.parquet"
+PLAN_NAME = "study.json"
+CHECKPOINTS_NAME = "checkpoints"
+_RECORD_NAME, _REPORT_NAME = "record.json", "report.npz"
+_FORMAT = "mui-study-1"
+
+Row = dict[str, Any]
+"""One checkpoint and one task: column names to plain values, None where there is no answer."""
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What was measured of one checkpoint."""
+
+    checkpoint: CheckpointId
+    identity: Mapping[str, Any]
+    """What the numbers depend on besides the weights; records of one table have the same."""
+    rows: Sequence[Row]
+    """One for each task, in the order of the tasks."""
+    points: Mapping[str | None, TrajectoryPoint]
+    """Performance and MUI by task, and of all tasks pooled (None); those without an answer are left out."""
+    seconds: Mapping[str, float]
+    """What took how long: ``load``, ``generate``, ``probe``, ``evaluate``."""
+    directory: Path
+    """Where it is kept."""
+
+    @cached_property
+    def report(self) -> MUIReport:
+        """All counts of the probe, read when they are asked for.
+
+        Raises:
+            MUIError: the file is none of a report.
+            OSError: it cannot be read.
+        """
+        return MUIReport.load(self.directory / _REPORT_NAME)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as it is on the disk."""
+
+    directory: Path
+    plan: Mapping[str, Any]
+    """What is to be measured: ``name``, ``identity``, ``config`` and ``checkpoints``."""
+    records: tuple[CheckpointRecord, ...]
+    """Those that are there, in the order of the plan."""
+
+    @property
+    def name(self) -> str:
+        """Title of the study."""
+        return str(self.plan["name"])
+
+    @property
+    def planned(self) -> tuple[CheckpointId, ...]:
+        """All checkpoints of the plan, measured or not."""
+        return tuple(CheckpointId(**one) for one in self.plan["checkpoints"])
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that have records, in the order of the plan."""
+        return tuple(dict.fromkeys(record.checkpoint.model for record in self.records))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in their order."""
+        return tuple(dict.fromkeys(str(row["task"]) for record in self.records for row in record.rows))
+
+    def of(self, model: str) -> tuple[CheckpointRecord, ...]:
+        """The records of one model, in their order."""
+        return tuple(record for record in self.records if record.checkpoint.model == model)
+
+    def trajectory(self, model: str, task: str | None) -> Trajectory:
+        """The points of one task of one model, by step; where a checkpoint has no step, by its place in the plan."""
+        of_model = [one for one in self.planned if one.model == model]
+        has_steps = all(one.step is not None for one in of_model)
+        return {
+            record.checkpoint.step
+            if has_steps and record.checkpoint.step is not None
+            else of_model.index(record.checkpoint): record.points[task]
+            for record in self.of(model)
+            if task in record.points
+        }
+
+
+def write_record(directory: Path, record: CheckpointRecord, report: MUIReport) -> None:
+    """Keep what was measured of a checkpoint; one that is there is replaced.
+
+    Args:
+        directory: of the study.
+        record: whose own `directory` is not looked at.
+        report: of the probe.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = directory / CHECKPOINTS_NAME / record.checkpoint.slug
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        report.save(partial / _REPORT_NAME)
+        stored = {
+            "format": _FORMAT,
+            "checkpoint": asdict(record.checkpoint),
+            "identity": record.identity,
+            "rows": record.rows,
+            "points": [[task, point.to_dict()] for task, point in record.points.items()],
+            "seconds": record.seconds,
+        }
+        (partial / _RECORD_NAME).write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        for file in partial.iterdir():
+            _sync(file)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_record(directory: Path, checkpoint: CheckpointId) -> CheckpointRecord | None:
+    """What was kept of a checkpoint; None where nothing was.
+
+    Raises:
+        MUIError: it is something else, or was written by another version of this format.
+    """
+    kept = directory / CHECKPOINTS_NAME / checkpoint.slug
+    file = kept / _RECORD_NAME
+    if not file.exists():
+        return None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["format"] != _FORMAT:
+            raise MUIError(f"{file}: expected format {_FORMAT!r}, got {stored['format']!r}")
+        return CheckpointRecord(
+            checkpoint=CheckpointId(**stored["checkpoint"]),
+            identity=stored["identity"],
+            rows=stored["rows"],
+            points={task: TrajectoryPoint.from_dict(point) for task, point in stored["points"]},
+            seconds=stored["seconds"],
+            directory=kept,
+        )
+    except (ValueError, LookupError, TypeError) as error:
+        raise MUIError(f"{file}: expected the record of a checkpoint, got something else ({error!r})") from error
+
+
+def write_plan(
+    directory: Path,
+    *,
+    name: str,
+    identity: Mapping[str, Any],
+    checkpoints: Sequence[CheckpointId],
+    config: Mapping[str, Any],
+) -> None:
+    """Say what is to be measured; replaces the plan at once.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    plan = {
+        "format": _FORMAT,
+        "name": name,
+        "identity": identity,
+        "checkpoints": [asdict(one) for one in checkpoints],
+        "config": config,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    with replaced_at_once(directory / PLAN_NAME) as partial:
+        partial.write_text(json.dumps(plan, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def open_study(directory: Path) -> Study:
+    """Read a study as far as it is measured, with the records of its plan's identity.
+
+    Raises:
+        MUIError: there is no study, or it was written by another version of this format.
+    """
+    file = directory / PLAN_NAME
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        if plan["format"] != _FORMAT:
+            raise MUIError(f"{file}: expected format {_FORMAT!r}, got {plan['format']!r}")
+        planned = [CheckpointId(**one) for one in plan["checkpoints"]]
+    except FileNotFoundError as error:
+        raise MUIError(f"{directory}: expected the directory of a study, with {PLAN_NAME} in it") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise MUIError(f"{file}: expected the plan of a study, got something else ({error!r})") from error
+    found = (read_record(directory, one) for one in planned)
+    records = tuple(one for one in found if one is not None and one.identity == plan["identity"])
+    return Study(directory, plan, records)
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
