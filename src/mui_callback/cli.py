@@ -178,24 +178,19 @@ def trajectory(config: Path) -> None:
 def _trajectory(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from mui_callback.trajectory.parser import StudyParser, study_of
+    from mui_callback.trajectory.parser import parse_study
 
-    parser = StudyParser(prog="mui-callback trajectory")
-    parsed = parser.parse_args(arguments)
-    study = study_of(parser.instantiate(parsed))
+    study, is_dry_run = parse_study(arguments)
     console = Console(highlight=False)
-    if parsed.dry_run:
+    if is_dry_run:
         from mui_callback.trajectory.dry_run import show_plan
 
         if not show_plan(study, console):
             sys.exit(1)
         return
     from mui_callback.trajectory.run import run_study
-    from mui_callback.trajectory.screen import show_outcome
 
-    outcome = run_study(study, console)
-    show_outcome(console, study, outcome)
-    if not outcome.is_complete:
+    if not run_study(study, console).is_complete:
         sys.exit(1)
 
 

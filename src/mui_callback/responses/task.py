@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from hashlib import sha256
 
 from mui_callback.errors import ProbeSetError
+from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.readers import row_id
 from mui_callback.probe.samples import ProbeSample
 from mui_callback.responses.extraction import extract, letter
@@ -39,6 +42,19 @@ class Task:
     def name(self) -> str:
         """Of the task."""
         return self.config.name
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of prompts, gold responses and choices, and of how answers are generated and compared."""
+        config = self.config
+        generated = [config.stop, config.max_new_tokens, config.extract, self.answers]
+        samples = ProbeSet({self.name: self.samples}).fingerprint
+        return sha256(json.dumps([samples, *generated]).encode()).hexdigest()
+
+    def every(self, step: int, start: int) -> Task:
+        """The task with every so many of its samples, from one of them on."""
+        some = slice(start, None, step)
+        return Task(self.config, self.samples[some], self.questions[some], self.answers[some])
 
 
 def read_task(config: TaskConfig) -> Task:

@@ -43,7 +43,7 @@ def _unknown(node: Any, kind: Any, where: str) -> Iterator[tuple[int, str]]:
     """Lines, from 1, and what is wrong in them."""
     if isinstance(node, yaml.SequenceNode) and get_origin(kind) is list:
         for number, item in enumerate(node.value, start=1):
-            yield from _unknown(item, get_args(kind)[0], f"{where} {number}")
+            yield from _unknown(item, get_args(kind)[0], f"entry {number} of{where}")
     elif isinstance(node, yaml.MappingNode) and is_dataclass(kind):
         hints = get_type_hints(kind)
         seen: set[str] = set()
@@ -55,7 +55,7 @@ def _unknown(node: Any, kind: Any, where: str) -> Iterator[tuple[int, str]]:
             elif name in seen:
                 yield line, f"{name!r}{of} is there twice"
             else:
-                yield from _unknown(value, hints[name], f"{where} {name}")
+                yield from _unknown(value, hints[name], f" {name}")
             seen.add(name)
 
 

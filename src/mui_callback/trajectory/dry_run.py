@@ -117,7 +117,7 @@ def _show_tasks(console: Console, plan: StudyPlan) -> None:
 def _show_cost(console: Console, plan: StudyPlan, left: Sequence[StudiedCheckpoint]) -> None:
     """Of the probes, by counting; and of all that comes with them, from what was measured already."""
     device = Crew.from_environment(plan.config.distribute).device(plan.config.device)
-    hours = 0.0
+    seconds_left = 0.0
     for model in dict.fromkeys(one.id.model for one in left):
         own = [one for one in left if one.id.model == model]
         cost, error = attempt(partial(_cost, plan, own[0]))
@@ -128,7 +128,8 @@ def _show_cost(console: Console, plan: StudyPlan, left: Sequence[StudiedCheckpoi
         rate = _rate(device, own[0].config.dtype)
         console.print(
             f"A probe of {model}: {cost.positions:,} positions in {cost.passes:,} forward passes, {flops:.2g} "
-            f"operations, {_time(flops / rate)} or more at the {rate / 1e12:.2g} TFLOP/s at which {device} multiplies matrices.",
+            f"operations, at least {_time(flops / rate)} at the {rate / 1e12:.2g} TFLOP/s at which {device} "
+            "multiplies matrices.",
             markup=False,
         )
         seconds = [
@@ -137,12 +138,12 @@ def _show_cost(console: Console, plan: StudyPlan, left: Sequence[StudiedCheckpoi
             if (record := plan.record(one)) and one.id.model == model
         ]
         each = median(seconds) if seconds else flops / rate
-        hours += len(own) * each / 3600
+        seconds_left += len(own) * each
         if seconds:
             console.print(
                 f"So far a checkpoint of it took {_time(each)}, loading and answers included, without downloads."
             )
-    console.print(f"All that is left: {_time(3600 * hours)} or more in one process.")
+    console.print(f"All that is left: at least {_time(seconds_left)} in one process.")
 
 
 def _cost(plan: StudyPlan, checkpoint: StudiedCheckpoint) -> ProbeCost:
@@ -179,5 +180,5 @@ def _bytes(n: int) -> str:
 
 def _time(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
+        return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -8,10 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from traceback import format_exception
 
+from mui_callback.errors import MUIError
 from mui_callback.forgiving import described
 from mui_callback.trajectory.checkpoint import CheckpointId
 
 _NAME = "failures.jsonl"
+
+
+def in_words(error: BaseException) -> str:
+    """What happened; errors of this package say it all in their text."""
+    return str(error) if isinstance(error, MUIError) else described(error)
 
 
 class Failures:
@@ -34,7 +40,7 @@ class Failures:
         line = {
             "time": time.time(),
             "checkpoint": asdict(checkpoint),
-            "error": described(error),
+            "error": in_words(error),
             "traceback": "".join(format_exception(error)),
         }
         with self._file.open("a", encoding="utf-8") as lines:

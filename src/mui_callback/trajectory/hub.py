@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
-from mui_callback.loading import DType, ModelLoadError, ModelSource
+from mui_callback.loading import DType, ModelLoadError, ModelSource, load_skeleton
 from mui_callback.trajectory.places import ModelDirectory
 
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
@@ -76,8 +76,6 @@ class HubRevision:
 
     def load_skeleton(self, *, dtype: DType) -> nn.Module:
         """See `Place.load_skeleton`; reads the config alone."""
-        from mui_callback.loading import load_skeleton
-
         return load_skeleton(self.source, dtype=dtype)
 
     def load_tokenizer(self) -> Any | None:

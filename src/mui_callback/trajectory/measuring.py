@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -20,15 +20,16 @@ from mui_callback.metrics.phases import Point
 from mui_callback.metrics.trajectory import TrajectoryPoint, kept
 from mui_callback.monitoring.performance_axis import from_probe, from_score, score_of
 from mui_callback.parallel.processes import Processes
+from mui_callback.probe.model_config import decoder_start
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe
 from mui_callback.probe.usable import measure_usable
 from mui_callback.report import MUIReport
-from mui_callback.responses.answers import GeneratedAnswer, answer_score, answered_samples
-from mui_callback.responses.cache import AnswerCache
-from mui_callback.responses.generate import generate_answers
-from mui_callback.responses.prompts import gold_samples
-from mui_callback.responses.tasks import Task
+from mui_callback.responses.answers import GeneratedAnswer, answer_score, answered_samples, judged
+from mui_callback.responses.cache import AnswerCache, AnswerKey
+from mui_callback.responses.generation import generate_answers
+from mui_callback.responses.prompts import gold_samples, prompt_tokens
+from mui_callback.responses.task import Task
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.crew import Crew
 from mui_callback.trajectory.divided import load_divided
@@ -134,30 +135,38 @@ class Measuring:
         self, checkpoint: StudiedCheckpoint, model: nn.Module, tokenizer: Any, task: Task
     ) -> tuple[GeneratedAnswer, ...]:
         """From the cache, if they were generated before."""
-        origin = {"checkpoint": checkpoint.id.slug, "dtype": checkpoint.config.dtype, "chat": checkpoint.config.chat}
-        key = self.cache.key(task, tokenizer, chat=checkpoint.config.chat, origin=origin)
+        chat, max_length = checkpoint.config.chat, self.config.probe.max_length
+        is_encoder_decoder = decoder_start(model) is not None
+        prompts = self.processes.together(
+            lambda: prompt_tokens(task, tokenizer, chat=chat, encoder_decoder=is_encoder_decoder)
+        )
+        origin = {"checkpoint": [checkpoint.id.model, checkpoint.id.label], "dtype": checkpoint.config.dtype}
+        key = AnswerKey.of(task, prompts, slug=checkpoint.id.slug, origin=origin, max_length=max_length)
         cached = self.processes.from_main(lambda: self.cache.load(key))
         if cached is not None:
-            return cached
+            return judged(cached, task)
+        n_parts = self.crew.size if self.crew.works_together and self.crew.distribute == "samples" else 1
+        own = task.every(n_parts, self.crew.rank if n_parts > 1 else 0)
+        told = _added_up(self.progress.batch, len(own.samples))
         self.progress.begin(f"answers to {task.name}")
-        deals_out = self.crew.works_together and self.crew.distribute == "samples"
-        own = task.subset(range(self.crew.rank, len(task.samples), self.crew.size)) if deals_out else task
-        total = len(own.samples)
-
-        def generate() -> tuple[GeneratedAnswer, ...]:
-            return generate_answers(
-                model,
-                tokenizer,
-                own,
-                chat=checkpoint.config.chat,
-                batch_tokens=self.config.probe.batch_tokens,
-                on_batch=lambda done: self.progress.batch(done, total),
-            )
-
         with self._telling_warnings():
-            answers = self.processes.together(generate)
-        if deals_out:
-            answers = _dealt_in(answers, len(task.samples), self.crew.size)
+            answers = self.processes.together(
+                lambda: (
+                    generate_answers(
+                        model,
+                        tokenizer,
+                        own,
+                        chat=chat,
+                        batch_tokens=self.config.probe.batch_tokens,
+                        max_length=max_length,
+                        on_batch=told,
+                    )
+                    if own.samples
+                    else ()
+                )
+            )
+        if n_parts > 1:
+            answers = _dealt_in(answers, len(task.samples), n_parts)
         if self.crew.is_main or not self.crew.works_together:
             self.cache.store(key, answers)
         return answers
@@ -217,6 +226,18 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[what] = time.perf_counter() - start
+
+
+def _added_up(tell: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """From the number of answers of each batch to that of all so far."""
+    done = 0
+
+    def on_batch(n: int) -> None:
+        nonlocal done
+        done += n
+        tell(done, total)
+
+    return on_batch
 
 
 def _dealt_in(own: Sequence[GeneratedAnswer], n: int, n_processes: int) -> tuple[GeneratedAnswer, ...]:

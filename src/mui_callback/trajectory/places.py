@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from mui_callback.loading import DType, ModelSource, load_pretrained, load_tokenizer
+from mui_callback.loading import DType, ModelLoadError, ModelSource, load_pretrained, load_skeleton, load_tokenizer
 from mui_callback.trajectory.architecture import Architecture
 from mui_callback.trajectory.state_files import read_state
 
@@ -64,7 +64,10 @@ class ModelDirectory:
     @property
     def n_bytes(self) -> int:
         """See `Place.n_bytes`."""
-        return _size(Path(self.source.location), "*.safetensors", "*.bin")
+        n_bytes = _size(self._existing(), "*.safetensors", "*.bin")
+        if not n_bytes:
+            raise ModelLoadError(f"{self.source}: expected weights, found none")
+        return n_bytes
 
     @property
     def n_bytes_to_fetch(self) -> int:
@@ -76,12 +79,12 @@ class ModelDirectory:
 
     def load(self, *, dtype: DType, device: str) -> nn.Module:
         """See `Place.load`."""
+        self._existing()
         return load_pretrained(self.source, dtype=dtype, device=device)
 
     def load_skeleton(self, *, dtype: DType) -> nn.Module:
         """See `Place.load_skeleton`."""
-        from mui_callback.loading import load_skeleton
-
+        self._existing()
         return load_skeleton(self.source, dtype=dtype)
 
     def load_tokenizer(self) -> Any | None:
@@ -90,6 +93,13 @@ class ModelDirectory:
 
     def let_go(self) -> None:
         """Nothing is deleted."""
+
+    def _existing(self) -> Path:
+        """The directory; a name that is none would be taken for a hub id."""
+        directory = Path(self.source.location)
+        if not directory.is_dir():
+            raise ModelLoadError(f"{self.source}: there is no such directory")
+        return directory
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from mui_callback.responses.tasks import Task, read_task
+from mui_callback.responses.task import Task, read_task
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.hub import Downloads
 from mui_callback.trajectory.identity import check_unchanged, identity_of
@@ -35,7 +35,7 @@ class StudyPlan:
             MUIError: a task cannot be read, no checkpoint is found, or what was measured before was measured otherwise.
         """
         tasks = tuple(read_task(task) for task in config.tasks)
-        fingerprints = {task.name: task.fingerprint(config.response) for task in tasks}
+        fingerprints = {task.name: task.fingerprint for task in tasks}
         identities = {model.title: identity_of(config, model, fingerprints) for model in config.models}
         if not config.redo:
             check_unchanged(config.output, read_plan(config.output), identities)

@@ -15,9 +15,10 @@ class StudyProgress:
     Args:
         console: where to show them.
         is_quiet: for processes that say nothing.
+        has_bars: whether this process shows bars, if the console is a terminal.
     """
 
-    def __init__(self, console: Console, *, is_quiet: bool = False) -> None:
+    def __init__(self, console: Console, *, is_quiet: bool = False, has_bars: bool = True) -> None:
         self.console = console
         self.is_quiet = is_quiet
         self._bars = Progress(
@@ -27,7 +28,7 @@ class StudyProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=is_quiet or not console.is_terminal,
+            disable=is_quiet or not has_bars or not console.is_terminal,
         )
         self._checkpoints: TaskID | None = None
         self._batches: TaskID | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Literal
 
 from huggingface_hub.utils import disable_progress_bars
@@ -13,14 +12,12 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from mui_callback.errors import DesynchronizedError, InterruptedPassError
-from mui_callback.forgiving import described
 from mui_callback.parallel.processes import Processes
 from mui_callback.responses.cache import AnswerCache
-from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.trajectory.claims import Claims
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.crew import Crew
-from mui_callback.trajectory.failures import Failures
+from mui_callback.trajectory.failures import Failures, in_words
 from mui_callback.trajectory.fetching import Fetching
 from mui_callback.trajectory.listing import StudiedCheckpoint
 from mui_callback.trajectory.measuring import Measured, Measuring
@@ -28,26 +25,12 @@ from mui_callback.trajectory.planning import StudyPlan
 from mui_callback.trajectory.progress import StudyProgress
 from mui_callback.trajectory.records import RESULTS_NAME, CheckpointRecord, open_study, write_record
 from mui_callback.trajectory.rows import rows_of, write_results
+from mui_callback.trajectory.screen import StudyOutcome, show_outcome
 
 _ANSWERS_NAME = "generations"
 _PAUSE = 2.0
 """Seconds between two looks at what other processes have measured."""
 _State = Literal["done", "failed", "elsewhere", "to do"]
-
-
-@dataclass(frozen=True)
-class StudyOutcome:
-    """What became of a study."""
-
-    n_planned: int
-    n_measured: int
-    failures: dict[CheckpointId, str] = field(default_factory=dict)
-    """Of this run, in all of its processes."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every checkpoint is in the table."""
-        return self.n_measured == self.n_planned
 
 
 def run_study(config: StudyConfig, console: Console) -> StudyOutcome:
@@ -72,7 +55,10 @@ def run_study(config: StudyConfig, console: Console) -> StudyOutcome:
     try:
         run = _Run(StudyPlan.of(config), crew, device, console)
         run.measure_all()
-        return run.outcome()
+        outcome = run.outcome()
+        if crew.is_main:
+            show_outcome(console, config, outcome)
+        return outcome
     finally:
         crew.dismiss()
 
@@ -86,7 +72,7 @@ class _Run:
         self._decides = crew.is_main or not crew.works_together
         self._directory = plan.config.output
         self._processes = Processes()
-        self._progress = StudyProgress(console, is_quiet=not self._decides)
+        self._progress = StudyProgress(console, is_quiet=not self._decides, has_bars=crew.is_main)
         self._claims = Claims(self._directory)
         self._failures = Failures(self._directory)
         cache = AnswerCache(self._directory / _ANSWERS_NAME)
@@ -99,7 +85,8 @@ class _Run:
                 self._plan.write()
         left = self._crew.in_turn(self._plan.checkpoints)
         n_done = sum(self._plan.record(one) is not None for one in left)
-        self._progress.say(f"{self._plan.config.title}: {n_done} of {len(left)} checkpoints are measured")
+        if self._crew.is_main:
+            self._progress.say(f"{self._plan.config.title}: {n_done} of {len(left)} checkpoints are measured")
         with self._progress.over(len(left), n_done), Fetching(self._plan.config.keep_checkpoints) as fetching:
             while left := self._once_through(left, fetching):
                 self._progress.begin(f"another process has {left[0].id}")
@@ -151,7 +138,7 @@ class _Run:
         except Exception as error:
             if self._decides:
                 self._failures.add(checkpoint.id, error)
-            self._progress.checkpoint(f"{checkpoint.id}: {described(error)}", style="red")
+            self._progress.checkpoint(f"{checkpoint.id}: {in_words(error)}", style="red")
         else:
             if self._decides:
                 self._keep(checkpoint, measured, time.perf_counter() - start)

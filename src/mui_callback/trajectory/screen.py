@@ -1,13 +1,30 @@
-"""What a study shows in the terminal when it ends."""
+"""What became of a study, and how the terminal shows it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.text import Text
 
+from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.records import RESULTS_NAME
-from mui_callback.trajectory.run import StudyOutcome
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What became of a study."""
+
+    n_planned: int
+    n_measured: int
+    failures: dict[CheckpointId, str] = field(default_factory=dict)
+    """Of this run, in all of its processes."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every checkpoint is in the table."""
+        return self.n_measured == self.n_planned
 
 
 def show_outcome(console: Console, config: StudyConfig, outcome: StudyOutcome) -> None:
