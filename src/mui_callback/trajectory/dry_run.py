@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mui_callback.experts.discover import find_expert_layers
-from mui_callback.forgiving import attempt, described
+from mui_callback.forgiving import attempt
 from mui_callback.inspection.cost import ProbeCost, cost_of
 from mui_callback.inspection.describe import describe
 from mui_callback.probe.probe_set import ProbeSet
@@ -21,6 +21,7 @@ from mui_callback.responses.prompts import gold_samples
 from mui_callback.studies.screen import plain_table
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.crew import Crew
+from mui_callback.trajectory.failures import in_words
 from mui_callback.trajectory.listing import StudiedCheckpoint
 from mui_callback.trajectory.planning import StudyPlan
 
@@ -52,7 +53,7 @@ def show_plan(config: StudyConfig, console: Console) -> bool:
         plan = StudyPlan.of(config)
         looked = {one: attempt(partial(_size, one)) for one in plan.checkpoints}
     sizes = {one: size for one, (size, _) in looked.items() if size is not None}
-    missing = {one: described(error) for one, (_, error) in looked.items() if error is not None}
+    missing = {one: in_words(error) for one, (_, error) in looked.items() if error is not None}
     left = [one for one in sizes if plan.record(one) is None]
     console.print(
         Text(f"{config.title}: {len(plan.checkpoints)} checkpoints, {len(plan.tasks)} tasks, in {config.output}")
@@ -80,7 +81,7 @@ def _show_checkpoints(
     table.add_column("")
     for one in plan.checkpoints:
         size = sizes.get(one)
-        state = missing.get(one) or ("measured" if plan.record(one) is not None else "to be measured")
+        state = "measured" if plan.record(one) is not None else "to be measured"
         table.add_row(
             Text(one.id.model),
             Text(one.id.label),
@@ -88,9 +89,11 @@ def _show_checkpoints(
             "-" if one.id.tokens is None else _tokens(one.id.tokens),
             "-" if size is None else _bytes(size.whole),
             "-" if size is None or not size.to_fetch else _bytes(size.to_fetch),
-            Text(state, style="red" if one in missing else ""),
+            Text("not found", style="red") if one in missing else state,
         )
     console.print(table)
+    for one, why in missing.items():
+        console.print(Text(f"not found: {one.id}: {why}", style="red"), soft_wrap=True)
 
 
 def _show_disk(console: Console, config: StudyConfig, left: Sequence[_Size]) -> None:
@@ -122,7 +125,7 @@ def _show_cost(console: Console, plan: StudyPlan, left: Sequence[StudiedCheckpoi
         own = [one for one in left if one.id.model == model]
         cost, error = attempt(partial(_cost, plan, own[0]))
         if cost is None:
-            console.print(Text(f"{model}: its cost is not known ({described(error) if error else ''})", style="yellow"))
+            console.print(Text(f"{model}: its cost is not known ({in_words(error) if error else ''})", style="yellow"))
             continue
         flops = cost.forward_flops + cost.score_flops
         rate = _rate(device, own[0].config.dtype)
