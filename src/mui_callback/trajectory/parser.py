@@ -13,8 +13,8 @@ from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.config_file import check_config_file, nearest
 
 _DESCRIPTION = """Measure many checkpoints, of one model or of several side by side: MUI, performance and all else that
-a probe finds, a row for each checkpoint and task. Killed at any moment, the same command goes on. CONFIG is a YAML file.
-What the command line says goes before it, and the environment (MUI_KEEP_CHECKPOINTS for keep_checkpoints) after it."""
+a probe finds, a row for each checkpoint and task. Killed at any moment, the same command goes on. CONFIG is YAML. What
+the command line says goes before it, and the environment (MUI_KEEP_CHECKPOINTS for keep_checkpoints) after it."""
 
 
 def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
