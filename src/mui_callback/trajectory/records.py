@@ -26,7 +26,7 @@ from mui_callback.errors import MUIError
 from mui_callback.metrics.trajectory import Trajectory, TrajectoryPoint
 from mui_callback.report import MUIReport
 from mui_callback.trajectory.checkpoint import CheckpointId
-from mui_callback.whole_file import replaced_at_once
+from mui_callback.whole_file import remove_partial, replaced_at_once
 
 RESULTS_NAME = "results.parquet"
 PLAN_NAME = "study.json"
@@ -114,7 +114,7 @@ class Study:
 
 
 def write_record(directory: Path, record: CheckpointRecord, report: MUIReport) -> None:
-    """Keep what was measured of a checkpoint; one that is there is replaced.
+    """Keep what was measured of a checkpoint, which nobody else measures; a record that is there is replaced.
 
     Args:
         directory: of the study.
@@ -126,7 +126,7 @@ def write_record(directory: Path, record: CheckpointRecord, report: MUIReport) -
     """
     target = directory / CHECKPOINTS_NAME / record.checkpoint.slug
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_partial(target.parent, target.name)
     partial.mkdir(parents=True)
     try:
         report.save(partial / _REPORT_NAME)

@@ -26,6 +26,7 @@ from mui_callback.trajectory.progress import StudyProgress
 from mui_callback.trajectory.records import RESULTS_NAME, CheckpointRecord, open_study, write_record
 from mui_callback.trajectory.rows import rows_of, write_results
 from mui_callback.trajectory.screen import StudyOutcome, show_outcome
+from mui_callback.whole_file import remove_partial
 
 _ANSWERS_NAME = "generations"
 _PAUSE = 2.0
@@ -82,6 +83,7 @@ class _Run:
         """Until each is measured or has failed, here or in another process."""
         if self._decides:
             with self._claims.alone():
+                remove_partial(self._directory)
                 self._plan.write()
         left = self._crew.in_turn(self._plan.checkpoints)
         n_done = sum(self._plan.record(one) is not None for one in left)
@@ -130,6 +132,8 @@ class _Run:
     def _measure(self, checkpoint: StudiedCheckpoint, following: StudiedCheckpoint | None, fetching: Fetching) -> None:
         self._progress.begin(f"fetching {checkpoint.id}")
         start = time.perf_counter()
+        if self._decides:
+            remove_partial(self._directory / _ANSWERS_NAME, checkpoint.id.slug)
         try:
             self._fetch(checkpoint, following, fetching)
             measured = self._measuring.measure(checkpoint)
