@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from functools import cache
+from itertools import count
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -15,6 +19,7 @@ from mui_callback.errors import MUIError
 from mui_callback.trajectory.config import Distribute
 
 _T = TypeVar("_T")
+_numbers = count()
 _A_STUDY = timedelta(days=30)
 """How long processes that have done their part wait for the others."""
 
@@ -71,12 +76,25 @@ class Crew:
             raise MUIError(f"device: expected a GPU for each process, got {torch.cuda.device_count()} on this machine")
         return f"cuda:{self.local_rank}"
 
-    def assemble(self, device: str) -> None:
-        """Let processes that work together talk to each other."""
+    @contextmanager
+    def assembled(self, device: str) -> Iterator[None]:
+        """Processes that work together talk to each other, through a process group that may be there already.
+
+        Raises:
+            MUIError: there is a process group, and each process is to work by itself.
+        """
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        if self.works_together and not distributed.is_initialized():
+        was_there = distributed.is_initialized()
+        if was_there and not self.works_together and self.size > 1:
+            raise MUIError("distribute: checkpoints: expected processes that work by themselves, got a process group")
+        if self.works_together and not was_there:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        try:
+            yield
+        finally:
+            if distributed.is_initialized() and not was_there:
+                distributed.destroy_process_group()
 
     def in_turn(self, checkpoints: Sequence[_T]) -> list[_T]:
         """The checkpoints in the order in which this process looks at them: each begins elsewhere."""
@@ -87,13 +105,22 @@ class Crew:
         """What each process has in the end, in all of them; waits for the last one."""
         if self.size == 1:
             return [own]
-        if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=_A_STUDY)
-        parts: list[_T | None] = [None] * self.size
-        distributed.all_gather_object(parts, own)
-        return [part for part in parts if part is not None]
+        parts: list[Any] = [None] * self.size
+        if self.works_together:
+            distributed.all_gather_object(parts, own)
+            return parts
+        store: Any = distributed.PrefixStore(f"mui-study/{next(_numbers)}", _launcher_store())
+        store.set(f"part/{self.rank}", pickle.dumps(own))
+        store.wait([f"part/{rank}" for rank in range(self.size)], _A_STUDY)
+        parts = [pickle.loads(store.get(f"part/{rank}")) for rank in range(self.size)]
+        store.set(f"seen/{self.rank}", "")
+        if self.is_main:  # the store may end with it
+            store.wait([f"seen/{rank}" for rank in range(self.size)], _A_STUDY)
+        return parts
 
-    def dismiss(self) -> None:
-        """The processes need each other no more."""
-        if self.size > 1 and distributed.is_initialized():
-            distributed.destroy_process_group()
+
+@cache
+def _launcher_store() -> Any:
+    """What the launcher has for its processes to find each other, without a process group."""
+    store, _, _ = next(distributed.rendezvous("env://", timeout=_A_STUDY))
+    return store

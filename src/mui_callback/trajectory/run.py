@@ -52,16 +52,13 @@ def run_study(config: StudyConfig, console: Console) -> StudyOutcome:
     transformers_logging.disable_progress_bar()
     crew = Crew.from_environment(config.distribute)
     device = crew.device(config.device)
-    crew.assemble(device)
-    try:
+    with crew.assembled(device):
         run = _Run(StudyPlan.of(config), crew, device, console)
         run.measure_all()
         outcome = run.outcome()
-        if crew.is_main:
-            show_outcome(console, config, outcome)
-        return outcome
-    finally:
-        crew.dismiss()
+    if crew.is_main:
+        show_outcome(console, config, outcome)
+    return outcome
 
 
 class _Run:
