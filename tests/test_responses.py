@@ -82,7 +82,7 @@ def test_all_kinds_of_files(tmp_path: Path, kind: str) -> None:
     elif kind == "parquet":
         parquet.write_table(pa.Table.from_pylist([*SUMS]), file)
     elif kind == "json":
-        file.write_text(json.dumps(SUMS))
+        file.write_text("\ufeff" + json.dumps(SUMS))
     else:
         jsonl(file, SUMS)
     task = read_task(TaskConfig("sums", file=file, max_samples=2, **GSM))
@@ -114,7 +114,7 @@ def test_choices(task_of: Callable[..., Task]) -> None:
     assert [sample.answer for sample in task.samples] == [0, 1]
     assert [sample.response for sample in task.samples] == [" blue", " red"]
     assert task.answers == ("A", "B")
-    assert task_of(CHOICES, **ARC).answers == ("blue", "red")
+    assert task_of(CHOICES, **{**ARC, "response": "{{ question }}"}).answers == ("blue", "red")
     # without an answer in the same form, a column of choices is any other column
     assert task_of(CHOICES, response="{{ answerKey }}").samples[0].choices == ()
 
@@ -125,6 +125,12 @@ def test_few_shot_from_a_file(tmp_path: Path, task_of: Callable[..., Task]) -> N
     assert task.samples[0].prompt == "Q: 1+1?\nA: One and one.\n#### 2\n---\nQ: 9+9?\nA:"
     assert task.questions[0].examples == (("Q: 1+1?\nA:", " One and one.\n#### 2"),)
     assert task.questions[0].prompt == "Q: 9+9?\nA:"
+
+
+def test_a_template_is_taken_as_it_is(task_of: Callable[..., Task]) -> None:
+    task = task_of([{"question": "{{ 1 + 1 }} <b>\r\n"}], prompt=" {{ question }}\n", response="\n{{ 'a' }}\n")
+    assert task.samples[0].prompt == " {{ 1 + 1 }} <b>\r\n\n"
+    assert task.samples[0].response == "\na\n"
 
 
 def test_answers_to_compare_with(task_of: Callable[..., Task]) -> None:
@@ -182,7 +188,7 @@ def test_a_letter_that_is_the_text_of_another_choice_is_ambiguous() -> None:
 )
 def test_a_row_that_does_not_fit(task_of: Callable[..., Task], settings: dict[str, Any], message: str) -> None:
     rows = [{"quest": "0", **SUMS[0], "n": 1}, {**SUMS[1], "n": None}]
-    with pytest.raises(ProbeSetError, match=f"(?s)^task 'task': .*{message}"):
+    with pytest.raises(ProbeSetError, match=f"(?s)^task 'task': (?!task).*{message}"):
         task_of(rows, **{"response": "{{ answer }}", **settings})
 
 
