@@ -103,6 +103,35 @@ def test_nothing_of_the_model_is_changed_and_nothing_but_its_argmax_counts(
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.parametrize("said_by", ["generation config", "config", "tokenizer"])
+def test_all_that_say_what_ends_an_answer(said_by: str, model: PreTrainedModel, task_of: Callable[..., Task]) -> None:
+    task, tokenizer = task_of(PROMPTS[:1]), made_tokenizer()
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token = None
+    (whole,) = generate_answers(model, tokenizer, task)
+    assert (whole.ended, len(whole.response_ids)) == ("length", MAX_NEW)
+    token = int(whole.response_ids[6])
+    if said_by == "generation config":
+        model.generation_config.eos_token_id = token
+    elif said_by == "config":
+        model.config.eos_token_id = [token]
+    else:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
+    (ended,) = generate_answers(model, tokenizer, task)
+    n = whole.response_ids.tolist().index(token) + 1
+    assert (ended.ended, ended.response_ids.tolist()) == ("eos", whole.response_ids[:n].tolist())
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+def test_the_use_of_a_cache_is_the_models(
+    use_cache: bool | None, model: PreTrainedModel, task_of: Callable[..., Task]
+) -> None:
+    widths: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: widths.append(args[0].shape[1]))
+    model.generation_config.use_cache = use_cache
+    generate_answers(model, TOKENIZER, task_of(PROMPTS[1:2], max_new_tokens=3))
+    assert widths == ([2, 3, 4] if use_cache is False else [2, 1, 1])
+
+
 def test_an_answer_that_is_only_the_end_is_empty_and_wrong(
     model: PreTrainedModel, task_of: Callable[..., Task]
 ) -> None:
@@ -210,6 +239,12 @@ def test_out_of_memory_halves_the_batch(model: PreTrainedModel, task_of: Callabl
     assert done == [2, 1, 1, 1]
     assert [answer.response_ids.tolist() for answer in again] == [answer.response_ids.tolist() for answer in plain]
     handle.remove()
+    broken = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no such luck")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="no such luck"):
+            generate_answers(model, TOKENIZER, task)
+    broken.remove()
     model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
         generate_answers(model, TOKENIZER, task)

@@ -6,8 +6,7 @@ Shapes: B prompts of a batch, P tokens of each with padding, R tokens of the lon
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,7 +74,8 @@ def generate_answers(
     prompts = _shortened(whole, task, writer.longest_prompt(max_length))
     answers: dict[int, GeneratedAnswer] = {}
     left = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # what needs most memory is known first
-    with frozen(model), writer.plain_config():
+    with frozen(model):  # it puts the generation config back
+        writer.take_plain_config()
         while left:
             width = len(prompts[left[0]]) + task.config.max_new_tokens
             pack = left[: max(1, batch_tokens // width)]
@@ -133,12 +133,13 @@ class _Writer:
                     f" got {largest}: tokenizer and model do not match"
                 )
 
-    @contextmanager
-    def plain_config(self) -> Iterator[None]:
-        """The generation config that says nothing but what is asked for: transformers fills others from the model's."""
+    def take_plain_config(self) -> None:
+        """Give the model a generation config that says nothing but what is asked for.
+
+        Where one says nothing, transformers takes what the model's own says, so that it is not enough to pass one.
+        """
         from transformers import GenerationConfig
 
-        own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -146,12 +147,8 @@ class _Writer:
             eos_token_id=sorted(self.ends.tokens) or None,
             pad_token_id=self.pad,
             decoder_start_token_id=self.start,
-            use_cache=own.use_cache,
+            use_cache=self.model.generation_config.use_cache,
         )
-        try:
-            yield
-        finally:
-            self.model.generation_config = own
 
     def write(self, prompts: Sequence[IntArray]) -> list[IntArray]:
         """What follows each prompt, int64 ``[R]``, with whatever comes after its end."""
