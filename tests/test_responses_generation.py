@@ -200,6 +200,12 @@ def test_where_an_answer_is_cut(tokens: tuple[str, ...], stop: str, kept: int, t
     assert (response.tolist(), found, how) == (ids[:kept].tolist(), text, ended)
 
 
+def test_the_first_of_several_stop_texts_counts() -> None:
+    for stop in (("\n", "x"), ("x", "\n"), ("nowhere", "\n", "x")):
+        ends = Ends(TOKENIZER, frozenset({2}), stop)
+        assert ends.cut(ids_of("18", "Ċ", "a", "x"), ids_of("a"))[1] == "18"
+
+
 def test_bytes_of_an_answer() -> None:
     ends = Ends(TOKENIZER, frozenset({2}), ("\n",))
     assert ends.n_bytes(ids_of("18", ".Ċ"), ids_of("a")) == 4
@@ -319,6 +325,9 @@ def test_answers_are_scored_as_they_were_written(model: PreTrainedModel, task_of
     probe_set = ProbeSet({"task": answered_samples(answers, task)})
     report = MUIProbe(model, probe_set, rules="top_fraction=0.05").measure()
     assert report.tasks["task"].predictions.n_tokens == sum(len(answer.response_ids) for answer in answers)
+    n_bytes = [sample.n_bytes for sample in answered_samples(answers, task)]
+    assert n_bytes == [answer.n_bytes for answer in answers]
+    assert any(n_bytes)
     assert report.tasks["task"].token_accuracy == 1  # each is the likeliest
 
 
