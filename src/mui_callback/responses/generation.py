@@ -6,8 +6,7 @@ Shapes: B prompts of a batch, P tokens of each with padding, R tokens of the lon
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mui_callback.errors import UnsupportedModelError
+from mui_callback.errors import ProbeSetError, UnsupportedModelError
 from mui_callback.forgiving import attempt, warn
 from mui_callback.parallel.processes import out_of_memory
 from mui_callback.parallel.weights import common_device
@@ -63,7 +62,7 @@ def generate_answers(
         One answer for each sample, in their order, `judged`.
 
     Raises:
-        ProbeSetError: a sample has no prompt, or the context is too short for an answer.
+        ProbeSetError: a sample has no prompt, the tokenizer does not fit the model, or the context is too short.
         UnsupportedModelError: the model cannot generate, or its weights are on several devices.
     """
     if batch_tokens < 1:
@@ -71,10 +70,12 @@ def generate_answers(
     inner = unwrapped(model)
     writer = _Writer(inner, tokenizer, task)
     whole = prompt_tokens(task, tokenizer, chat=chat, encoder_decoder=writer.start is not None)
+    writer.check_vocabulary(whole, task)
     prompts = _shortened(whole, task, writer.longest_prompt(max_length))
     answers: dict[int, GeneratedAnswer] = {}
     left = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # what needs most memory is known first
-    with frozen(model), writer.plain_config():
+    with frozen(model):  # it puts the generation config back
+        writer.take_plain_config()
         while left:
             width = len(prompts[left[0]]) + task.config.max_new_tokens
             pack = left[: max(1, batch_tokens // width)]
@@ -99,19 +100,20 @@ def generate_answers(
 class _Writer:
     """A model that answers prompts."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, task: Task) -> None:
+    def __init__(self, model: Any, tokenizer: Any, task: Task) -> None:
         generates = getattr(model, "can_generate", lambda: hasattr(model, "generate"))
         if not generates() or not hasattr(model, "generation_config"):
             raise UnsupportedModelError(
                 f"{type(model).__name__}: expected a model of transformers with `generate`, to have its answers"
             )
-        self.model: Any = model
+        self.model = model
         self.device = common_device(model)
         self.start = decoder_start(model)
         self.max_new_tokens = task.config.max_new_tokens
         self.ends = Ends(tokenizer, frozenset(_end_tokens(model, tokenizer)), tuple(task.config.stop))
-        pads = _integers([getattr(tokenizer, "pad_token_id", None), self.model.generation_config.pad_token_id])
-        self.pad = next(iter([*pads, *sorted(self.ends.tokens)]), 0)
+        self.vocab_size: int = text_config(model).vocab_size
+        pads = _integers([getattr(tokenizer, "pad_token_id", None), model.generation_config.pad_token_id])
+        self.pad = next((pad for pad in [*pads, *sorted(self.ends.tokens)] if pad < self.vocab_size), 0)
 
     def longest_prompt(self, max_length: int | None) -> int | None:
         """Tokens of a prompt that leave place for an answer; None for no limit."""
@@ -122,12 +124,22 @@ class _Writer:
             fail("max_new_tokens", f"fewer tokens than the context of {limit}", self.max_new_tokens)
         return limit - self.max_new_tokens if self.start is None else limit
 
-    @contextmanager
-    def plain_config(self) -> Iterator[None]:
-        """The generation config that says nothing but what is asked for: transformers fills others from the model's."""
+    def check_vocabulary(self, prompts: Sequence[IntArray], task: Task) -> None:
+        """An id that an embedding does not have is an error that ends the process on a GPU."""
+        for sample, prompt in zip(task.samples, prompts, strict=True):
+            if (largest := int(prompt.max())) >= self.vocab_size:
+                raise ProbeSetError(
+                    f"{sample.where}: expected token ids below the model's vocabulary size {self.vocab_size},"
+                    f" got {largest}: tokenizer and model do not match"
+                )
+
+    def take_plain_config(self) -> None:
+        """Give the model a generation config that says nothing but what is asked for.
+
+        Where one says nothing, transformers takes what the model's own says, so that it is not enough to pass one.
+        """
         from transformers import GenerationConfig
 
-        own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -135,12 +147,8 @@ class _Writer:
             eos_token_id=sorted(self.ends.tokens) or None,
             pad_token_id=self.pad,
             decoder_start_token_id=self.start,
-            use_cache=own.use_cache,
+            use_cache=self.model.generation_config.use_cache,
         )
-        try:
-            yield
-        finally:
-            self.model.generation_config = own
 
     def write(self, prompts: Sequence[IntArray]) -> list[IntArray]:
         """What follows each prompt, int64 ``[R]``, with whatever comes after its end."""

@@ -128,7 +128,9 @@ def _csv(file: Path) -> _Read:
                     )
                 yield reader.line_num, source, row
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ProbeSetError(f"{file}:{reader.line_num}: expected comma-separated values, got {error}") from error
+            raise ProbeSetError(
+                f"{file}:{reader.line_num + 1}: expected comma-separated values, got {error}"
+            ) from error
 
 
 def _parquet(file: Path) -> _Read:
