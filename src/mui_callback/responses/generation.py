@@ -17,7 +17,7 @@ from torch import nn
 from mui_callback.errors import ProbeSetError, UnsupportedModelError
 from mui_callback.forgiving import attempt, warn
 from mui_callback.parallel.processes import out_of_memory
-from mui_callback.parallel.weights import common_device
+from mui_callback.parallel.weights import common_device, engines_at_rest
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.model_config import context_length, decoder_start, text_config
 from mui_callback.probe.samples import IntArray, fail
@@ -74,7 +74,7 @@ def generate_answers(
     prompts = _shortened(whole, task, writer.longest_prompt(max_length))
     answers: dict[int, GeneratedAnswer] = {}
     left = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # what needs most memory is known first
-    with frozen(model):  # it puts the generation config back
+    with frozen(model), engines_at_rest(model):  # it puts the generation config back
         writer.take_plain_config()
         while left:
             width = len(prompts[left[0]]) + task.config.max_new_tokens

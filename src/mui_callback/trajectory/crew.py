@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from mui_callback.errors import MUIError
 from mui_callback.trajectory.config import Distribute
@@ -109,7 +111,7 @@ class Crew:
         if self.works_together:
             distributed.all_gather_object(parts, own)
             return parts
-        store: Any = distributed.PrefixStore(f"mui-study/{next(_numbers)}", _launcher_store())
+        store: Any = PrefixStore(f"mui-study/{next(_numbers)}", _launcher_store())
         store.set(f"part/{self.rank}", pickle.dumps(own))
         store.wait([f"part/{rank}" for rank in range(self.size)], _A_STUDY)
         parts = [pickle.loads(store.get(f"part/{rank}")) for rank in range(self.size)]
@@ -122,5 +124,5 @@ class Crew:
 @cache
 def _launcher_store() -> Any:
     """What the launcher has for its processes to find each other, without a process group."""
-    store, _, _ = next(distributed.rendezvous("env://", timeout=_A_STUDY))
+    store, _, _ = next(rendezvous("env://", timeout=_A_STUDY))
     return store
