@@ -63,7 +63,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_environme
             "max_tokens",
             ":8: unknown key 'max_tokens' in entry 1 of tasks; did you mean max_new_tokens?",
         ),
-        ("keep_checkpoints", "kep", ":11: unknown key 'kep'; did you mean keep_checkpoints?"),
+        ("keep_checkpoints", "keep_checkpoint", ":11: unknown key 'keep_checkpoint'; did you mean keep_checkpoints?"),
         ("  rules", "  rule", ":10: unknown key 'rule' in probe; did you mean rules?"),
         ("keep_checkpoints: 3", "output: b", ":11: 'output' is there twice"),
         ("keep_checkpoints: 3", "zzz: b", ":11: unknown key 'zzz'; there is output, models, "),
@@ -101,7 +101,7 @@ def test_a_mistake_on_the_command_line(arguments: list[str], said: str, file: Pa
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(MUIError, match="no.yaml: expected the config of a study, got No such file"):
+    with pytest.raises(MUIError, match=r"no\.yaml: expected the config of a study, got No such file"):
         parse_study([str(tmp_path / "no.yaml")])
 
 
