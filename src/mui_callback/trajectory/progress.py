@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+_A_DAY = 86_400.0
+"""Seconds that the time left is estimated from: a checkpoint can take an hour."""
+
 
 class StudyProgress:
     """Bars over the checkpoints and, of the current one, over batches.
@@ -28,6 +31,7 @@ class StudyProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            speed_estimate_period=_A_DAY,
             disable=is_quiet or not has_bars or not console.is_terminal,
         )
         self._checkpoints: TaskID | None = None
