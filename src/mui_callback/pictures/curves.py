@@ -51,8 +51,12 @@ def curves(
         x_label: what training is counted in.
         x_words: a number of it as it is written along the axis.
     """
-    styles = strokes([line.name for panel in panels for line in panel.lines])
-    figure, places = panelled([panel.title for panel in panels], title=title, subtitle=subtitle, legend=styles)
+    lines = [line for panel in panels for line in panel.lines]
+    styles = strokes([line.name for line in lines])
+    known = {line.name for line in lines if np.isfinite(line.y).any()}
+    # A single line is what the title says.
+    legend = {name: stroke for name, stroke in styles.items() if name in known} if len(styles) > 1 else {}
+    figure, places = panelled([panel.title for panel in panels], title=title, subtitle=subtitle, legend=legend)
     for axes, panel in zip(places, panels, strict=True):
         style.label(axes, x=x_label, y=panel.unit)
         for line in panel.lines:
@@ -62,7 +66,7 @@ def curves(
         axes.set(xlim=_limits(panel), ylim=spread(_all_values(panel)))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(lambda value, _: x_words(value))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=_are_counts(panel)))
     return figure
 
 
@@ -96,7 +100,7 @@ def dots(panels: Sequence[Panel], *, title: str, subtitle: str) -> Figure:
 
 def _draw_line(axes: Any, line: Line, stroke: Stroke) -> None:
     axes.plot(
-        line.x, line.y, color=stroke.color, linestyle=stroke.dashes, linewidth=1.8, marker="o", markersize=4,
+        line.x, line.y, color=stroke.color, linestyle=stroke.dashes, linewidth=1.8, marker=stroke.marker, markersize=4,
         markeredgecolor="white", markeredgewidth=0.6, gid="line",
     )  # fmt: skip
     if line.low is None or line.high is None:
@@ -125,6 +129,12 @@ def _draw_dot(axes: Any, line: Line, index: int, row: int, stroke: Stroke) -> No
 def _limits(panel: Panel) -> tuple[float, float]:
     low, high = spread(np.concatenate([np.zeros(0), *(line.x for line in panel.lines)]))
     return (low, high) if high - low > 1e-9 * max(abs(high), 1) else (low - 1, high + 1)
+
+
+def _are_counts(panel: Panel) -> bool:
+    values = _all_values(panel)
+    known = values[np.isfinite(values)]
+    return len(known) > 0 and bool((known == known.round()).all() and np.ptp(known) >= 1)
 
 
 def _all_values(panel: Panel) -> FloatArray:

@@ -17,6 +17,7 @@ from mui_callback.pictures.palette import colors_of
 MOST_ON_PAGE = 9
 """Panels that fit on a page."""
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_MARKERS = ("o", "s", "^", "D")
 _LEFT, _RIGHT, _TOP, _BOTTOM, _BETWEEN = 78, 30, 92, 66, (86, 92)
 _WIDTHS = {1: 660, 2: 440, 3: 330}
 """Of a panel, by the number of columns."""
@@ -29,16 +30,16 @@ class Stroke:
 
     color: str
     dashes: Any
+    marker: str
 
 
 def strokes(names: Sequence[str]) -> dict[str, Stroke]:
-    """Colours in order, and other dashes where they begin again."""
-    colors, distinct = colors_of(names), list(colors_of(names))
-    n_colors = len(set(colors.values()))
-    return {
-        name: Stroke(colors[name], _DASHES[index // max(n_colors, 1) % len(_DASHES)])
-        for index, name in enumerate(distinct)
-    }
+    """Colours in order, and other dashes and marks where they begin again."""
+    distinct = list(dict.fromkeys(names))
+    colors = colors_of(distinct)
+    n_colors = max(len(set(colors.values())), 1)
+    rounds = {name: index // n_colors % len(_DASHES) for index, name in enumerate(distinct)}
+    return {name: Stroke(colors[name], _DASHES[again], _MARKERS[again]) for name, again in rounds.items()}
 
 
 def panelled(
@@ -96,8 +97,8 @@ def spread(values: FloatArray) -> tuple[float, float]:
 
 
 def _legend_shape(legend: Mapping[str, Stroke], page_width: int) -> tuple[int, int]:
-    """Rows, and the pixels of a column; a single name needs no legend."""
-    if len(legend) < 2:
+    """Rows, and the pixels of a column."""
+    if not legend:
         return 0, 1
     named = [style.shortened(name, _NAME, 9.5) for name in list(legend)[:_MOST_NAMED]]
     column = 56 + int(max(style.text_width(name, 9.5) for name in named))
@@ -113,8 +114,11 @@ def _draw_legend(figure: Figure, legend: Mapping[str, Stroke], rows: int, column
     for place, (name, stroke) in enumerate(list(legend.items())[:_MOST_NAMED]):
         row, number = divmod(place, n_columns)
         x, y = 20 + number * column, 16 + (rows - 1 - row) * _LEGEND_ROW
-        line = Line2D(np.array([x, x + 24]) / page[0], np.array([y, y]) / page[1], transform=figure.transFigure)
-        line.set(color=stroke.color, linestyle=stroke.dashes, linewidth=2)
+        line = Line2D(
+            np.array([x, x + 12, x + 24]) / page[0], np.array([y, y, y]) / page[1], transform=figure.transFigure
+        )
+        line.set(color=stroke.color, linestyle=stroke.dashes, linewidth=2, marker=stroke.marker, markersize=6)
+        line.set_markevery([1])
         figure.add_artist(line)
         style.write(figure, x + 30, y, style.shortened(name, _NAME, 9.5), size=9.5, va="center_baseline", gid="legend")
     if len(legend) > _MOST_NAMED:

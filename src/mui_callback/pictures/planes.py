@@ -35,7 +35,6 @@ def planes(drawn: Sequence[Plane], *, title: str, subtitle: str) -> Figure:
         subtitle: below that.
     """
     styles = strokes([model for plane in drawn for model in plane.paths])
-    # Named even if there is one, as the others have no points.
     figure, places = panelled([plane.title for plane in drawn], title=title, subtitle=subtitle, legend=styles)
     for axes, plane in zip(places, drawn, strict=True):
         style.label(axes, x=words_of_axis(plane.axis), y="MUI, %")
@@ -59,12 +58,19 @@ def planes(drawn: Sequence[Plane], *, title: str, subtitle: str) -> Figure:
 def _draw_path(axes: Any, path: Path, stroke: Stroke) -> None:
     x, y = np.array([(point.performance, 100 * point.mui) for point in path.points]).T
     axes.plot(
-        x, y, color=stroke.color, linestyle=stroke.dashes, linewidth=1.2, marker="o", markersize=3.5, alpha=0.75,
+        x, y, color=stroke.color, linestyle=stroke.dashes, linewidth=1.2, marker=stroke.marker, markersize=3.5, alpha=0.75,
         gid="path",
     )  # fmt: skip
     last = path.points[-1]
     if last.mui_interval is not None:
         axes.vlines(x[-1], *(100 * end for end in last.mui_interval), color=stroke.color, linewidth=1, gid="interval")
     axes.plot(
-        x[-1], y[-1], "o", color=stroke.color, markersize=9, markeredgecolor="white", markeredgewidth=0.9, gid="latest"
+        x[-1],
+        y[-1],
+        stroke.marker,
+        color=stroke.color,
+        markersize=9,
+        markeredgecolor="white",
+        markeredgewidth=0.9,
+        gid="latest",
     )
