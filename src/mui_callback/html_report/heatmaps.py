@@ -47,7 +47,7 @@ class Slides:
 
 
 def slides_of(album: Album, model: str, found: Sequence[Measured], progress: Progress, n_models: int) -> Slides:
-    """Draw them, and keep that of all tasks pooled at each checkpoint.
+    """Draw them, and keep expert MUI of all tasks pooled at each checkpoint, and both values at the last one.
 
     Args:
         album: where figures go.
@@ -63,7 +63,7 @@ def slides_of(album: Album, model: str, found: Sequence[Measured], progress: Pro
     found = [one for one in found if one.pooled.layout == layout]
     together = POOLED if len(found[-1].tasks) > 1 else next(iter(found[-1].tasks), POOLED)
     for one in found:
-        for value, title in VALUES.items():
+        for value, title in list(VALUES.items())[: None if one is found[-1] else 1]:
             where = f"{model}, {together} ({one.pooled.n_samples:,} samples), {progress.phrase(one.x)}"
             figure = expert_heatmap(one.pooled, getattr(one.pooled, value), title=title, subtitle=where)
             album.keep(f"{value}-{model}-{one.checkpoint.label}", figure)

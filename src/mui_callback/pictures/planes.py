@@ -58,8 +58,8 @@ def planes(drawn: Sequence[Plane], *, title: str, subtitle: str) -> Figure:
 def _draw_path(axes: Any, path: Path, stroke: Stroke) -> None:
     x, y = np.array([(point.performance, 100 * point.mui) for point in path.points]).T
     axes.plot(
-        x, y, color=stroke.color, linestyle=stroke.dashes, linewidth=1.2, marker=stroke.marker, markersize=3.5, alpha=0.75,
-        gid="path",
+        x, y, color=stroke.color, linestyle=stroke.dashes, linewidth=1.2, marker=stroke.marker, markersize=3.5,
+        alpha=0.75, gid="path",
     )  # fmt: skip
     last = path.points[-1]
     if last.mui_interval is not None:
