@@ -26,8 +26,8 @@ from tiny import build
 
 IDENTITY = {"probe_set": "built-in", "rules": ["top_fraction=0.05"], "response_mode": "reference"}
 CONFIG = {"response_mode": "reference", "note": "tests"}
-STEPS = (0, 2, 5, 9, 14, 20, 27, 35)
-TOKENS_PER_STEP = 60e6
+STEPS = (0, 2, 5, 9, 14, 20)
+TOKENS_PER_STEP = 100e6
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "olmoe-tiny": ("olmoe", {"num_experts": 8, "num_hidden_layers": 4, "intermediate_size": 16}),
     "qwen-shared": ("qwen2_moe", {"num_experts": 6, "num_hidden_layers": 3}),
@@ -102,7 +102,7 @@ def make_study(
     directory: Path,
     models: Sequence[str] = tuple(MODELS),
     *,
-    n_samples: int = 10,
+    n_samples: int = 8,
     names: Mapping[str, str] | None = None,
 ) -> Path:
     """Train, measure and keep what was found."""
@@ -123,7 +123,7 @@ def _train(directory: Path, name: str, model: PreTrainedModel, probe_set: ProbeS
         if isinstance(sample, ProbeSample)
     )
     data = torch.tensor(in_bytes(text))
-    probe = MUIProbe(model, probe_set, tokenizer=in_bytes, rules="top_fraction=0.05", max_length=192)
+    probe = MUIProbe(model, probe_set, tokenizer=in_bytes, rules="top_fraction=0.05", max_length=160)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(max(STEPS) + 1):
         if step in STEPS:

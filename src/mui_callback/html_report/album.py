@@ -88,13 +88,14 @@ def as_file_name(name: str) -> str:
 
 
 def _in_page(svg: str, prefix: str, alt: str) -> Markup:
-    """Without what a page has once, with ids that no other figure has, and with colours that the page decides."""
+    """Without what a page has once; with the ids that are used, which no other figure has; in colours of the page."""
     svg = _NOT_IN_PAGE.sub("", svg).strip()
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{escape(alt)}">', svg
     )
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", svg)
     svg = svg.replace("url(#", f"url(#{prefix}-").replace('xlink:href="#', f'href="#{prefix}-')
     for color, name in _THEMED.items():
         svg = svg.replace(f": {color}", f": var(--{name})")

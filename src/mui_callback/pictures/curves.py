@@ -14,7 +14,7 @@ from mui_callback.metrics.utilization import FloatArray
 from mui_callback.pictures import style
 from mui_callback.pictures.panels import Stroke, draw_gap, panelled, spread, strokes
 
-_DOT_ROW, _MOST_LEFT = 24, 190
+_DOT_ROW, _MOST_LEFT = 24, 220
 
 
 @dataclass(frozen=True)
