@@ -351,11 +351,12 @@ def test_checkpoints_are_counted_in_what_they_have(planned: list[CheckpointId], 
 
 
 @pytest.mark.usefixtures("quick")
-def test_names_are_words_whatever_is_in_them(tmp_path: Path) -> None:
+def test_names_are_words_whatever_is_in_them(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     tasks = ["<script>alert(1)</script>", "\"quotes' & {{ braces }}", "$x_{$ \\frac", "数学推理", "very long " * 30]
     model = "</script><img src=x onerror=alert(1)> ../../up"
     planned = [CheckpointId(model, f"</style>{i}", step=i) for i in range(2)]
     files = write_report(make_up_study(tmp_path, planned, tasks, name="</title><b>bold</b>"))
+    assert not [one for one in recwarn if "Glyph" in str(one.message)]
     page = parsed(files.page.read_text(encoding="utf-8"))
     assert page.all("h1")[0].text == page.all("title")[0].text.removesuffix(": MUI report") == "</title><b>bold</b>"
     assert not page.all("img")

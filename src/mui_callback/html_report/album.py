@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -68,10 +67,7 @@ class Album:
         Raises:
             OSError: a file cannot be written.
         """
-        with warnings.catch_warnings():
-            # matplotlib's font has no Chinese; the words are in the SVG all the same.
-            warnings.filterwarnings("ignore", message=r"Glyph \d+")
-            png, svg = as_png(figure), as_svg(figure)
+        png, svg = as_png(figure), as_svg(figure)
         self.directory.mkdir(parents=True, exist_ok=True)
         for ending, content in ((".png", png), (".svg", svg.encode())):
             path = self.directory / f"{as_file_name(name)}{ending}"

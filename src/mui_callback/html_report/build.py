@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -71,7 +72,10 @@ def write_report(study_directory: Path, output: Path | None = None, rule: PhaseR
     album = Album(output / FIGURES_NAME)
     found = measured(study, progress, _LEVEL)
     routes = [route for model, of in found.items() for route in routes_of(study, model, of, progress, rule)]
-    content = _content(study, found, routes, progress, rule, album, output)
+    with warnings.catch_warnings():
+        # matplotlib's font has no Chinese, but the words of an SVG are drawn by whatever shows it.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")
+        content = _content(study, found, routes, progress, rule, album, output)
     page = _environment().get_template("page.html.j2").render(content)
     with replaced_at_once(output / PAGE_NAME) as partial:
         partial.write_text(page, encoding="utf-8")

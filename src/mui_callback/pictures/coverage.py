@@ -46,7 +46,9 @@ def coverage_curves(
             axes.fill_between(
                 curve.sizes, 100 * curve.low, 100 * curve.high, color=colors[name], alpha=0.16, linewidth=0
             )
-    axes.set_xlim(0, 1.14 * max(curve.n_samples for curve in curves.values()))
+    widest = max(style.text_width(name, 10, "bold") / style.DPI for name in curves)
+    room = max(1 - 1 / 1.14, (widest + 0.2) / (figure.get_figwidth() - 0.9))
+    axes.set_xlim(0, max(curve.n_samples for curve in curves.values()) / (1 - room))
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("samples", color=style.INK)
