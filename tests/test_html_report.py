@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 from PIL import Image
@@ -369,7 +369,9 @@ def test_names_are_words_whatever_is_in_them(tmp_path: Path, recwarn: pytest.War
     assert all(path.parent == files.page.parent / "figures" for path in files.figures)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
+@example(["a b", "a?b"])
+@example(["..", "/"])
 @given(names=st.lists(st.text(min_size=1), min_size=2, max_size=2, unique=True))
 def test_names_of_files_are_plain_and_apart(names: list[str]) -> None:
     first, second = map(as_file_name, names)
