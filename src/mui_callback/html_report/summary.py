@@ -57,7 +57,8 @@ def sentences(model: str, routes: Sequence[Route], where: str) -> list[str]:
         lines.append(f"At {where}, {model} is in no phase that can be called on {of}{f': {reason}' if reason else ''}.")
     else:
         lines.append(f"At {where}, {model} is {phase.value} on {of}: {_MEANS[phase]}.")
-    turns = _turns(main) or "no other phase was called on the way"
+    others = "no phase" if phase is Phase.UNDECIDED else "no other phase"
+    turns = _turns(main) or f"{others} was called on the way"
     lines.append(
         f"From {_at(main, 0)} to {_at(main, -1)}, performance ({_axis_words(main.path.axis)}) went from "
         f"{performance(points[0].performance, main.path.axis)} to "
