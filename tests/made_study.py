@@ -14,18 +14,17 @@ import torch
 from transformers import PreTrainedModel
 
 from mui_callback import MUIProbe, MUIReport, ProbeSet
-from mui_callback.metrics.catalogue import CATALOGUE, Scope
 from mui_callback.metrics.phases import Point
 from mui_callback.metrics.trajectory import TrajectoryPoint, kept
 from mui_callback.monitoring.performance_axis import from_probe
 from mui_callback.probe.samples import ProbeSample
-from mui_callback.sample_results import ESTIMATED
 from mui_callback.trajectory.checkpoint import CheckpointId
-from mui_callback.trajectory.records import CheckpointRecord, Row, write_plan, write_record
+from mui_callback.trajectory.records import CheckpointRecord, write_plan, write_record
+from mui_callback.trajectory.rows import rows_of
 from tiny import build
 
-IDENTITY = {"probe_set": "built-in", "rules": ["top_fraction=0.05"], "response_mode": "reference"}
-CONFIG = {"response_mode": "reference", "note": "tests"}
+IDENTITY = {"probe_set": "built-in", "rules": ["top_fraction=0.05"], "response": "gold"}
+CONFIG = {"response": "gold", "note": "tests"}
 STEPS = (0, 2, 5, 9, 14, 20)
 TOKENS_PER_STEP = 100e6
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -49,38 +48,6 @@ def checkpoint_at(model: str, step: int) -> CheckpointId:
     return CheckpointId(model, f"step{step}-tokens{tokens / 1e9:g}B", step, tokens)
 
 
-def rows_of(checkpoint: CheckpointId, report: MUIReport, points: Mapping[str | None, TrajectoryPoint]) -> list[Row]:
-    """A row for each task with every metric of it."""
-    rows = []
-    for task, found in report.tasks.items():
-        point = points.get(task)
-        row: Row = {
-            "model": checkpoint.model,
-            "checkpoint": checkpoint.label,
-            "step": checkpoint.step,
-            "tokens": checkpoint.tokens,
-            "task": task,
-            "performance": None if point is None else float(point.performance.value),
-            "performance_axis": None if point is None else point.axis,
-            "n_samples": found.n_samples,
-            "n_tokens": found.predictions.n_tokens,
-        }
-        for metric in CATALOGUE:
-            if metric.scope in (Scope.TASK, Scope.POOLED, Scope.REPORT) and hasattr(found, metric.name):
-                value = getattr(found, metric.name)
-                row[metric.name] = None if value is None else float(value)
-        for name, interval in report.intervals(task).items():
-            row[f"{name}_low"] = None if interval is None else interval.low
-            row[f"{name}_high"] = None if interval is None else interval.high
-        name = (point.axis if point else "").removeprefix("-")
-        ends = [row.get(f"{name}_low"), row.get(f"{name}_high")] if name in ESTIMATED else [None, None]
-        if point is not None and point.axis.startswith("-"):
-            ends = [None if end is None else -end for end in reversed(ends)]
-        row["performance_low"], row["performance_high"] = ends
-        rows.append(row)
-    return rows
-
-
 def points_of(report: MUIReport) -> dict[str | None, TrajectoryPoint]:
     points: dict[str | None, TrajectoryPoint] = {}
     for task in (None, *report.task_names):
@@ -93,7 +60,7 @@ def points_of(report: MUIReport) -> dict[str | None, TrajectoryPoint]:
 
 def keep(directory: Path, checkpoint: CheckpointId, report: MUIReport) -> None:
     points = points_of(report)
-    rows = rows_of(checkpoint, report, points)
+    rows = rows_of(checkpoint, report, points, response="gold")
     record = CheckpointRecord(checkpoint, IDENTITY, rows, points, {"load": 1.0, "probe": 2.0}, directory)
     write_record(directory, record, report)
 
@@ -107,7 +74,13 @@ def make_study(
 ) -> Path:
     """Train, measure and keep what was found."""
     planned = [checkpoint_at(model, step) for model in models for step in STEPS]
-    write_plan(directory, name="Two tiny models", identity=IDENTITY, checkpoints=planned, config=CONFIG)
+    write_plan(
+        directory,
+        name="Two tiny models",
+        identities=dict.fromkeys(models, IDENTITY),
+        checkpoints=planned,
+        config=CONFIG,
+    )
     for model in models:
         family, sizes = MODELS[model]
         _train(directory, model, build(family, seed=1, hidden_size=32, **sizes), probe_samples(n_samples, names))

@@ -63,7 +63,8 @@ def make_up_study(
         name: of the study.
         left_out: numbers of the checkpoints that are not measured.
     """
-    write_plan(directory, name=name, identity=IDENTITY, checkpoints=planned, config={})
+    identities = {checkpoint.model: IDENTITY for checkpoint in planned}
+    write_plan(directory, name=name, identities=identities, checkpoints=planned, config={})
     for number, checkpoint in enumerate(planned):
         of_model = [one for one in planned if one.model == checkpoint.model]
         progress = of_model.index(checkpoint) / max(len(of_model) - 1, 1)

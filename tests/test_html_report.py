@@ -181,6 +181,14 @@ def test_the_summary_answers_with_first_and_last_values_and_phases(page: Element
     assert answers[0].startswith("At 2B tokens, olmoe-tiny is ")
 
 
+def test_what_is_scored_is_said(page: Element) -> None:
+    words = page.by_id("measured").text
+    assert (
+        "english (8), code (8), arithmetic (8). What is scored: the given responses, by teacher forcing. Key" in words
+    )
+    assert "rulestop_fraction=0.05" in words
+
+
 # Figures
 
 
@@ -256,7 +264,7 @@ def test_an_svg_in_the_page_says_what_its_words_are(tmp_path: Path) -> None:
 def test_a_study_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MUIError, match=r"expected the directory of a study, with study\.json in it"):
         write_report(tmp_path)
-    write_plan(tmp_path, name="x", identity={}, checkpoints=in_steps(2), config={})
+    write_plan(tmp_path, name="x", identities={"m": {}}, checkpoints=in_steps(2), config={})
     with pytest.raises(MUIError, match="at least one measured checkpoint, got none"):
         write_report(tmp_path)
     assert not (tmp_path / "report").exists()

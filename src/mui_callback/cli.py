@@ -182,8 +182,37 @@ def watch(output_dir: Path, once: bool = False) -> None:
     watch_record(output_dir, once=once, console=Console(highlight=False))
 
 
+def trajectory(config: Path) -> None:
+    """Measure many checkpoints of one model or several, and write a row for each checkpoint and task.
+
+    Args:
+        config: the YAML file of the study; every key of it is an option, too.
+    """
+    _trajectory([str(config)])
+
+
+def _trajectory(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from mui_callback.trajectory.parser import parse_study
+
+    study, is_dry_run = parse_study(arguments)
+    console = Console(highlight=False)
+    if is_dry_run:
+        from mui_callback.trajectory.dry_run import show_plan
+
+        if not show_plan(study, console):
+            sys.exit(1)
+        return
+    from mui_callback.trajectory.run import run_study
+
+    if not run_study(study, console).is_complete:
+        sys.exit(1)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``mui-callback``."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         from jsonargparse import auto_cli
 
@@ -195,13 +224,17 @@ def main(arguments: list[str] | None = None) -> None:
         "inspect": inspect,
         "diversity": diversity,
         "select": select,
+        "trajectory": trajectory,
         "ablate": ablate,
         "report": report,
         "watch": watch,
         "workspace": workspace,
     }
     try:
-        auto_cli(commands, args=arguments, prog="mui-callback", parser_class=OptionParser)
+        if arguments[:1] == ["trajectory"]:  # whose options come from a file and the environment, too
+            _trajectory(arguments[1:])
+        else:
+            auto_cli(commands, args=arguments, prog="mui-callback", parser_class=OptionParser)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads, such as `head`, has had enough
         # What is left must not be written at exit.

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def remove_partial(directory: Path, name: str = "") -> None:
+    """Remove what processes that were killed have left of files and directories whose names begin so.
+
+    To be called where nobody else writes them.
+    """
+    for left in directory.glob(f".{name}*.partial"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mui_callback.html_report.routes import MEAN, Route
 from mui_callback.pictures.paths import PathPoint
 
 _VARIANT = r"(?:[-_ ]?(?:base|chat|instruct|thinking|hf|bf16|fp8|\d{4}))*"
+_OLMOE = "OLMoE-1B-7B"
 _TOLERANCE = 0.1
 """How far from the paper's a number of tokens may be, relative."""
 _MATH = re.compile(r"(?:^|[^a-z])math(?:$|[^a-z])", re.IGNORECASE)
@@ -62,7 +63,7 @@ def _olmoe(
     phases: str,
 ) -> Comparison:
     own = next(
-        (route for route in routes if route.name.lower() == task and is_same_model(route.model, published.OLMOE)),
+        (route for route in routes if route.name.lower() == task and is_same_model(route.model, _OLMOE)),
         None,
     )
     rows = []

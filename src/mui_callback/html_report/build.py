@@ -41,6 +41,8 @@ PAGE_NAME, FIGURES_NAME, ROWS_NAME = "report.html", "figures", "rows.csv"
 _LEVEL = 0.95
 """Of the intervals in rows, and so of all others."""
 
+_SCORED = {"gold": "the given responses, by teacher forcing", "generate": "the model's own greedy answers"}
+
 
 @dataclass(frozen=True)
 class ReportFiles:
@@ -108,7 +110,10 @@ def _content(
         "models": [_of_model(study, model, of_model, progress) for model, of_model in found.items()],
         "tasks": _tasks(found),
         "settings": first.settings,
-        "identity": _flat(study.plan.get("identity", {})),
+        "identity": _identity({model: dict(of[-1].record.identity) for model, of in found.items()}),
+        "responses": sorted(
+            {_SCORED.get(str(row["response"]), str(row["response"])) for row in rows if row.get("response")}
+        ),
         "missing": missing(study),
         "progress": progress,
         "rule": rule,
@@ -172,6 +177,12 @@ def _top(album: Album, model: str, of_model: Sequence[Measured], progress: Progr
         "first": progress.phrase(first.x),
         "tasks": [(drawn, top_table(model, task, before.get(task), now[task])) for task, drawn in bars],
     }
+
+
+def _identity(of_models: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the numbers depend on, once where it is the same for all models."""
+    first, *others = of_models.values()
+    return _flat(of_models if any(other != first for other in others) else first)
 
 
 def _flat(values: Any, name: str = "") -> list[tuple[str, str]]:

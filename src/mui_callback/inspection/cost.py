@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from torch import nn
 
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.inspection.describe import LayerDescription
-from mui_callback.probe.batches import Batch
-from mui_callback.probe.encode import EncodedProbeSet
+from mui_callback.probe.batches import Batch, make_batches
+from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.head import LanguageModelHead
+from mui_callback.probe.model_config import context_length, decoder_start
+from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.rules import Rule
+from mui_callback.settings import ProbeSettings
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,34 @@ class ProbeCost:
     host_bytes: int
     """What goes from the device to the host, once; with the rule ``topscore``, which takes as many neurons as there are
     above its threshold, without the key neurons."""
+
+
+def cost_of(
+    model: nn.Module,
+    layers: tuple[ExpertLayer, ...],
+    described: list[LayerDescription],
+    tokenizer: Tokenizer | None,
+    settings: ProbeSettings,
+    probe_set: ProbeSet | None = None,
+) -> ProbeCost:
+    """What a probe set takes; without a tokenizer, a token is taken for a byte.
+
+    Args:
+        model: see `probe_cost`, as the following.
+        layers: …
+        described: …
+        tokenizer: of the model.
+        settings: of the probe.
+        probe_set: the samples; the built-in ones where it is None.
+    """
+    start = decoder_start(model)
+    probe_set = probe_set or ProbeSet.builtin(only_with_prompt=start is not None)
+    max_length = settings.max_length or context_length(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which samples are cut is said when they are probed
+        encoded = encode(probe_set, tokenizer or _bytes, max_length, decoder_start=start)
+    batches, choice_batches = (make_batches(some, settings.batch_tokens) for some in (encoded.samples, encoded.choices))
+    return probe_cost(model, layers, described, encoded, batches, choice_batches, settings.parsed_rules[0])
 
 
 def probe_cost(
@@ -99,3 +131,7 @@ def _active_weights(model: nn.Module, layers: tuple[ExpertLayer, ...], described
             routed = {id(p): p.numel() for p in inside}
             active -= sum(routed.values()) * (1 - (row.top_k or 1) / row.shape.n_routed)
     return active
+
+
+def _bytes(text: str) -> list[int]:
+    return list(text.encode())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +12,14 @@ from transformers.utils import logging as transformers_logging
 
 from mui_callback.errors import ProbeError
 from mui_callback.experts.discover import find_expert_layers
-from mui_callback.experts.layer import ExpertLayer
-from mui_callback.inspection.cost import ProbeCost, probe_cost
-from mui_callback.inspection.describe import LayerDescription, describe
+from mui_callback.inspection.cost import cost_of
+from mui_callback.inspection.describe import describe
 from mui_callback.inspection.screen import parameters, show_checks, show_cost, show_layers
 from mui_callback.loading import load_skeleton, load_tokenizer
 from mui_callback.model_options import ModelOptions
-from mui_callback.probe.batches import make_batches
 from mui_callback.probe.encode import Tokenizer, encode
 from mui_callback.probe.head import LanguageModelHead
-from mui_callback.probe.model_config import context_length, decoder_start
+from mui_callback.probe.model_config import context_length
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe
 from mui_callback.probe.samples import TokenSample
@@ -77,7 +73,7 @@ def inspect_model(
         show_layers(console, described, settings.parsed_rules[0])
     else:
         show_checks(console, described, settings.parsed_rules[0], checks)
-    cost = _cost(skeleton, layers, tokenizer, described, settings, probe_set)
+    cost = cost_of(skeleton, layers, described, tokenizer, settings, probe_set)
     show_cost(console, cost, probe, has_tokenizer=tokenizer is not None)
     for complaint in complaints:
         console.print(f"[red]wrong:[/] {complaint}", highlight=False)
@@ -106,32 +102,3 @@ def _few_tokens(model: nn.Module, tokenizer: Tokenizer | None) -> list[TokenSamp
     half = min(_VERIFIED_TOKENS, len(ids) // 2, context_length(model) or _VERIFIED_TOKENS)
     scored = np.arange(half) >= min(4, half - 1)  # the first tokens are a prompt
     return [TokenSample(str(n), ids[n * half : (n + 1) * half], scored) for n in range(2)]
-
-
-def _cost(
-    skeleton: nn.Module,
-    layers: tuple[ExpertLayer, ...],
-    tokenizer: Tokenizer | None,
-    described: list[LayerDescription],
-    settings: ProbeSettings,
-    probe_set: ProbeSet | None,
-) -> ProbeCost:
-    start = decoder_start(skeleton)
-    probe_set = probe_set or ProbeSet.builtin(only_with_prompt=start is not None)
-    settings = replace(settings, max_length=settings.max_length or context_length(skeleton))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # which samples are cut is said when they are probed
-        encoded = encode(probe_set, tokenizer or _bytes, settings.max_length, decoder_start=start)
-    return probe_cost(
-        skeleton,
-        layers,
-        described,
-        encoded,
-        make_batches(encoded.samples, settings.batch_tokens),
-        make_batches(encoded.choices, settings.batch_tokens),
-        settings.parsed_rules[0],
-    )
-
-
-def _bytes(text: str) -> list[int]:
-    return list(text.encode())

@@ -51,6 +51,17 @@ def score_of(task: str | None, given: Mapping[str | None, str], results: Mapping
     return exact or next((name for name in filtered if not name.endswith("_stderr")), None)
 
 
+def from_score(score: str, results: Mapping[str, Point]) -> tuple[str, Point]:
+    """The axis ``benchmark/<name>`` and what a benchmark measured; higher is better.
+
+    Args:
+        score: as `score_of` names it.
+        results: the scores that there are.
+    """
+    name, sign = signed(score)
+    return f"{'-' if sign < 0 else ''}benchmark/{name}", kept(results[name], sign)
+
+
 def signed(name: str) -> tuple[str, int]:
     """The name of a score, and -1 where lower is better."""
     return (name[1:], -1) if name.startswith("-") else (name, 1)

@@ -9,7 +9,7 @@ from mui_callback.forgiving import warn
 from mui_callback.metrics.catalogue import key
 from mui_callback.metrics.phases import Phase, PhaseRule, Point
 from mui_callback.metrics.trajectory import TaskPhase, Trajectories, TrajectoryPoint, kept, phase_at, pruned
-from mui_callback.monitoring.performance_axis import from_probe, score_of, signed
+from mui_callback.monitoring.performance_axis import from_probe, from_score, score_of, signed
 from mui_callback.report import MUIReport
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,7 @@ class Phases:
         if mui is None:
             return None
         if score is not None:
-            name, sign = signed(score)
-            axis = f"{'-' if sign < 0 else ''}{_OF_BENCHMARK}{name}"
-            return TrajectoryPoint(axis, kept(results[name], sign), kept(mui))
+            return TrajectoryPoint(*from_score(score, results), kept(mui))
         measured = None if waits else from_probe(report, task)
         return None if measured is None else TrajectoryPoint(*measured, kept(mui))
 

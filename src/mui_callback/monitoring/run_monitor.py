@@ -15,9 +15,7 @@ from pathlib import Path
 from traceback import format_exception
 from typing import Any, Literal, get_args
 
-import torch
-
-from mui_callback.errors import DesynchronizedError, InterruptedPassError, ProbeError
+from mui_callback.errors import DesynchronizedError, InterruptedPassError
 from mui_callback.forgiving import described, warn
 from mui_callback.metrics.catalogue import OVERHEAD
 from mui_callback.monitoring.alerts import Alerts
@@ -29,9 +27,10 @@ from mui_callback.monitoring.pace import Pace
 from mui_callback.monitoring.recall import recalled
 from mui_callback.monitoring.schedule import Schedule
 from mui_callback.monitoring.stopwatch import Stopwatch
-from mui_callback.parallel.processes import Processes, in_words
+from mui_callback.parallel.processes import Processes
 from mui_callback.probe.freeze import random_state_kept
 from mui_callback.probe.run import MUIProbe
+from mui_callback.probe.usable import measure_usable
 from mui_callback.report import MUIReport
 from mui_callback.sinks.base import ProbePoint, RunDescription, Sink
 from mui_callback.sinks.jsonl import JsonlSink
@@ -209,7 +208,8 @@ class RunMonitor:
 
     def _make_point(self, step: int, *, last: bool) -> None:
         try:
-            report, scalars = self._measure()
+            report = measure_usable(self._probe)
+            scalars = report.scalars(detail=self._detail)
         except DesynchronizedError:
             raise
         except InterruptedPassError as error:
@@ -239,22 +239,6 @@ class RunMonitor:
         except InterruptedPassError as error:
             self._write(self._failed_point(step, error))
             raise
-
-    def _measure(self) -> tuple[MUIReport, dict[str, float]]:
-        """One report, and what of it is logged; with smaller batches if memory runs out in any process."""
-        while True:
-            outcome = self._probe.try_measure()
-            if outcome.report is not None:
-                return _usable(outcome.report), outcome.report.scalars(detail=self._detail)
-            failures = outcome.failures
-            if not all(failure.out_of_memory for failure in failures) or not self._probe.halve_batches():
-                raise outcome.error or ProbeError(in_words(failures))
-            del outcome  # the traceback of its error holds the tensors of the pass
-            torch.cuda.empty_cache()
-            warn(
-                f"MUI: out of memory in a probe; going on with batches of {self._probe.settings.batch_tokens} tokens "
-                f"({in_words(failures)})"
-            )
 
     def _succeed(self, step: int, report: MUIReport, scalars: dict[str, float], found: Found) -> None:
         self._failures_in_a_row = 0
@@ -315,15 +299,6 @@ class RunMonitor:
         error = self._delivery.tell(action)
         if self.on_error == "raise":
             self._processes.raise_everywhere(error)
-
-
-def _usable(report: MUIReport) -> MUIReport:
-    if report.broken_samples:
-        raise ProbeError(
-            f"the loss of {report.broken_samples} of {report.n_samples} samples is NaN or infinite: the model puts "
-            "out no usable logits"
-        )
-    return report
 
 
 def check_on_error(on_error: str) -> None:

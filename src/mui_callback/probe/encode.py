@@ -134,18 +134,18 @@ def tokenize(sample: ProbeSample, tokenizer: Tokenizer | None, *, encoder_decode
     if tokenizer is None:
         raise ProbeSetError(f"{sample.where}: expected a tokenizer for this text sample: pass tokenizer=")
     where = f"{sample.where}: tokenizer"
-    prompt_ids = _call(tokenizer, sample.prompt, where) if sample.prompt else np.empty(0, dtype=np.int64)
+    prompt_ids = call_tokenizer(tokenizer, sample.prompt, where) if sample.prompt else np.empty(0, dtype=np.int64)
     if encoder_decoder and not prompt_ids.size:
         raise ProbeSetError(f"{sample.where}: expected a prompt: an encoder-decoder needs one for its encoder")
 
     def continued(text: str) -> tuple[IntArray, BoolArray, int]:
-        input_ids = _call(tokenizer, sample.prompt + text, where)
+        input_ids = call_tokenizer(tokenizer, sample.prompt + text, where)
         scored = np.arange(len(input_ids)) >= _common_prefix(input_ids, prompt_ids)
         scored[:1] = False
         return input_ids, scored, len(text.encode())
 
     def apart(text: str) -> tuple[IntArray, BoolArray, int]:
-        input_ids = _call(_for_targets(tokenizer), text, where)
+        input_ids = call_tokenizer(_for_targets(tokenizer), text, where)
         return input_ids, np.ones(len(input_ids), dtype=np.bool_), len(text.encode())
 
     read, encoder_ids = (apart, prompt_ids) if encoder_decoder else (continued, None)
@@ -178,7 +178,12 @@ def _for_targets(tokenizer: Any) -> Tokenizer:
     return (lambda text: tokenizer(text_target=text)) if "text_target" in parameters else tokenizer
 
 
-def _call(tokenizer: Tokenizer, text: str, where: str) -> IntArray:
+def call_tokenizer(tokenizer: Tokenizer, text: str, where: str) -> IntArray:
+    """Token ids of a text, int64 [T].
+
+    Raises:
+        ProbeSetError: If the tokenizer returns something else; names what `where` says.
+    """
     output = tokenizer(text)
     ids = output.get("input_ids") if isinstance(output, Mapping) else output
     return integers(ids, where, "input_ids")

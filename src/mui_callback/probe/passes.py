@@ -6,9 +6,10 @@ goes wrong with reading one is raised after the last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 from torch import nn
 
@@ -32,6 +33,10 @@ from mui_callback.settings import ProbeSettings
 
 Rounds = Sequence[tuple[Batch, ...]]
 """What all shards run, one batch each at a time."""
+
+
+OnBatch = Callable[[int, int], None]
+"""Told after each batch how many are done, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,13 @@ class ProbePass:
     settings: ProbeSettings
     reading: Reading
 
-    def run(self, rounds: Rounds, choice_rounds: Rounds) -> Passed:
+    def run(self, rounds: Rounds, choice_rounds: Rounds, on_batch: OnBatch | None = None) -> Passed:
         """What this process counts.
 
         Args:
             rounds: batches of samples.
             choice_rounds: batches of their choices.
+            on_batch: see `OnBatch`.
 
         Raises:
             InterruptedPassError: the model failed where other processes wait for this one.
@@ -90,7 +96,11 @@ class ProbePass:
                 rules=self.settings.parsed_rules,
                 device=common_device(self.model),
             )
-            running = _Running(self, head, counts, capacities)
+            told = count(1)
+            n_rounds = len(rounds) + len(choice_rounds)
+            running = _Running(
+                self, head, counts, capacities, lambda: on_batch(next(told), n_rounds) if on_batch else None
+            )
             with nobody_left_waiting(self.shards):
                 running.samples(rounds)
                 running.choices(choice_rounds)
@@ -108,6 +118,8 @@ class _Running:
     head: LanguageModelHead
     counts: DeviceCounts
     capacities: Capacities
+    tell: Callable[[], None]
+    """Called after each round."""
 
     def samples(self, rounds: Rounds) -> None:
         """Read the layers in every batch; what goes wrong in that is kept."""
@@ -115,6 +127,7 @@ class _Running:
             for number, batches in enumerate(rounds):
                 if self._takes_part(batches):
                     self._read(batches, is_first=number == 0)
+                self.tell()
 
     def choices(self, rounds: Rounds) -> None:
         """Only the losses are wanted."""
@@ -126,6 +139,7 @@ class _Running:
                 if shards.counts:
                     loss_R, _ = token_losses(logits_RV, inputs.tokens.target_R)
                     counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
+            self.tell()
 
     def _takes_part(self, batches: tuple[Batch, ...]) -> bool:
         """Whether this process makes a forward pass: not without samples, unless others need it."""

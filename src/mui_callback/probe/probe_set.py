@@ -32,7 +32,7 @@ class ProbeSet:
     def __init__(self, tasks: Mapping[str, Iterable[ProbeSample | TokenSample]]) -> None:
         if not isinstance(tasks, Mapping):
             fail("ProbeSet", "a mapping of task names to samples", tasks)
-        self._tasks = {_task_name(task): tuple(samples) for task, samples in tasks.items()}
+        self._tasks = {check_task_name(task): tuple(samples) for task, samples in tasks.items()}
         if not self._tasks:
             raise ProbeSetError("ProbeSet: expected one or more tasks, got none")
         for task, samples in self._tasks.items():
@@ -249,7 +249,12 @@ class ProbeSet:
         return f"ProbeSet({sizes}; {self.fingerprint[:12]})"
 
 
-def _task_name(task: str) -> str:
+def check_task_name(task: str) -> str:
+    """The name, if a task can have it.
+
+    Raises:
+        ProbeSetError: it cannot be a part of metric keys.
+    """
     if not isinstance(task, str) or not task.strip() or "/" in task or not task.isprintable():
         fail(
             "task name",

@@ -3,7 +3,7 @@
 import codecs
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,6 +62,16 @@ def read_jsonl_file(path: FilePath, max_samples: int | None = None) -> tuple[Pro
 
 
 def _jsonl_samples(lines: Iterable[bytes], name: str, stem: str) -> Iterable[ProbeSample]:
+    for number, row in json_lines(lines, name):
+        yield text_sample(row, Columns(), f"{name}:{number}", f"{stem}-{number}")
+
+
+def json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, Any]]:
+    """The number of each line that is not blank, from 1, and what is in it.
+
+    Raises:
+        ProbeSetError: If a line is no JSON; names the file and the line.
+    """
     for number, line in enumerate(lines, start=1):
         where = f"{name}:{number}"
         if number == 1:
@@ -76,7 +86,7 @@ def _jsonl_samples(lines: Iterable[bytes], name: str, stem: str) -> Iterable[Pro
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ProbeSetError(f"{where}: expected a JSON object, got invalid JSON: {error}") from error
-        yield text_sample(row, Columns(), where, f"{stem}-{number}")
+        yield number, row
 
 
 def text_sample(row: Any, columns: Columns, source: str, default_id: str) -> ProbeSample:
@@ -98,7 +108,7 @@ def text_sample(row: Any, columns: Columns, source: str, default_id: str) -> Pro
         if not isinstance(choices, list | tuple) or len(choices) < 2:
             fail(source, f"{columns.choices!r} to be a list of 2 or more strings", choices)
     return ProbeSample(
-        id=_row_id(row, default_id, source),
+        id=row_id(row, default_id, source),
         response=row[columns.response],
         prompt="" if prompt is None else prompt,
         choices=tuple(choices or ()),
@@ -141,7 +151,7 @@ def token_sample(row: Any, source: str, default_id: str, *, encoder_decoder: boo
         mask = integers(row["attention_mask"], source, "attention_mask", kinds="iub")
         kept = _unpadded(_aligned(mask, "attention_mask", input_ids, "input_ids", source), source)
     labels = None if row.get("labels") is None else integers(row["labels"], source, "labels")
-    sample_id = _row_id(row, default_id, source)
+    sample_id = row_id(row, default_id, source)
     is_apart = labels is not None and labels.shape != input_ids.shape
     if encoder_decoder or is_apart or row.get("decoder_input_ids") is not None:
         return TokenSample(sample_id, *_decoded(row, labels, source), source=source, encoder_ids=input_ids[kept])
@@ -196,7 +206,12 @@ def _present(row: Mapping[str, Any]) -> str:
     return "got only " + (", ".join(repr(k) for k, v in row.items() if v is not None) or "an empty object")
 
 
-def _row_id(row: Mapping[str, Any], default: str, source: str) -> str:
+def row_id(row: Mapping[str, Any], default: str, source: str) -> str:
+    """The id that a row has, or else the default.
+
+    Raises:
+        ProbeSetError: If it has one that is neither a string nor an integer.
+    """
     value = row.get("id")
     if value is None:
         return default

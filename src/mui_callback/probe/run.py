@@ -30,7 +30,7 @@ from mui_callback.probe.learned import Learned
 from mui_callback.probe.losses import LossPass, Trial
 from mui_callback.probe.model_config import context_length, decoder_start
 from mui_callback.probe.outcome import Outcome
-from mui_callback.probe.passes import Passed, ProbePass, Rounds
+from mui_callback.probe.passes import OnBatch, Passed, ProbePass, Rounds
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.score_layer import LayerReader
 from mui_callback.probe.tabled import tabled
@@ -88,6 +88,8 @@ class MUIProbe:
         settings = ProbeSettings(rules, key_expert_frequency, max_length, batch_tokens, dense, activation, alignment)
         self.model = unwrapped(model)
         self.probe_set = probe_set
+        self.on_batch: OnBatch | None = None
+        """To be set by whoever shows how far a pass is."""
         with frozen(self.model):  # some weights are computed when they are looked at
             self.layers = find_expert_layers(self.model, dense=dense)
             vocab_size = LanguageModelHead(self.model).shape[0]
@@ -328,7 +330,7 @@ class MUIProbe:
         self._device = common_device(self.model)
         reading = Reading(readers(self._device))
         one = ProbePass(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings, reading)
-        return one.run(rounds, choice_rounds)
+        return one.run(rounds, choice_rounds, self.on_batch)
 
     def _new_readers(self) -> tuple[LayerReader, ...]:
         """Who know nothing yet.

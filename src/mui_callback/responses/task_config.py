@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
+
+from mui_callback.probe.probe_set import check_task_name
+from mui_callback.responses.extraction import check_extract
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,12 @@ class TaskConfig:
     """Template of the gold response, which is scored with ``response: gold``; with few-shot prompts, also that of the
     examples."""
     choices: str | None = None
-    """Expression for the list of alternatives; without it the columns ``choices`` and ``answer``, where both are
-    there."""
+    """Expression for the list of alternatives, each as it follows the prompt: ``choices.text | prefixed(" ")`` puts a
+    space before each. Without it the columns ``choices`` and ``answer``, where both are there."""
     answer: str | None = None
-    """Expression for the right one: with choices its index, its letter or its text; without them the text to compare
-    with what is extracted from a generated answer. By default that is what is extracted from the gold response."""
+    """Expression for the right one: with choices its index from 0, its letter or its text; without them the text to
+    compare with what is extracted from a generated answer. By default that is what is extracted from the gold
+    response."""
     few_shot: int = 0
     """Examples before each question, the first of `few_shot_split` or `few_shot_file`."""
     few_shot_split: str = "train"
@@ -58,3 +63,38 @@ class TaskConfig:
     """Texts at which a generated answer ends; they are not part of it."""
     max_new_tokens: int = 256
     """Tokens of a generated answer, at most."""
+
+    def __post_init__(self) -> None:
+        check_task_name(self.name)
+        if (self.dataset is None) == (self.file is None):
+            self._refuse("either `dataset` or `file`", "both" if self.file else "neither")
+        if self.file is not None and (self.subset is not None or self.revision is not None):
+            self._refuse("`dataset` next to `subset` and `revision`", "`file`")
+        for name, value, least in (
+            ("max_samples", self.max_samples, 1),
+            ("few_shot", self.few_shot, 0),
+            ("max_new_tokens", self.max_new_tokens, 1),
+        ):
+            if value is not None and value < least:
+                self._refuse(f"`{name}` to be {least} or more", value)
+        self._check_examples()
+        check_extract(self.extract, self.name)
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            self._refuse("`stop` to be a list of non-empty texts", self.stop)
+
+    def _check_examples(self) -> None:
+        """A question among the examples would be answered by them."""
+        if self.few_shot_file is not None and self.file is None:
+            self._refuse("`few_shot_split` next to `dataset`", "`few_shot_file`")
+        if not self.few_shot:
+            return
+        if self.file is not None and self.few_shot_file is None:
+            self._refuse("`few_shot_file` next to `file`, for the examples", None)
+        if self.file is not None and self.few_shot_file is not None:
+            if self.file.resolve() == self.few_shot_file.resolve():
+                self._refuse("examples of another file than the questions", self.file)
+        elif self.split.partition("[")[0] == self.few_shot_split.partition("[")[0]:
+            self._refuse("examples of another split than the questions", self.split)
+
+    def _refuse(self, expected: str, came: object) -> NoReturn:
+        raise ValueError(f"task {self.name!r}: expected {expected}, got {came}")

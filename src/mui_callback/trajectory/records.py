@@ -2,7 +2,7 @@
 
 ::
 
-    study.json              the plan: models and checkpoints in their order, the identity, the config
+    study.json              the plan: checkpoints in their order, what the numbers of a model depend on, the config
     checkpoints/<slug>/     one checkpoint: record.json, and report.npz (see `MUIReport.save`)
     results.parquet         a row for each checkpoint and task, made anew from the records
     generations/            answers that models gave, see `mui_callback.responses`
@@ -26,7 +26,7 @@ from mui_callback.errors import MUIError
 from mui_callback.metrics.trajectory import Trajectory, TrajectoryPoint
 from mui_callback.report import MUIReport
 from mui_callback.trajectory.checkpoint import CheckpointId
-from mui_callback.whole_file import replaced_at_once
+from mui_callback.whole_file import remove_partial, replaced_at_once
 
 RESULTS_NAME = "results.parquet"
 PLAN_NAME = "study.json"
@@ -34,6 +34,8 @@ CHECKPOINTS_NAME = "checkpoints"
 _RECORD_NAME, _REPORT_NAME = "record.json", "report.npz"
 _FORMAT = "mui-study-1"
 
+Identity = Mapping[str, Any]
+"""What the numbers of a model depend on besides its weights; all of its records in one table have the same."""
 Row = dict[str, Any]
 """One checkpoint and one task: column names to plain values, None where there is no answer."""
 
@@ -43,8 +45,7 @@ class CheckpointRecord:
     """What was measured of one checkpoint."""
 
     checkpoint: CheckpointId
-    identity: Mapping[str, Any]
-    """What the numbers depend on besides the weights; records of one table have the same."""
+    identity: Identity
     rows: Sequence[Row]
     """One for each task, in the order of the tasks."""
     points: Mapping[str | None, TrajectoryPoint]
@@ -71,7 +72,7 @@ class Study:
 
     directory: Path
     plan: Mapping[str, Any]
-    """What is to be measured: ``name``, ``identity``, ``config`` and ``checkpoints``."""
+    """What is to be measured: ``name``, ``identities`` by model, ``config`` and ``checkpoints``."""
     records: tuple[CheckpointRecord, ...]
     """Those that are there, in the order of the plan."""
 
@@ -113,7 +114,7 @@ class Study:
 
 
 def write_record(directory: Path, record: CheckpointRecord, report: MUIReport) -> None:
-    """Keep what was measured of a checkpoint; one that is there is replaced.
+    """Keep what was measured of a checkpoint, which nobody else measures; a record that is there is replaced.
 
     Args:
         directory: of the study.
@@ -125,7 +126,7 @@ def write_record(directory: Path, record: CheckpointRecord, report: MUIReport) -
     """
     target = directory / CHECKPOINTS_NAME / record.checkpoint.slug
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_partial(target.parent, target.name)
     partial.mkdir(parents=True)
     try:
         report.save(partial / _REPORT_NAME)
@@ -176,11 +177,18 @@ def write_plan(
     directory: Path,
     *,
     name: str,
-    identity: Mapping[str, Any],
+    identities: Mapping[str, Identity],
     checkpoints: Sequence[CheckpointId],
     config: Mapping[str, Any],
 ) -> None:
     """Say what is to be measured; replaces the plan at once.
+
+    Args:
+        directory: of the study.
+        name: its title.
+        identities: by model.
+        checkpoints: in their order.
+        config: as JSON can hold it.
 
     Raises:
         OSError: it cannot be written.
@@ -188,7 +196,7 @@ def write_plan(
     plan = {
         "format": _FORMAT,
         "name": name,
-        "identity": identity,
+        "identities": identities,
         "checkpoints": [asdict(one) for one in checkpoints],
         "config": config,
     }
@@ -197,24 +205,37 @@ def write_plan(
         partial.write_text(json.dumps(plan, indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def read_plan(directory: Path) -> dict[str, Any] | None:
+    """The plan of a study; None where there is none.
+
+    Raises:
+        MUIError: it is something else, or was written by another version of this format.
+    """
+    file = directory / PLAN_NAME
+    if not file.exists():
+        return None
+    try:
+        plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if plan["format"] != _FORMAT:
+            raise MUIError(f"{file}: expected format {_FORMAT!r}, got {plan['format']!r}")
+        _ = [plan["identities"][CheckpointId(**one).model] for one in plan["checkpoints"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise MUIError(f"{file}: expected the plan of a study, got something else ({error!r})") from error
+    return plan
+
+
 def open_study(directory: Path) -> Study:
-    """Read a study as far as it is measured, with the records of its plan's identity.
+    """Read a study as far as it is measured; records that were measured otherwise than its plan says are left out.
 
     Raises:
         MUIError: there is no study, or it was written by another version of this format.
     """
-    file = directory / PLAN_NAME
-    try:
-        plan = json.loads(file.read_text(encoding="utf-8"))
-        if plan["format"] != _FORMAT:
-            raise MUIError(f"{file}: expected format {_FORMAT!r}, got {plan['format']!r}")
-        planned = [CheckpointId(**one) for one in plan["checkpoints"]]
-    except FileNotFoundError as error:
-        raise MUIError(f"{directory}: expected the directory of a study, with {PLAN_NAME} in it") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise MUIError(f"{file}: expected the plan of a study, got something else ({error!r})") from error
-    found = (read_record(directory, one) for one in planned)
-    records = tuple(one for one in found if one is not None and one.identity == plan["identity"])
+    plan = read_plan(directory)
+    if plan is None:
+        raise MUIError(f"{directory}: expected the directory of a study, with {PLAN_NAME} in it")
+    found = (read_record(directory, CheckpointId(**one)) for one in plan["checkpoints"])
+    there = [one for one in found if one is not None]
+    records = tuple(one for one in there if one.identity == plan["identities"][one.checkpoint.model])
     return Study(directory, plan, records)
 
 

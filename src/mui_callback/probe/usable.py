@@ -1,0 +1,44 @@
+"""A report that can be used: with batches as large as memory allows, and losses that are numbers."""
+
+from __future__ import annotations
+
+import torch
+
+from mui_callback.errors import ProbeError
+from mui_callback.forgiving import warn
+from mui_callback.parallel.processes import in_words
+from mui_callback.probe.run import MUIProbe
+from mui_callback.report import MUIReport
+
+
+def measure_usable(probe: MUIProbe) -> MUIReport:
+    """Measure; with batches half the size if memory runs out in any process, down to single samples.
+
+    Raises:
+        ProbeError: losses are NaN or infinite; or see `MUIProbe.measure`, as the following.
+        DesynchronizedError: …
+        InterruptedPassError: …
+        Exception: whatever the model raises.
+    """
+    while True:
+        outcome = probe.try_measure()
+        if outcome.report is not None:
+            return _checked(outcome.report)
+        failures = outcome.failures
+        if not all(failure.out_of_memory for failure in failures) or not probe.halve_batches():
+            raise outcome.error or ProbeError(in_words(failures))
+        del outcome  # the traceback of its error holds the tensors of the pass
+        torch.cuda.empty_cache()
+        warn(
+            f"MUI: out of memory in a probe; going on with batches of {probe.settings.batch_tokens} tokens "
+            f"({in_words(failures)})"
+        )
+
+
+def _checked(report: MUIReport) -> MUIReport:
+    if report.broken_samples:
+        raise ProbeError(
+            f"the loss of {report.broken_samples} of {report.n_samples} samples is NaN or infinite: the model puts "
+            "out no usable logits"
+        )
+    return report

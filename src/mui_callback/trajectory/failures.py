@@ -1,0 +1,59 @@
+"""What could not be measured, and why: a line for each, which all processes of a study read."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from traceback import format_exception
+
+from mui_callback.errors import MUIError
+from mui_callback.forgiving import described
+from mui_callback.trajectory.checkpoint import CheckpointId
+
+_NAME = "failures.jsonl"
+
+
+def in_words(error: BaseException) -> str:
+    """What happened; errors of this package say it all in their text."""
+    return str(error) if isinstance(error, MUIError) else described(error)
+
+
+class Failures:
+    """Those of a study since this process began; earlier ones are tried again.
+
+    Args:
+        directory: of the study.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file = directory / _NAME
+        self._start = time.time()
+
+    def add(self, checkpoint: CheckpointId, error: BaseException) -> None:
+        """Write one down.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        line = {
+            "time": time.time(),
+            "checkpoint": asdict(checkpoint),
+            "error": in_words(error),
+            "traceback": "".join(format_exception(error)),
+        }
+        with self._file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+    def read(self) -> dict[CheckpointId, str]:
+        """The last error of each checkpoint that failed, in whichever process."""
+        found: dict[CheckpointId, str] = {}
+        for line in self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else ():
+            try:
+                failure = json.loads(line)
+            except ValueError:  # of a process that was killed while it wrote
+                continue
+            if failure["time"] >= self._start:
+                found[CheckpointId(**failure["checkpoint"])] = failure["error"]
+        return found

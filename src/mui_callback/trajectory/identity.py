@@ -1,0 +1,85 @@
+"""What the numbers of a study depend on besides the weights, so that none are put side by side that cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mui_callback.errors import MUIError
+from mui_callback.trajectory.config import ModelConfig, StudyConfig
+from mui_callback.trajectory.records import Identity
+from mui_callback.version import __version__
+
+_MEASURING = ("benchmarks", "experts", "metrics", "parallel", "probe", "responses", "scoring")
+"""The packages that a number comes through."""
+_NOT_MEASURED = ("batch_tokens",)
+"""Settings of the probe that change no number, but for rounding."""
+_OF_MODEL = ("dtype", "chat", "tokenizer", "architecture")
+
+
+def identity_of(config: StudyConfig, model: ModelConfig, tasks: Mapping[str, str]) -> Identity:
+    """What the numbers of one model depend on, as JSON can hold it.
+
+    Args:
+        config: of the study.
+        model: of the model.
+        tasks: the fingerprint of each task: of prompts, gold responses, and how answers are generated.
+    """
+    probe = {name: value for name, value in asdict(config.probe).items() if name not in _NOT_MEASURED}
+    return {
+        "tasks": dict(tasks),
+        "response": config.response,
+        "probe": {**probe, "rules": list(config.probe.rules)},
+        "benchmarks": [sorted(config.lm_eval), config.lm_eval_limit],
+        "performance": dict(config.performance),
+        "model": {name: getattr(model, name) for name in _OF_MODEL},
+        "code": f"{__version__} ({_code_digest()})",
+    }
+
+
+def check_unchanged(directory: Path, plan: Mapping[str, Any] | None, identities: Mapping[str, Identity]) -> None:
+    """To be called before a plan is replaced.
+
+    Args:
+        directory: of the study.
+        plan: that is there.
+        identities: of the models, as they would be measured now.
+
+    Raises:
+        MUIError: a model was measured otherwise; says what differs.
+    """
+    for model, before in ({} if plan is None else plan["identities"]).items():
+        changes = list(_changes(before, identities[model])) if model in identities else []
+        if changes:
+            raise MUIError(
+                f"{directory}: {model} was measured otherwise before ({'; '.join(changes)}), and cannot be put side by"
+                " side with what would be measured now. Take another output, or measure all anew with --redo true."
+            )
+
+
+def _changes(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys((*before, *now)):
+            yield from _changes(before.get(name), now.get(name), f"{where}.{name}".lstrip("."))
+    elif before != now:
+        yield f"{where} was {_short(before)}, is {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+@cache
+def _code_digest() -> str:
+    """Equal for equal sources of what measures."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for package in _MEASURING:
+        for file in sorted((root / package).glob("*.py")):
+            digest.update(f"{package}/{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]

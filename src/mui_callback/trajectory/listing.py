@@ -1,0 +1,151 @@
+"""From a model of a study to its checkpoints: names and patterns are looked up on the hub or in a directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mui_callback.errors import MUIError
+from mui_callback.loading import CHECKPOINTS, ModelLoadError, ModelSource, load_tokenizer
+from mui_callback.trajectory.architecture import Architecture
+from mui_callback.trajectory.checkpoint import CheckpointId
+from mui_callback.trajectory.config import ModelConfig
+from mui_callback.trajectory.hub import Downloads, HubRevision, revisions
+from mui_callback.trajectory.places import ModelDirectory, Place, StateFiles
+from mui_callback.trajectory.state_files import deepspeed_step, is_deepspeed
+
+_PATTERN = re.compile(r"[*?\[]")
+_EVERY_BRANCH = "*"
+
+
+@dataclass(frozen=True, eq=False)
+class StudiedCheckpoint:
+    """A checkpoint that is to be measured."""
+
+    id: CheckpointId
+    config: ModelConfig
+    """Of its model."""
+    place: Place
+
+    def load(self, device: str) -> nn.Module:
+        """The model with its weights, in eval mode."""
+        return self.place.load(dtype=self.config.dtype, device=device)
+
+    def load_skeleton(self) -> nn.Module:
+        """The model without its weights."""
+        return self.place.load_skeleton(dtype=self.config.dtype)
+
+    def load_tokenizer(self) -> Any | None:
+        """The tokenizer that is named for the model, or else comes with the checkpoint."""
+        if self.config.tokenizer is None:
+            return self.place.load_tokenizer()
+        return load_tokenizer(ModelSource(self.config.tokenizer, None, self.config.trust_remote_code))
+
+
+def list_checkpoints(config: ModelConfig, downloads: Downloads) -> list[StudiedCheckpoint]:
+    """All checkpoints of a model, in the order in which they are measured.
+
+    A name that is not there is listed all the same, and found missing when it is its turn; a pattern that nothing
+    matches is an error.
+
+    Args:
+        config: of the model.
+        downloads: of the study.
+
+    Raises:
+        MUIError: there is no checkpoint, or a pattern matches none.
+    """
+    directory = Path(os.path.expanduser(config.source))
+    labels = _in_directory(directory, config) if directory.exists() else _on_hub(config)
+    ids = [CheckpointId.named(config.title, label, tokens_per_step=config.tokens_per_step) for label in labels]
+    ids = _some(ids, config.at_most)
+    if directory.exists():
+        return [StudiedCheckpoint(one, config, _local(directory, one.label, config)) for one in ids]
+    return [StudiedCheckpoint(one, config, HubRevision(_source(config, one.label), downloads)) for one in ids]
+
+
+def _on_hub(config: ModelConfig) -> list[str]:
+    if not config.checkpoints:
+        return ["main"]
+    there = revisions(config.source) if any(map(_PATTERN.search, config.checkpoints)) else []
+    return _chosen(config, there)
+
+
+def _in_directory(directory: Path, config: ModelConfig) -> list[str]:
+    there = [child.name for child in directory.iterdir() if _is_checkpoint(child)] if directory.is_dir() else []
+    if config.checkpoints:
+        return _chosen(config, there)
+    if there:
+        return _in_order(there)
+    if _is_checkpoint(directory):
+        return ["."]
+    raise MUIError(
+        f"{directory}: expected a model (config.json with weights), or checkpoints: checkpoint-*, *.ckpt, global_step*"
+    )
+
+
+def _chosen(config: ModelConfig, there: Sequence[str]) -> list[str]:
+    labels: list[str] = []
+    for name in config.checkpoints:
+        if not _PATTERN.search(name):
+            labels.append(name)
+            continue
+        matching = [one for one in there if fnmatchcase(one, name)]
+        if not matching:
+            shown = ", ".join(_in_order(there)[:5]) or "nothing"
+            raise MUIError(f"{config.source}: no checkpoint matches {name!r}; there is {shown}")
+        labels += _in_order(matching)
+    return list(dict.fromkeys(labels))
+
+
+def _in_order(labels: Sequence[str]) -> list[str]:
+    """By steps; those without one last, as a main branch is."""
+
+    def place(label: str) -> tuple[float, list[tuple[int, str]]]:
+        step = CheckpointId.named("", label).step
+        parts = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", label)]
+        return float("inf") if step is None else step, parts
+
+    return sorted(labels, key=place)
+
+
+def _some(ids: list[CheckpointId], at_most: int | None) -> list[CheckpointId]:
+    if at_most is None or len(ids) <= at_most:
+        return ids
+    return [ids[round(i * (len(ids) - 1) / max(at_most - 1, 1))] for i in range(at_most)]
+
+
+def _source(config: ModelConfig, revision: str | None = None) -> ModelSource:
+    return ModelSource(config.source, revision, config.trust_remote_code, config.allow_pickle)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".ckpt"
+    return _is_model(path) or is_deepspeed(path) or deepspeed_step(path) is not None
+
+
+def _is_model(directory: Path) -> bool:
+    return (directory / "config.json").is_file() and any((directory / name).is_file() for name in CHECKPOINTS)
+
+
+def _local(directory: Path, label: str, config: ModelConfig) -> Place:
+    path = directory if directory.is_file() else directory / label
+    step = path if path.is_file() or is_deepspeed(path) else deepspeed_step(path)
+    own_config = (path / "config.json").is_file()
+    if step is None or _is_model(path):
+        return ModelDirectory(ModelSource(str(path), None, config.trust_remote_code, config.allow_pickle))
+    named = config.architecture or (str(path) if own_config else None)
+    if named is None:
+        raise ModelLoadError(
+            f"{path}: has weights only; expected `architecture`, the model's config or a function that makes it"
+        )
+    source = ModelSource(named, None, config.trust_remote_code, config.allow_pickle)
+    return StateFiles(step, Architecture(source), config.allow_pickle)

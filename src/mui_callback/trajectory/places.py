@@ -1,0 +1,145 @@
+"""Where the weights of a checkpoint are, whatever wrote them: one interface for all of them.
+
+transformers is needed to load a model, so this is imported where a study is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from mui_callback.loading import DType, ModelLoadError, ModelSource, load_pretrained, load_skeleton, load_tokenizer
+from mui_callback.trajectory.architecture import Architecture
+from mui_callback.trajectory.state_files import read_state
+
+
+class Place(Protocol):
+    """Where a checkpoint is."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the files that are read.
+
+        Raises:
+            Exception: it is not there, or nobody can say.
+        """
+
+    @property
+    def n_bytes_to_fetch(self) -> int:
+        """How much of them has to be downloaded first."""
+
+    def fetch(self) -> None:
+        """Make sure that all files are on this machine; may take long.
+
+        Raises:
+            Exception: they cannot be had.
+        """
+
+    def load(self, *, dtype: DType, device: str) -> nn.Module:
+        """The model with its weights, in eval mode.
+
+        Raises:
+            MUIError: it cannot be read, or not safely.
+        """
+
+    def load_skeleton(self, *, dtype: DType) -> nn.Module:
+        """The model without weights, on the meta device; the same may go wrong."""
+
+    def load_tokenizer(self) -> Any | None:
+        """Its tokenizer; None where there is none."""
+
+    def let_go(self) -> None:
+        """Delete what `fetch` has downloaded, if anything."""
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A model of transformers on this machine, as ``save_pretrained`` writes it."""
+
+    source: ModelSource
+
+    @property
+    def n_bytes(self) -> int:
+        """See `Place.n_bytes`."""
+        n_bytes = _size(self._existing(), "*.safetensors", "*.bin")
+        if not n_bytes:
+            raise ModelLoadError(f"{self.source}: expected weights, found none")
+        return n_bytes
+
+    @property
+    def n_bytes_to_fetch(self) -> int:
+        """Nothing."""
+        return 0
+
+    def fetch(self) -> None:
+        """Nothing is to be done."""
+
+    def load(self, *, dtype: DType, device: str) -> nn.Module:
+        """See `Place.load`."""
+        self._existing()
+        return load_pretrained(self.source, dtype=dtype, device=device)
+
+    def load_skeleton(self, *, dtype: DType) -> nn.Module:
+        """See `Place.load_skeleton`."""
+        self._existing()
+        return load_skeleton(self.source, dtype=dtype)
+
+    def load_tokenizer(self) -> Any | None:
+        """See `Place.load_tokenizer`."""
+        return load_tokenizer(self.source)
+
+    def let_go(self) -> None:
+        """Nothing is deleted."""
+
+    def _existing(self) -> Path:
+        """The directory; a name that is none would be taken for a hub id."""
+        directory = Path(self.source.location)
+        if not directory.is_dir():
+            raise ModelLoadError(f"{self.source}: there is no such directory")
+        return directory
+
+
+@dataclass(frozen=True)
+class StateFiles:
+    """Weights alone, as Lightning and DeepSpeed write them, and the model that they are of."""
+
+    path: Path
+    """A ``.ckpt`` file, or the directory of one step."""
+    architecture: Architecture
+    allow_pickle: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        """See `Place.n_bytes`."""
+        return self.path.stat().st_size if self.path.is_file() else _size(self.path, "**/*")
+
+    @property
+    def n_bytes_to_fetch(self) -> int:
+        """Nothing."""
+        return 0
+
+    def fetch(self) -> None:
+        """Nothing is to be done."""
+
+    def load(self, *, dtype: DType, device: str) -> nn.Module:
+        """See `Place.load`."""
+        state = read_state(self.path, allow_pickle=self.allow_pickle)
+        return self.architecture.with_weights(state, dtype=dtype, device=device, where=str(self.path))
+
+    def load_skeleton(self, *, dtype: DType) -> nn.Module:
+        """See `Place.load_skeleton`."""
+        return self.architecture.skeleton(dtype=dtype)
+
+    def load_tokenizer(self) -> Any | None:
+        """That of the architecture."""
+        return self.architecture.tokenizer()
+
+    def let_go(self) -> None:
+        """Nothing is deleted."""
+
+
+def _size(directory: Path, *patterns: str) -> int:
+    return sum(file.stat().st_size for pattern in patterns for file in directory.glob(pattern) if file.is_file())

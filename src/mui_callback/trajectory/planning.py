@@ -1,0 +1,63 @@
+"""From the config of a study to what is to be done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from mui_callback.responses.task import Task, read_task
+from mui_callback.trajectory.config import StudyConfig
+from mui_callback.trajectory.hub import Downloads
+from mui_callback.trajectory.identity import check_unchanged, identity_of
+from mui_callback.trajectory.listing import StudiedCheckpoint, list_checkpoints
+from mui_callback.trajectory.records import CheckpointRecord, Identity, read_plan, read_record, write_plan
+
+_DOWNLOADS_NAME = "downloads.jsonl"
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A study that is ready to run."""
+
+    config: StudyConfig
+    tasks: tuple[Task, ...]
+    checkpoints: tuple[StudiedCheckpoint, ...]
+    """In the order in which they are in the table."""
+    identities: Mapping[str, Identity]
+    """By model."""
+
+    @classmethod
+    def of(cls, config: StudyConfig) -> StudyPlan:
+        """Read the tasks, and find the checkpoints; nothing is written or downloaded.
+
+        Raises:
+            MUIError: a task cannot be read, no checkpoint is found, or what was measured before was measured otherwise.
+        """
+        tasks = tuple(read_task(task) for task in config.tasks)
+        fingerprints = {task.name: task.fingerprint for task in tasks}
+        identities = {model.title: identity_of(config, model, fingerprints) for model in config.models}
+        if not config.redo:
+            check_unchanged(config.output, read_plan(config.output), identities)
+        downloads = Downloads(config.output / _DOWNLOADS_NAME)
+        checkpoints = tuple(one for model in config.models for one in list_checkpoints(model, downloads))
+        return cls(config, tasks, checkpoints, identities)
+
+    def write(self) -> None:
+        """Keep the plan in the directory of the study.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_plan(
+            self.config.output,
+            name=self.config.title,
+            identities=self.identities,
+            checkpoints=[one.id for one in self.checkpoints],
+            config=json.loads(json.dumps(asdict(self.config), default=str)),
+        )
+
+    def record(self, checkpoint: StudiedCheckpoint) -> CheckpointRecord | None:
+        """What was measured of a checkpoint as this plan says; None where nothing was."""
+        found = read_record(self.config.output, checkpoint.id)
+        return found if found is not None and found.identity == self.identities[checkpoint.id.model] else None

@@ -1,0 +1,233 @@
+"""A study against probes of its checkpoints one by one; gone on with, changed, and with checkpoints that are broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
+
+from mui_callback import MUIProbe, MUIReport, ProbeSet
+from mui_callback.cli import main
+from mui_callback.errors import MUIError
+from mui_callback.metrics.phases import PhaseRule
+from mui_callback.metrics.trajectory import phase_at
+from mui_callback.responses.task_config import TaskConfig
+from mui_callback.settings import ProbeSettings
+from mui_callback.trajectory import identity
+from mui_callback.trajectory.checkpoint import CheckpointId
+from mui_callback.trajectory.config import ModelConfig, StudyConfig
+from mui_callback.trajectory.records import open_study
+from studies import PROBE, SUMS, WORDS, run, save_checkpoints, save_tasks, study, table
+
+STEPS = (5, 10, 20)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoints(tmp_path_factory.mktemp("runs") / "run", STEPS)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[TaskConfig]:
+    return save_tasks(tmp_path_factory.mktemp("tasks"), sums=SUMS, words=WORDS)
+
+
+@pytest.fixture(scope="module")
+def measured(source: Path, tasks: list[TaskConfig], tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
+    """A study that nothing disturbed."""
+    config = study(tmp_path_factory.mktemp("measured") / "out", source, tasks)
+    outcome, _ = run(config)
+    assert outcome.is_complete
+    return config
+
+
+def probed(path: Path, tasks: list[TaskConfig], settings: ProbeSettings = PROBE) -> MUIReport:
+    files = {task.name: task.file for task in tasks if task.file is not None}
+    model = AutoModelForCausalLM.from_pretrained(path)
+    return MUIProbe(model, ProbeSet.from_jsonl(files), tokenizer=ByT5Tokenizer(), rules=settings.rules).measure()
+
+
+def test_rows_are_those_of_single_probes(measured: StudyConfig, source: Path, tasks: list[TaskConfig]) -> None:
+    rows = table(measured.output)
+    assert [(row["checkpoint"], row["step"], row["task"]) for row in rows] == [
+        (f"checkpoint-{step}", step, task) for step in STEPS for task in ("sums", "words")
+    ]
+    for step in STEPS:
+        report = probed(source / f"checkpoint-{step}", tasks)
+        for row in (row for row in rows if row["step"] == step):
+            task = report.tasks[row["task"]]
+            for name in (
+                "mui",
+                "loss",
+                "choice_accuracy",
+                "key_expert_proportion",
+                "shared_share",
+                "effective_experts",
+            ):
+                assert row[name] == getattr(task, name)
+            interval = report.intervals(row["task"])["mui"]
+            ends = (None, None) if interval is None else (interval.low, interval.high)
+            assert (row["mui_low"], row["mui_high"]) == ends
+            expected = ("-loss", task.loss) if row["task"] == "sums" else ("choice_accuracy", task.choice_accuracy)
+            assert (row["performance_axis"], row["performance"]) == expected
+            assert (row["n_samples"], row["n_tokens"]) == (task.n_samples, task.predictions.n_tokens)
+
+
+def test_what_a_report_needs_is_kept(measured: StudyConfig, source: Path, tasks: list[TaskConfig]) -> None:
+    kept = open_study(measured.output)
+    assert (kept.models, kept.tasks) == (("run",), ("sums", "words"))
+    assert kept.planned == tuple(CheckpointId("run", f"checkpoint-{step}", step) for step in STEPS)
+    last = kept.records[-1].report
+    assert last.key_neurons("sums") == probed(source / "checkpoint-20", tasks).key_neurons("sums")
+    points = kept.trajectory("run", "sums")
+    assert list(points) == list(STEPS)
+    called = phase_at(points, 20, PhaseRule(window=3))
+    assert called is not None
+    assert called.call.first_step == 5
+    assert called.call.performance is not None
+
+
+def test_the_same_command_measures_nothing_again(measured: StudyConfig) -> None:
+    files = sorted((measured.output / "checkpoints").rglob("*.*"))
+    before = [file.stat().st_mtime_ns for file in files], table(measured.output)
+    outcome, said = run(measured)
+    assert outcome.is_complete
+    assert "3 of 3 checkpoints are measured" in said
+    assert ([file.stat().st_mtime_ns for file in files], table(measured.output)) == before
+
+
+def test_more_checkpoints_are_added(
+    source: Path, tasks: list[TaskConfig], measured: StudyConfig, tmp_path: Path
+) -> None:
+    (model,) = measured.models
+    first = replace(model, checkpoints=["checkpoint-20"])
+    run(replace(measured, output=tmp_path, models=[first]))
+    outcome, said = run(replace(measured, output=tmp_path))
+    assert outcome.is_complete
+    assert "1 of 3 checkpoints are measured" in said
+    assert table(tmp_path) == table(measured.output)
+
+
+CHANGES: dict[str, Callable[[StudyConfig], StudyConfig]] = {
+    "probe.rules": lambda config: replace(config, probe=ProbeSettings(rules="top_fraction=0.02")),
+    "response": lambda config: replace(config, response="generate"),
+    "model.dtype": lambda config: replace(config, models=[replace(config.models[0], dtype="bfloat16")]),
+    "tasks.sums": lambda config: replace(config, tasks=[replace(config.tasks[0], max_samples=4), config.tasks[1]]),
+    "tasks.words": lambda config: replace(config, tasks=config.tasks[:1]),
+    "code": lambda config: config,
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_study_does_not_mix_rows(what: str, measured: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = table(measured.output)
+    if what == "code":
+        monkeypatch.setattr(identity, "__version__", "9.9")
+    with pytest.raises(MUIError, match=f"run was measured otherwise before .{what} was .*--redo true"):
+        run(CHANGES[what](measured))
+    assert table(measured.output) == before
+
+
+def test_a_changed_study_is_measured_anew(measured: StudyConfig, tmp_path: Path) -> None:
+    shutil.copytree(measured.output, tmp_path / "out")
+    changed = replace(measured, output=tmp_path / "out", probe=ProbeSettings(rules="top_fraction=0.1"), redo=True)
+    outcome, said = run(changed)
+    assert outcome.is_complete
+    assert "0 of 3 checkpoints are measured" in said
+    run(replace(changed, output=tmp_path / "new"))
+    assert table(tmp_path / "out") == table(tmp_path / "new")
+    assert [row["mui"] for row in table(tmp_path / "out")] != [row["mui"] for row in table(measured.output)]
+
+
+def test_batches_change_nothing(measured: StudyConfig) -> None:
+    outcome, _ = run(replace(measured, probe=replace(measured.probe, batch_tokens=16)))
+    assert outcome.is_complete
+
+
+def test_broken_and_missing_checkpoints(source: Path, measured: StudyConfig, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "run")
+    weights = tmp_path / "run" / "checkpoint-10" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:40_000])
+    names = ["checkpoint-5", "checkpoint-7", "checkpoint-10", "checkpoint-20"]
+    model = ModelConfig(str(tmp_path / "run"), checkpoints=names)
+    config = replace(measured, output=tmp_path / "out", models=[model])
+    outcome, said = run(config)
+    assert not outcome.is_complete
+    assert {one.label for one in outcome.failures} == {"checkpoint-7", "checkpoint-10"}
+    assert "checkpoint-7: there is no such directory" in said
+    assert "2 of 4 checkpoints are not measured" in said
+    rows = [row for row in table(measured.output) if row["step"] != 10]
+    assert table(tmp_path / "out") == rows
+    told = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert [one["checkpoint"]["label"] for one in told] == ["checkpoint-7", "checkpoint-10"]
+    weights.write_bytes(whole)
+    outcome, said = run(replace(config, models=[replace(model, checkpoints=["checkpoint-*"])]))
+    assert outcome.is_complete
+    assert table(tmp_path / "out") == table(measured.output)
+
+
+def test_models_side_by_side(source: Path, tasks: list[TaskConfig], measured: StudyConfig, tmp_path: Path) -> None:
+    other = save_checkpoints(tmp_path / "other", [30], "gpt_oss")
+    models = [ModelConfig(str(other), name="another"), *measured.models]
+    config = replace(measured, output=tmp_path / "out", models=models, tasks=tasks)
+    outcome, _ = run(config)
+    assert outcome.is_complete
+    rows = table(tmp_path / "out")
+    assert [row["model"] for row in rows] == ["another"] * 2 + ["run"] * 6
+    assert rows[0]["shared_share"] is None
+    assert rows[2:] == table(measured.output)
+
+
+def test_answers_of_the_model(measured: StudyConfig, tmp_path: Path) -> None:
+    config = replace(measured, output=tmp_path, response="generate")
+    outcome, _ = run(config)
+    assert outcome.is_complete
+    rows = table(tmp_path)
+    assert {row["response"] for row in rows} == {"generate"}
+    assert {row["performance_axis"] for row in rows} == {"answer_accuracy"}
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "generations").iterdir()}
+    assert len(files) == len(rows)
+    run(replace(config, probe=ProbeSettings(rules="top_fraction=0.1"), redo=True))  # the answers are the same
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "generations").iterdir()} == files
+    assert [row["loss"] for row in table(tmp_path)] == [row["loss"] for row in rows]
+
+
+@pytest.fixture
+def config_file(source: Path, tasks: list[TaskConfig], tmp_path: Path) -> Path:
+    stored: dict[str, Any] = {
+        "output": str(tmp_path / "out"),
+        "models": [{"source": str(source)}],
+        "tasks": [{"name": task.name, "file": str(task.file)} for task in tasks],
+        "probe": {"rules": "top_fraction=0.05"},
+        "device": "cpu",
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(stored))  # which is YAML, too
+    return tmp_path / "study.yaml"
+
+
+def test_dry_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["trajectory", str(config_file), "--dry-run"])
+    said = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    for shown in ("checkpoint-5 ", "checkpoint-20 ", "to be measured", "sums: 5 samples", "A probe of run: "):
+        assert shown in said
+
+
+def test_exit_status(config_file: Path, tmp_path: Path, measured: StudyConfig) -> None:
+    whole = config_file.read_text()
+    stored = json.loads(whole)
+    stored["models"][0]["checkpoints"] = ["checkpoint-5", "checkpoint-6"]
+    config_file.write_text(json.dumps(stored))
+    with pytest.raises(SystemExit) as stop:
+        main(["trajectory", str(config_file)])
+    assert stop.value.code == 1
+    config_file.write_text(whole)
+    main(["trajectory", str(config_file)])
+    assert [row["mui"] for row in table(tmp_path / "out")] == [row["mui"] for row in table(measured.output)]
