@@ -129,6 +129,22 @@ def ablate(
     check_key(chosen, probe, what=what, draws=draws, level=level, seed=seed, record=json, console=Console())
 
 
+def report(study: Path, output: Path | None = None, phase_window: int = 5, phase_level: float = 0.95) -> None:
+    """Write the report of a checkpoint study: one HTML page that needs no network, and its figures as PNG and SVG.
+
+    Args:
+        study: directory of the study, which may still be running.
+        output: directory of the report; without it, `report` in that of the study.
+        phase_window: checkpoints that a phase is called from.
+        phase_level: of the interval of each slope.
+    """
+    from mui_callback.html_report.build import write_report
+    from mui_callback.metrics.phases import PhaseRule
+
+    files = write_report(study, output, PhaseRule(phase_window, phase_level))
+    print(f"{files.page}, and {len(files.figures)} files of figures")
+
+
 def workspace(
     project: str,
     trainer: Literal["hf", "lightning", "loop"] = "hf",
@@ -210,6 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         "select": select,
         "trajectory": trajectory,
         "ablate": ablate,
+        "report": report,
         "watch": watch,
         "workspace": workspace,
     }

@@ -11,6 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 
 from mui_callback.metrics.utilization import FloatArray
 from mui_callback.pictures import style
@@ -19,6 +20,9 @@ from mui_callback.task_report import TaskReport
 
 _ZERO, _ABSENT = "#dfe2e7", "white"
 """A zero must not look like a small value, nor an expert that there is not like a zero."""
+_ZERO_ON_ANY = (128, 139, 159, 64)
+"""It looks the same on white, and is dark on dark."""
+_MAP = "viridis"
 _TINY = 1e-9
 """Below it the colour is that of zero; a share of neurons or samples is never so small."""
 _NORM = PowerNorm(1 / 3, _TINY, 100)
@@ -40,7 +44,9 @@ class _Cells:
     width_of: dict[str, int]
 
 
-def expert_heatmap(task: TaskReport, values: FloatArray, *, title: str, subtitle: str) -> Figure:
+def expert_heatmap(
+    task: TaskReport, values: FloatArray, *, title: str, subtitle: str, is_numbered: bool = True
+) -> Figure:
     """A picture of one value of every expert: a row for each layer; routed experts, beside them shared ones and,
     where dense layers are probed too, theirs. Zero, values and experts that a layer does not have differ in colour.
 
@@ -49,6 +55,7 @@ def expert_heatmap(task: TaskReport, values: FloatArray, *, title: str, subtitle
         values: of each expert, in [0, 1], float64 ``[E]``; drawn in percent.
         title: above it.
         subtitle: below that.
+        is_numbered: whether values are written into cells that are large enough.
     """
     blocks = expert_blocks(task.layout, 100 * values)
     cells = _cell_size(blocks, len(task.layout.layers))
@@ -57,15 +64,33 @@ def expert_heatmap(task: TaskReport, values: FloatArray, *, title: str, subtitle
     room = max(height, _LEAST_HEIGHT)
     page_width = max(_LEFT + sum(widths) + _GAP * len(blocks) + _RIGHT, _LEAST_WIDTH)
     figure = style.blank(page_width, room + _BOTTOM + _TOP, title, subtitle)
-    colors = matplotlib.colormaps["viridis"].with_extremes(under=_ZERO, bad=_ABSENT)
+    colors = matplotlib.colormaps[_MAP].with_extremes(under=_ZERO, bad=_ABSENT)
     left = _LEFT
     for block, width in zip(blocks, widths, strict=True):
         axes = style.place(figure, left, _BOTTOM + room - height, width, height)
-        _draw_block(axes, block, cells, colors, is_measured=task.is_measured)
+        _draw_block(axes, block, cells, colors, is_measured=task.is_measured, is_numbered=is_numbered)
         _label_rows(axes, [str(layer.layer) for layer in task.layout.layers], cells.height, is_first=left == _LEFT)
         left += width + _GAP
     _draw_key(figure, left, room, colors, has_absent=any(np.isnan(b.values).any() for b in blocks))
     return figure
+
+
+def cell_colors(values: FloatArray) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The colour of each cell as the heatmap has it, but for zero and absent experts, which show what is behind.
+
+    Args:
+        values: of a block, in percent, NaN for an expert that there is not.
+
+    Returns:
+        The number of its colour for each cell, uint8, and these colours, uint8 ``[256, 4]``.
+    """
+    n_colors = 254
+    palette = np.zeros((256, 4), dtype=np.uint8)
+    palette[1] = _ZERO_ON_ANY
+    palette[2:] = np.round(255 * matplotlib.colormaps[_MAP](np.linspace(0, 1, n_colors)))
+    place = np.asarray(_NORM(np.clip(values, _TINY, 100)), dtype=np.float64)
+    numbers = 2 + np.round((n_colors - 1) * np.nan_to_num(place))
+    return np.select([np.isnan(values), values < _TINY], [0, 1], numbers).astype(np.uint8), palette
 
 
 def _cell_size(blocks: list[ExpertBlock], n_layers: int) -> _Cells:
@@ -75,9 +100,11 @@ def _cell_size(blocks: list[ExpertBlock], n_layers: int) -> _Cells:
     return _Cells(int(np.clip(600 // n_layers, 6, 40)), {"routed": routed, "shared": apart, "dense": apart})
 
 
-def _draw_block(axes: Any, block: ExpertBlock, cells: _Cells, colors: Colormap, *, is_measured: bool) -> None:
+def _draw_block(
+    axes: Any, block: ExpertBlock, cells: _Cells, colors: Colormap, *, is_measured: bool, is_numbered: bool
+) -> None:
     values = block.values if is_measured else np.full_like(block.values, np.nan)
-    axes.imshow(values, cmap=colors, norm=_NORM, aspect="auto", interpolation="nearest", origin="upper", resample=False)
+    axes.imshow(values, cmap=colors, norm=_NORM, aspect="auto", interpolation="none", origin="upper", resample=False)
     axes.set_gid(block.kind)
     width = cells.width_of[block.kind]
     label_width = _LABEL_WIDTH if block.kind == "routed" else 26
@@ -91,7 +118,7 @@ def _draw_block(axes: Any, block: ExpertBlock, cells: _Cells, colors: Colormap, 
     if not is_measured:
         if block.kind == "routed":
             axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, fontsize=10, ha="center", va="center")
-    elif width >= _NUMBERED[0] and cells.height >= _NUMBERED[1]:
+    elif is_numbered and width >= _NUMBERED[0] and cells.height >= _NUMBERED[1]:
         _write_values(axes, block.values)
 
 

@@ -24,6 +24,11 @@ class PathPoint:
     phase: Phase
     mui_interval: tuple[float, float] | None = None
     performance_interval: tuple[float, float] | None = None
+    name: str = ""
+    """What it is called in a picture, where that is not the step."""
+
+    def __str__(self) -> str:
+        return self.name or f"{self.step:,}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Path:
     axis: str
     """What performance is: ``"choice_accuracy"``, ``"benchmark/…"``, or, where lower is better, ``"-loss"``."""
     points: tuple[PathPoint, ...]
+    counted: tuple[str, str] = ("step", "steps")
+    """What the names of points are, for one and for several."""
 
     @property
     def lower_is_better(self) -> bool:

@@ -6,12 +6,14 @@ Everything is placed in pixels, since a cell of a heatmap that is no whole numbe
 from __future__ import annotations
 
 from bisect import bisect_right
-from io import BytesIO
+from io import BytesIO, StringIO
 from math import ceil
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
@@ -97,15 +99,31 @@ def label(axes: Any, x: str = "", y: str = "") -> None:
 
 def rendered(figure: Figure) -> NDArray[np.uint8]:
     """The page as pixels, uint8 ``[height, width, 3]``."""
+    _settle(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3]
+    return pixels
+
+
+def _settle(figure: Figure) -> None:
+    """Tell all words how they look."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_ticklabels()  # made now, they are drawn as they are
     for text in figure.findobj(Text):
         text.set(usetex=False, parse_math=False, fontfamily=_FONT, fontstyle="normal")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3]
-    return pixels
+
+
+def as_svg(figure: Figure) -> str:
+    """The page as SVG; its words stay words, which can be searched and read out, in whatever font there is."""
+    _settle(figure)
+    buffer = StringIO()
+    # It takes these from nowhere else; all of them are as before afterwards.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mui", "svg.image_inline": True}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
+    return buffer.getvalue().replace(f"'{_FONT[0]}'", f"'{_FONT[0]}', system-ui, sans-serif")
 
 
 def as_png(figure: Figure) -> bytes:

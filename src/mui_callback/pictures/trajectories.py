@@ -16,8 +16,8 @@ from mui_callback.metrics.utilization import FloatArray
 from mui_callback.pictures import style
 from mui_callback.pictures.palette import PHASE_COLORS, PHASE_MARKERS
 from mui_callback.pictures.paths import Path, PathPoint
+from mui_callback.pictures.point_labels import label_points
 from mui_callback.pictures.scene import MOST_PANELS
-from mui_callback.pictures.step_labels import label_steps
 
 _PANEL_WIDTH, _PANEL_HEIGHT = 330, 250
 _LEFT, _RIGHT, _BOTTOM, _TOP, _BETWEEN = 78, 30, 104, 102, (92, 108)
@@ -69,7 +69,7 @@ def trajectories(paths: Sequence[Path], *, title: str, subtitle: str) -> Figure:
 
 def _draw_path(axes: Any, path: Path) -> str:
     """Draw it, and say what is to be seen of it."""
-    style.label(axes, x=_words(path.axis), y="MUI, %")
+    style.label(axes, x=words_of_axis(path.axis), y="MUI, %")
     if not path.points:
         axes.text(0.5, 0.5, "no point yet", transform=axes.transAxes, fontsize=10, color=style.INK, ha="center")
         return ""
@@ -101,14 +101,17 @@ def _draw_path(axes: Any, path: Path) -> str:
             )  # fmt: skip
     last = PHASE_COLORS[points[-1].phase]
     axes.scatter(x[-1:], y[-1:], s=150, facecolor="none", edgecolor=last, linewidth=2.2, zorder=4, gid="latest")
-    steps, ends = [point.step for point in points], [bar for bar, _ in bars]
+    names, ends = [str(point) for point in points], [bar for bar, _ in bars]
     _set_view(axes, places[first:], ends, is_inverted=path.lower_is_better)
-    label_steps(axes, steps, places, ends, first)
-    return f"{_range(steps[first:])}; {_range(steps[:first])} out of view" if first else _range(steps)
+    label_points(axes, names, places, ends, first)
+    seen, unseen = (_range(some, path.counted) for some in (names[first:], names[:first]))
+    return f"{seen}; {unseen} out of view" if first else seen
 
 
-def _range(steps: Sequence[int]) -> str:
-    return f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+def _range(names: Sequence[str], counted: tuple[str, str]) -> str:
+    if not names:
+        return ""
+    return f"{counted[0]} {names[0]}" if len(names) == 1 else f"{counted[1]} {names[0]} to {names[-1]}"
 
 
 def _bars(points: Sequence[PathPoint]) -> list[tuple[FloatArray, str]]:
@@ -167,7 +170,8 @@ def _name(path: Path) -> str:
     return "all tasks" if path.task is None else path.task
 
 
-def _words(axis: str) -> str:
+def words_of_axis(axis: str) -> str:
+    """What performance is, and where it is better."""
     name = axis.removeprefix("-")
     if name == "loss":
         return "loss, nats per token (better: →)"

@@ -1,4 +1,4 @@
-"""Where the step of a point is written, so that it hides nothing and is taken for that of no other point."""
+"""Where points are named, so that a name hides nothing and is taken for that of no other point."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _BEYOND = (24, 0)
 _NEVER = 1000
 
 
-def label_steps(axes: Any, steps: Sequence[int], places: FloatArray, bars: Sequence[FloatArray], first: int) -> None:
-    """Write the last step, the first in view, and some between, where there is room.
+def label_points(axes: Any, names: Sequence[str], places: FloatArray, bars: Sequence[FloatArray], first: int) -> None:
+    """Write the name of the last point, of the first in view, and of some between, where there is room.
 
     Args:
         axes: whose limits are set.
-        steps: of each point.
+        names: of each point.
         places: of each point, in the coordinates of the axes, ``[P, 2]``.
         bars: the ends of each error bar that is drawn, ``[2, 2]``.
         first: the first point that is in view.
@@ -38,13 +38,13 @@ def label_steps(axes: Any, steps: Sequence[int], places: FloatArray, bars: Seque
     pixels = axes.transData.transform(places)
     path = [_line(a, b) for a, b in pairwise(pixels)]
     drawn = np.concatenate([pixels, *path, *(_line(*axes.transData.transform(bar)) for bar in bars)])
-    last = len(steps) - 1
+    last = len(names) - 1
     between = np.unique(np.linspace(first, last, _MOST).round().astype(int))[1:-1]
     taken: list[FloatArray] = []
     for index in dict.fromkeys((last, first, *(int(i) for i in between))):
         if index != last and np.linalg.norm(pixels[index] - pixels[last]) < 2 * _RING:
             continue  # its mark is behind the ring
-        words, size, weight = f"{steps[index]:,}", *((10, "bold") if index == last else (9, "normal"))
+        words, size, weight = names[index], *((10, "bold") if index == last else (9, "normal"))
         half = np.array([style.text_width(words, size, weight) / 2 + 2, 0.75 * size])
         boxes = [
             pixels[index] + way * (half + gap + _RING * (index == last)) + half * [[-1], [1]]
@@ -60,8 +60,8 @@ def label_steps(axes: Any, steps: Sequence[int], places: FloatArray, bars: Seque
         taken.append(boxes[best])
         axes.annotate(
             words,
-            boxes[best].mean(axis=0),
-            xycoords="figure pixels",
+            boxes[best].mean(axis=0) / axes.figure.bbox.size,
+            xycoords="figure fraction",
             fontsize=size,
             fontweight=weight,
             color=style.INK if index == last else style.FAINT,

@@ -1,0 +1,65 @@
+"""How far in training a checkpoint is: in tokens where all of them say so, or else in steps, or else in their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mui_callback.trajectory.checkpoint import CheckpointId
+from mui_callback.trajectory.records import Study
+
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the checkpoints of a study are counted in."""
+
+    kind: Literal["tokens", "steps", "checkpoints"]
+
+    @property
+    def label(self) -> str:
+        """Along an axis."""
+        return {"tokens": "tokens trained on", "steps": "steps", "checkpoints": "checkpoints, in order"}[self.kind]
+
+    @property
+    def counted(self) -> tuple[str, str]:
+        """Before the name of one checkpoint, and of several."""
+        of_kind = {"tokens": "tokens", "steps": "step", "checkpoints": "checkpoint"}
+        return of_kind[self.kind], self.kind
+
+    def at(self, checkpoint: CheckpointId, place: int) -> float:
+        """Where a checkpoint is.
+
+        Args:
+            checkpoint: one of the study.
+            place: among those of its model, from 0.
+        """
+        value = {"tokens": checkpoint.tokens, "steps": checkpoint.step, "checkpoints": place + 1}[self.kind]
+        assert value is not None  # or it would be counted in something else
+        return float(value)
+
+    def words(self, value: float) -> str:
+        """A place as it is written."""
+        return in_tokens(value) if self.kind == "tokens" else f"{value:,.0f}"
+
+    def phrase(self, value: float) -> str:
+        """The same in a sentence."""
+        if self.kind == "tokens":
+            return f"{in_tokens(value)} tokens"
+        return f"{self.counted[0]} {self.words(value)}"
+
+
+def progress_of(study: Study) -> Progress:
+    """What the records of a study are all counted in."""
+    checkpoints = [record.checkpoint for record in study.records]
+    if all(one.tokens is not None for one in checkpoints):
+        return Progress("tokens")
+    return Progress("steps" if all(one.step is not None for one in checkpoints) else "checkpoints")
+
+
+def in_tokens(value: float) -> str:
+    """A number of tokens as model names have it, such as 5.03T."""
+    size, unit = next(((size, unit) for size, unit in _UNITS if abs(value) >= size), (1.0, ""))
+    # 999.9 of a unit would be 1e+03
+    return f"{value / size:.0f}{unit}" if value / size >= 999.5 else f"{value / size:.3g}{unit}"
