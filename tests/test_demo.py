@@ -16,12 +16,14 @@ import pytest
 import torch
 from matplotlib.image import imread
 from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mui_callback.cli import main
 from mui_callback.demo import corpus as corpus_module
 from mui_callback.demo import run as run_module
 from mui_callback.demo import tracking
 from mui_callback.demo.arithmetic import split_additions
+from mui_callback.demo.checkpoints import Checkpoints
 from mui_callback.demo.console import Screen, header, row
 from mui_callback.demo.corpus import TASKS, Corpus, code_blocks, load_corpus, sentences
 from mui_callback.demo.model import build_model, build_tokenizer
@@ -29,6 +31,7 @@ from mui_callback.demo.packing import IGNORED, pack
 from mui_callback.demo.picture import expert_grid, save_picture
 from mui_callback.errors import MUIError
 from mui_callback.layout import ExpertLayout, LayerShape
+from mui_callback.loading import ModelSource, load_pretrained, load_tokenizer
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe
 from mui_callback.probe.samples import ProbeSample
@@ -211,7 +214,7 @@ def test_a_short_run_says_what_it_did(short_run: Run) -> None:
 
 
 def test_what_it_leaves_can_be_studied(short_run: Run, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = re.findall(r"mui-callback ((?:ablate|diversity) .*)\n", short_run.screen)
+    commands = re.findall(r"mui-callback ((?:ablate|diversity|trajectory) .*)\n", short_run.screen)
     assert [command.split()[0] for command in commands] == ["ablate", "diversity"]
     arguments = commands[0].split()
     assert arguments.pop() == str(short_run.folder / "held-out" / "*.jsonl")
@@ -224,6 +227,48 @@ def test_what_it_leaves_can_be_studied(short_run: Run, corpus: Corpus, capsys: p
         assert tuple(replace(sample, source="") for sample in samples) == tuple(
             replace(sample, source="") for sample in corpus.held_out[task]
         )
+
+
+def test_its_checkpoints_are_the_model_as_it_learns(short_run: Run) -> None:
+    checkpoints = short_run.folder / run_module.CHECKPOINTS_NAME
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"checkpoint-{step}" for step in (0, 2, 4, 6, 8)]
+    first = load_pretrained(ModelSource(str(checkpoints / "checkpoint-0")))
+    assert _same_weights(first, build_model(build_tokenizer(), seed=0))
+    last = load_pretrained(ModelSource(str(checkpoints / f"checkpoint-{STEPS}")))
+    assert _same_weights(last, load_pretrained(ModelSource(str(short_run.folder / run_module.MODEL_NAME))))
+    assert not _same_weights(last, first)
+    tokenizer = load_tokenizer(ModelSource(str(checkpoints / "checkpoint-2")))
+    assert tokenizer is not None
+    assert tokenizer("1+2=").input_ids == build_tokenizer()("1+2=").input_ids
+
+
+def test_checkpoints_are_saved_every_so_often_and_at_the_end_and_earlier_ones_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-999").mkdir()
+    (tmp_path / "notes").mkdir()
+    tokenizer, control = build_tokenizer(), TrainerControl()
+    model, state = build_model(tokenizer), TrainerState(max_steps=7)
+    saved = Checkpoints(tmp_path, tokenizer, every=3)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    random_state = torch.get_rng_state()
+    saved.on_train_begin(arguments, state, control, model=model)
+    for step in range(1, 8):
+        state.global_step = step
+        saved.on_step_end(arguments, state, control, model=model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert {path.name for path in tmp_path.iterdir()} == {*(f"checkpoint-{step}" for step in (0, 3, 6, 7)), "notes"}
+
+
+def test_the_study_of_its_checkpoints_is_named_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(picture: Path) -> bool:
+        console = Console(record=True, width=200, file=StringIO())
+        run_module._say_what_next(console, picture, None)
+        return "mui-callback trajectory configs/tiny.yaml\n" in console.export_text()
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert said(Path("mui-demo/mui.png"))
+    assert not said(tmp_path / "mui.png")  # which the study does not look into
+    monkeypatch.chdir(tmp_path)
+    assert not said(Path("mui-demo/mui.png"))
 
 
 def test_without_wandb_the_demo_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -266,6 +311,11 @@ def test_the_grid_sets_shared_experts_apart() -> None:
     np.testing.assert_array_equal(expert_grid(layout, np.arange(8.0)), expected)
     routed_only = ExpertLayout([LayerShape(0, "a", 3, 4)])
     np.testing.assert_array_equal(expert_grid(routed_only, np.arange(3.0)), [[0, 1, 2]])
+
+
+def _same_weights(one: Any, other: Any) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == also and torch.equal(weight, like) for (name, weight), (also, like) in pairs)
 
 
 def _check_picture(path: Path) -> None:

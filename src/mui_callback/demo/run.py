@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, default_da
 from transformers.utils import logging as transformers_logging
 
 from mui_callback.callback import MUICallback
+from mui_callback.demo.checkpoints import Checkpoints
 from mui_callback.demo.console import LEGEND, Screen
 from mui_callback.demo.corpus import Corpus, load_corpus
 from mui_callback.demo.model import build_model, build_tokenizer
@@ -23,27 +24,33 @@ from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.writers import sample_row, write_rows
 from mui_callback.sinks.memory import MemorySink
 
+DEFAULT_OUTPUT = Path("mui-demo")
 DEFAULT_STEPS = 720
 PICTURE_NAME = "mui.png"
 MODEL_NAME = "model"
+CHECKPOINTS_NAME = "checkpoints"
 HELD_OUT_NAME = "held-out"
 
 _PROBES = 12
+_CHECKPOINTS = 6
+"""And the random model."""
 _TOP_FRACTION = 0.01
 """Ten times the usual share: 0.1 % of the 1152 neurons of a layer would be one."""
 _SHARES = {"english": 0.3, "code": 0.3, "arithmetic": 0.4}
+_TRAJECTORY = "configs/tiny.yaml"
+"""A study of the checkpoints in `DEFAULT_OUTPUT`; in the source tree only."""
 _ROWS_A_STEP = 8
 _ROW_LENGTH = 256
 
 
 def run_demo(
-    output_dir: Path = Path("mui-demo"), *, steps: int = DEFAULT_STEPS, every: int | None = None, seed: int = 0
+    output_dir: Path = DEFAULT_OUTPUT, *, steps: int = DEFAULT_STEPS, every: int | None = None, seed: int = 0
 ) -> Path:
     """Train the model with `MUICallback` watching, show it in the terminal, and draw it.
 
     Args:
-        output_dir: Where the picture, the record, the W&B run, the model and the held-out samples go; made if it is not
-            there.
+        output_dir: Where the picture, the record, the W&B run, the model, its checkpoints and the held-out samples go;
+            made if it is not there.
         steps: Optimizer steps.
         every: Optimizer steps between probes; by default a twelfth of all.
         seed: Of the weights and the data.
@@ -75,7 +82,9 @@ def run_demo(
             sinks=[memory, screen],
             rules=f"top_fraction={_TOP_FRACTION}",
         )
-        _train(model, tokenizer, rows, output_dir, steps=steps, seed=seed, callbacks=[screen, watch], track=bool(run))
+        checkpoints = Checkpoints(output_dir / CHECKPOINTS_NAME, tokenizer, every=ceil(steps / _CHECKPOINTS))
+        callbacks = [screen, watch, checkpoints]
+        _train(model, tokenizer, rows, output_dir, steps=steps, seed=seed, callbacks=callbacks, track=bool(run))
     picture = save_picture(memory.points, output_dir / PICTURE_NAME, title)
     _save(model, tokenizer, corpus, output_dir)
     _say_what_next(console, picture, run)
@@ -148,4 +157,6 @@ def _say_what_next(console: Console, picture: Path, run: Any) -> None:
         f"key, or not       {command} ablate {study} --probe {samples}/*.jsonl",
         f"coverage          {command} diversity {study} --data {samples}/*.jsonl",
     ]
+    if picture.parent == DEFAULT_OUTPUT and Path(_TRAJECTORY).is_file():
+        lines += [f"trajectory        {command} trajectory {_TRAJECTORY}"]
     console.print("", *lines, sep="\n", soft_wrap=True, markup=False)

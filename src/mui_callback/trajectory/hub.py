@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
-from mui_callback.loading import DType, ModelLoadError, ModelSource, load_skeleton
+from mui_callback.loading import DType, ModelLoadError, ModelSource, load_skeleton, load_tokenizer
 from mui_callback.trajectory.places import ModelDirectory
 
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
@@ -79,8 +79,8 @@ class HubRevision:
         return load_skeleton(self.source, dtype=dtype)
 
     def load_tokenizer(self) -> Any | None:
-        """See `Place.load_tokenizer`."""
-        return self._directory.load_tokenizer()
+        """See `Place.load_tokenizer`; reads no weights, which may not be there yet."""
+        return load_tokenizer(self.source)
 
     def let_go(self) -> None:
         """Delete it from the cache, if the study has downloaded it; what other revisions have too stays there."""
