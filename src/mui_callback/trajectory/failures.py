@@ -48,12 +48,23 @@ class Failures:
 
     def read(self) -> dict[CheckpointId, str]:
         """The last error of each checkpoint that failed, in whichever process."""
-        found: dict[CheckpointId, str] = {}
-        for line in self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else ():
-            try:
-                failure = json.loads(line)
-            except ValueError:  # of a process that was killed while it wrote
-                continue
-            if failure["time"] >= self._start:
-                found[CheckpointId(**failure["checkpoint"])] = failure["error"]
-        return found
+        return read_failures(self._file.parent, since=self._start)
+
+
+def read_failures(directory: Path, *, since: float = 0.0) -> dict[CheckpointId, str]:
+    """The last error of each checkpoint of a study that failed.
+
+    Args:
+        directory: of the study.
+        since: earlier ones, in seconds of Unix time, are left out.
+    """
+    file = directory / _NAME
+    found: dict[CheckpointId, str] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            failure = json.loads(line)
+        except ValueError:  # of a process that was killed while it wrote
+            continue
+        if failure["time"] >= since:
+            found[CheckpointId(**failure["checkpoint"])] = failure["error"]
+    return found
