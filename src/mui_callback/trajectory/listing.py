@@ -17,7 +17,8 @@ from mui_callback.loading import CHECKPOINTS, ModelLoadError, ModelSource, load_
 from mui_callback.trajectory.architecture import Architecture
 from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.trajectory.config import ModelConfig
-from mui_callback.trajectory.hub import Downloads, HubRevision, revisions
+from mui_callback.trajectory.downloads import Downloads
+from mui_callback.trajectory.hub import HubRevision, revisions
 from mui_callback.trajectory.places import ModelDirectory, Place, StateFiles
 from mui_callback.trajectory.state_files import deepspeed_step, is_deepspeed
 
