@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from backends import (
+    BACKENDS,
     ODD_QWEN,
+    ODD_VOCAB,
     WIDTH,
     D,
     Mixture,
@@ -23,7 +25,7 @@ from backends import (
     tell_environment,
 )
 from plain_moe import GatedMLP, PlainLM, build_plain
-from tiny import VOCAB
+from tiny import VOCAB, build
 
 Weights = dict[str, Tensor]
 MIXTURE = Mixture(2)
@@ -87,6 +89,10 @@ def _frozen_in_part() -> nn.Module:
     model = ODD_QWEN()
     model.get_input_embeddings().requires_grad_(False)
     return model
+
+
+def _tied() -> nn.Module:
+    return build("qwen2_moe", vocab_size=ODD_VOCAB, tie_word_embeddings=True)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -160,11 +166,14 @@ _FROZEN = partial(build_deepspeed, _frozen_in_part, parameters=_trained)
 _IN_GROUPS = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 2000}
 WRITERS: dict[str, Callable[[Path], Weights]] = {
     **{f"zero{stage}": partial(_engine, build=_HF, stage=stage) for stage in range(4)},
+    "zero3_tied": partial(_engine, build=partial(build_deepspeed, _tied), stage=3),
     "zero3_groups": partial(_engine, build=_HF, stage=3, zero_optimization=_IN_GROUPS),
     "zero3_frozen": partial(_engine, build=_FROZEN, stage=3),
     "plain_zero2_bf16": partial(_engine, build=_PLAIN, stage=2, bf16={"enabled": True}),
     "plain_zero3": partial(_engine, build=_PLAIN, stage=3, leaf="mlp"),
     "moe": partial(_engine, build=partial(build_deepspeed_moe, MIXTURE), ep_size=2, stage=1),
+    "autoep": partial(_engine, build=BACKENDS["autoep_olmoe"].build),
+    "autoep_zero3": partial(_engine, build=BACKENDS["autoep_zero3"].build),
     "lightning_shards": _lightning_shards,
     "trainer_zero3": partial(_hf_trainer, is_gathered=False),
     "trainer_zero3_gathered": partial(_hf_trainer, is_gathered=True),

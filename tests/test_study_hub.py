@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,18 +14,23 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants, hf_api, snapshot_download
+from huggingface_hub.utils import enable_progress_bars
+from rich.console import Console
 from torch import nn
 from transformers import ByT5Tokenizer
+from transformers.utils import logging as transformers_logging
 
 import tiny
 from hub_server import HubServer
 from mui_callback.errors import MUIError
 from mui_callback.forgiving import attempt
 from mui_callback.loading import ModelLoadError
-from mui_callback.trajectory.config import ModelConfig
+from mui_callback.responses.task_config import TaskConfig
+from mui_callback.trajectory.config import ModelConfig, StudyConfig
 from mui_callback.trajectory.downloads import Downloads
 from mui_callback.trajectory.fetching import Fetching
 from mui_callback.trajectory.listing import StudiedCheckpoint, list_checkpoints
+from mui_callback.trajectory.run import run_study
 
 REPO = "me/olmoe"
 STEPS = {"step10-tokens1B": 10, "step20-tokens2B": 20, "step100-tokens10B": 100, "main": 100}
@@ -203,18 +209,24 @@ def test_skeleton_and_tokenizer_come_without_weights(hub: HubServer, downloads: 
     assert snapshots() == {}
 
 
-@pytest.mark.parametrize("trouble", ["refuses", "vanishes"])
-def test_what_is_in_the_cache_needs_no_hub(hub: HubServer, downloads: Downloads, trouble: str) -> None:
+@pytest.mark.parametrize("trouble", ["refuses", "vanishes", "is not to be asked"])
+def test_what_is_in_the_cache_needs_no_hub(
+    hub: HubServer, downloads: Downloads, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     listed(downloads, "step10-tokens1B")[0].place.fetch()
     if trouble == "vanishes":
         hub.vanish()
-    else:
+    elif trouble == "refuses":
         hub.refused.add("models")
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     there, missing = listed(downloads, "step10-tokens1B", "step20-tokens2B")
     assert there.place.n_bytes > 0
     assert there.place.n_bytes_to_fetch == 0
     assert same(load(there), tiny.build("olmoe", seed=10))
-    with pytest.raises(ModelLoadError, match=r"me/olmoe \(revision step20-tokens2B\): .*(Connection refused|500)"):
+    with pytest.raises(
+        ModelLoadError, match=r"me/olmoe \(revision step20-tokens2B\): .*(Connection refused|500|offline mode)"
+    ):
         missing.place.fetch()
 
 
@@ -356,6 +368,39 @@ def test_the_next_one_is_downloaded_while_one_is_measured(hub: HubServer, downlo
             wait_for_next()
             fetching.let_go(one.place)
     assert len(threads) == 1
+
+
+@pytest.fixture
+def as_loud_as_before() -> Iterator[None]:
+    """The command makes transformers quiet."""
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+    enable_progress_bars()
+
+
+@pytest.mark.usefixtures("as_loud_as_before")
+def test_a_study_that_goes_on_deletes_what_the_last_one_left(
+    hub: HubServer, downloads: Downloads, tmp_path: Path
+) -> None:
+    """As if it had been killed between measuring and deleting: nothing is downloaded again, and all of it goes."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\n{"prompt": "2+3=", "response": "5"}\n')
+    study = StudyConfig(
+        downloads.file.parent,
+        [ModelConfig(REPO, checkpoints=["step*"])],
+        [TaskConfig("sums", file=tmp_path / "rows.jsonl")],
+        device="cpu",
+        keep_checkpoints=None,
+    )
+    assert run_study(study, Console(quiet=True)).n_measured == 3
+    assert len(snapshots()) == 3
+    before = len(hub.requests)
+    assert run_study(replace(study, keep_checkpoints=1), Console(quiet=True)).n_measured == 3
+    assert len(snapshots()) == 1
+    assert run_study(replace(study, keep_checkpoints=0), Console(quiet=True)).n_measured == 3
+    assert snapshots() == {}
+    assert hub.requests[before:] == ["GET /api/models/me/olmoe/refs"] * 2
 
 
 def test_measuring_does_not_wait_for_the_next_one(hub: HubServer, downloads: Downloads) -> None:

@@ -210,7 +210,9 @@ def test_lightning_with_a_config(tmp_path: Path, config: str) -> None:
     found = listed(tmp_path, architecture=config)
     assert [one.id.step for one in found] == [5, 20]
     for one, expected in zip(found, (first, second), strict=True):
-        assert_same_weights(one.load("cpu"), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what is not the model's is none that it leaves out
+            assert_same_weights(one.load("cpu"), expected)
         assert one.load_tokenizer() is not None
         assert {weight.device.type for weight in one.load_skeleton().parameters()} == {"meta"}
     assert_same_report(probed(with_weights(ODD_QWEN(), first)), probed(found[0].load("cpu")))
@@ -260,7 +262,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return Written(directory, launch(directory, state_checkpoints.write_all))
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_groups", "zero3_frozen"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_tied", "zero3_groups", "zero3_frozen"])
 def test_deepspeed_with_a_config(written: Written, config: str, name: str) -> None:
     (checkpoint,) = listed(written.directory / name, architecture=config)
     assert (checkpoint.id.label, checkpoint.id.step) == (TAG, 1)
@@ -320,6 +322,16 @@ def test_deepspeed_needs_no_deepspeed(written: Written, config: str, monkeypatch
     assert_same_weights(load(written.directory / "zero3", architecture=config), written.weights[0]["zero3"])
 
 
+def test_the_steps_of_a_run_are_not_one_checkpoint(written: Written, config: str, tmp_path: Path) -> None:
+    for step in (9, 10):
+        shutil.copytree(written.directory / "zero1" / TAG, tmp_path / "runs" / "a" / f"global_step{step}")
+    assert [one.id.step for one in listed(tmp_path / "runs" / "a", architecture=config)] == [9, 10]
+    with pytest.raises(
+        MUIError, match=r"runs: expected a model .* or checkpoints: checkpoint-\*, \*\.ckpt, global_step"
+    ):
+        listed(tmp_path / "runs", architecture=config)
+
+
 def test_deepspeed_in_lightning(written: Written, config: str, tmp_path: Path) -> None:
     """Lightning has the directory of DeepSpeed in one of its own, and the attribute of its module in names."""
     inside = tmp_path / "epoch=0-step=1.ckpt" / "checkpoint"
@@ -335,6 +347,11 @@ def test_deepspeed_in_lightning(written: Written, config: str, tmp_path: Path) -
 def test_shards_of_torch(written: Written, config: str, tmp_path: Path) -> None:
     directory = written.directory / "lightning_shards"
     assert "python -m torch.distributed.checkpoint.format_utils dcp_to_torch" in refusal(directory, architecture=config)
+
+    in_trainer = tmp_path / "run" / "checkpoint-1"  # as FSDP in transformers' Trainer has them
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        shutil.copytree(directory / "step=1.ckpt", in_trainer / name)
+    assert "pytorch_model_fsdp_0: the weights are in shards" in refusal(in_trainer.parent, architecture=config)
 
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -356,6 +373,14 @@ def test_what_parallelism_within_the_model_has_split(written: Written, config: s
     message = refusal(tmp_path / "run", architecture=config)
     assert "expected the weights of one model-parallel process, got " in message
     assert name in message
+
+
+def test_experts_that_auto_ep_has_split(written: Written, config: str, tmp_path: Path) -> None:
+    message = "experts that DeepSpeed's AutoEP has split are not put together here"
+    assert message in refusal(written.directory / "autoep_zero3", architecture=config)
+    tiny.olmoe().save_pretrained(tmp_path)
+    missing = "do not fit OlmoeForCausalLM: model.layers.0.mlp.experts.down_proj is missing"
+    assert missing in refusal(written.directory / "autoep", architecture=str(tmp_path))
 
 
 def test_zero_3_in_parts(written: Written, config: str, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class HubRevision:
         self.__dict__.pop("_listing", None)  # the branch may have moved on
         commit, files = self._listing.commit, [*self._listing.sizes]
         weights = [file for file in files if file.endswith((_SAFE[1:], _PICKLED[1:]))]
-        if not any(map(self._is_cached, weights)):
+        if weights and not any(map(self._is_cached, weights)):
             self.downloads.add(self.source, commit)
         disable_progress_bars()
         with _explained(self.source):

@@ -28,12 +28,15 @@ _PARTITION = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt
 
 def weights_of(path: Path) -> Path | None:
     """Where the weights of a checkpoint are, if they are alone: the file, the directory that DeepSpeed writes of one
-    step, or such a directory inside of another one, of a checkpoint of transformers' Trainer (``global_step500``) or of
-    Lightning (``checkpoint``). None where there are none."""
+    step, or the only such directory inside of another one, of a checkpoint of transformers' Trainer
+    (``global_step500``) or of Lightning (``checkpoint``). None where there are none."""
     if path.is_file():
         return path if path.suffix == ".ckpt" else None
-    inside = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
-    return next((one for one in (path, *inside) if _holds_weights(one)), None)
+    if _holds_weights(path):
+        return path
+    children = [child for child in path.iterdir() if not child.name.startswith("optimizer")] if path.is_dir() else []
+    inside = [child for child in children if _holds_weights(child)]
+    return inside[0] if len(inside) == 1 else None  # more are the steps of a run
 
 
 def read_state(path: Path) -> State:
