@@ -10,13 +10,13 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mui_callback.errors import MUIError, UnsupportedModelError
 
@@ -141,15 +141,78 @@ def load_pretrained(source: ModelSource, *, dtype: DType = "auto", device: str |
             ignore_mismatched_sizes=True,  # to be raised below, by name
             output_loading_info=True,
         )
-    wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
-    wrong += [f"{key} is {[*there]}, not {[*here]}" for key, there, here in sorted(info["mismatched_keys"])]
-    if wrong:
-        raise ModelLoadError(f"{source}: {len(wrong)} weights do not fit {type(model).__name__}: {_first(wrong)}")
-    if extra := sorted(info["unexpected_keys"]):
-        warnings.warn(
-            f"{source}: {type(model).__name__} leaves out {len(extra)} tensors: {_first(extra)}", stacklevel=2
-        )
+    check_fit(
+        model,
+        str(source),
+        missing=info["missing_keys"],
+        mismatched=info["mismatched_keys"],
+        unexpected=info["unexpected_keys"],
+    )
     return cast(nn.Module, model)
+
+
+def load_state(
+    source: ModelSource,
+    state: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    where: str,
+) -> nn.Module:
+    """Build the model from its config, with weights that are here already; see `load_pretrained` for those that do not
+    fit. On the CPU it may share their memory.
+
+    Args:
+        source: of the config.
+        state: weights by name, as the model has them or as its checkpoints do.
+        dtype: that they get.
+        device: of the model.
+        where: names the state in messages.
+    """
+    config, model_class = load_config(source), type(load_skeleton(source))
+    with _explained(source):
+        model, info = cast(Any, model_class).from_pretrained(
+            None,
+            config=config,
+            state_dict={**state},
+            dtype=dtype,
+            device_map=device,
+            ignore_mismatched_sizes=True,  # to be raised below, by name
+            output_loading_info=True,
+        )
+    check_fit(
+        model,
+        where,
+        missing=info["missing_keys"],
+        mismatched=info["mismatched_keys"],
+        unexpected=info["unexpected_keys"],
+    )
+    return cast(nn.Module, model)
+
+
+def check_fit(
+    model: nn.Module,
+    where: str,
+    *,
+    missing: Iterable[str],
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    unexpected: Iterable[str],
+) -> None:
+    """Refuse weights that leave some of the model's as they are, and warn of those that it has no place for.
+
+    Args:
+        model: that they are for.
+        where: names them in messages.
+        missing: names.
+        mismatched: names, with the shape that is there and the model's.
+        unexpected: names.
+    """
+    wrong = [f"{key} is missing" for key in sorted(missing)]
+    wrong += [f"{key} is {[*there]}, not {[*here]}" for key, there, here in sorted(mismatched)]
+    if wrong:
+        raise ModelLoadError(f"{where}: {len(wrong)} weights do not fit {type(model).__name__}: {_first(wrong)}")
+    if extra := sorted(unexpected):
+        warnings.warn(f"{where}: {type(model).__name__} leaves out {len(extra)} tensors: {_first(extra)}", stacklevel=3)
 
 
 def load_tokenizer(source: ModelSource) -> Any | None:

@@ -8,16 +8,26 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mui_callback.loading import DType, ModelLoadError, ModelSource, load_random, load_skeleton, load_tokenizer
+from mui_callback.loading import (
+    DType,
+    ModelLoadError,
+    ModelSource,
+    check_fit,
+    load_skeleton,
+    load_state,
+    load_tokenizer,
+)
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts of names that come from how a model was run: ``torch.compile``, FSDP, checkpointing of activations."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +70,12 @@ class Architecture:
         floating = Counter(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         if not floating:
             raise ModelLoadError(f"{where}: expected weights, found none")
-        of_state = floating.most_common(1)[0][0]
-        if self.is_function:
-            model = self._made().to(of_state if dtype == "auto" else getattr(torch, dtype))
-        else:
-            model = load_random(self.source, dtype=_named(of_state) if dtype == "auto" else dtype)
-        prefix = _prefix(set(model.state_dict()), set(state), where)
-        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        _load(model, own, where)
+        kind = floating.most_common(1)[0][0] if dtype == "auto" else getattr(torch, dtype)
+        if not self.is_function:
+            wanted = load_skeleton(self.source).state_dict()
+            return load_state(self.source, _own(state, wanted, where), dtype=kind, device=device, where=where)
+        model = self._made().to(kind)
+        _load(model, _own(state, model.state_dict(), where), where)
         return model.to(device).eval()
 
     def _made(self) -> nn.Module:
@@ -84,36 +92,37 @@ class Architecture:
         return model
 
 
-def _named(dtype: torch.dtype) -> DType:
-    name: Any = str(dtype).removeprefix("torch.")
-    return name if name in ("float32", "bfloat16", "float16") else "float32"
+def _own(state: Mapping[str, Tensor], wanted: Collection[str], where: str) -> dict[str, Tensor]:
+    """What is of the model: all under the prefix at which most of it is found, without the prefix."""
+    plain = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    n_found = Counter(name[: len(name) - len(rest)] for name in plain for rest in _endings(name) if rest in wanted)
+    if not n_found:
+        raise ModelLoadError(f"{where}: expected weights such as {min(wanted)}, found {', '.join(sorted(plain)[:3])} …")
+    best, *others = sorted(n_found, key=lambda prefix: (-n_found[prefix], len(prefix), prefix))
+    if others and n_found[others[0]] == n_found[best]:
+        warnings.warn(f"{where}: has the model at {best!r} and at {others[0]!r}; the first is taken", stacklevel=3)
+    return {name.removeprefix(best): tensor for name, tensor in plain.items() if name.startswith(best)}
 
 
-def _prefix(wanted: set[str], there: set[str], where: str) -> str:
-    """What the names of the state have before those of the model; the one under which most of them are found."""
-    some = min(wanted)
-    prefixes = {name.removesuffix(some) for name in there if name.endswith(some)}
-    prefixes |= {name.removesuffix(max(wanted)) for name in there if name.endswith(max(wanted))}
-    if not prefixes:
-        raise ModelLoadError(f"{where}: expected weights such as {some}, found {', '.join(sorted(there)[:3])} …")
-    return max(prefixes, key=lambda prefix: (sum(prefix + name in there for name in wanted), -len(prefix)))
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     own = model.state_dict()
-    tied = {id_: name for name, tensor in own.items() if name in state and (id_ := _identity(tensor))}
-    wrong = [f"{name} is missing" for name, one in own.items() if name not in state and _identity(one) not in tied]
-    wrong += [
-        f"{name} is {[*state[name].shape]}, not {[*tensor.shape]}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise ModelLoadError(f"{where}: {len(wrong)} weights do not fit {type(model).__name__}: {'; '.join(wrong[:3])}")
-    extra = sorted(state.keys() - own.keys())
-    if extra:
-        shown = ", ".join(extra[:3]) + (" …" if len(extra) > 3 else "")
-        warnings.warn(f"{where}: {type(model).__name__} leaves out {len(extra)} tensors: {shown}", stacklevel=3)
+    there = {_identity(tensor) for name, tensor in own.items() if name in state}  # of tied ones, one is enough
+    check_fit(
+        model,
+        where,
+        missing=[name for name, tensor in own.items() if name not in state and _identity(tensor) not in there],
+        mismatched=[
+            (name, state[name].shape, tensor.shape)
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+        unexpected=state.keys() - own.keys(),
+    )
     model.load_state_dict(state, strict=False)
 
 

@@ -98,8 +98,8 @@ class StudyConfig:
     distribute: Distribute = "checkpoints"
     """What each process has that ``torchrun`` or ``accelerate launch`` starts."""
     keep_checkpoints: int | None = 0
-    """Downloaded checkpoints that stay in the cache after they are measured, the latest ones; None for all. What was
-    there before the study is never deleted."""
+    """Downloaded checkpoints that stay in the cache after they are measured, the latest ones; None for all. Weights
+    that were there before the study are never deleted."""
     redo: bool = False
     """Measure anew what was measured otherwise (another probe set, threshold or version of the code)."""
 

@@ -17,12 +17,12 @@ from mui_callback.loading import CHECKPOINTS, ModelLoadError, ModelSource, load_
 from mui_callback.trajectory.architecture import Architecture
 from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.trajectory.config import ModelConfig
-from mui_callback.trajectory.hub import Downloads, HubRevision, revisions
+from mui_callback.trajectory.downloads import Downloads
+from mui_callback.trajectory.hub import HubRevision, revisions
 from mui_callback.trajectory.places import ModelDirectory, Place, StateFiles
-from mui_callback.trajectory.state_files import deepspeed_step, is_deepspeed
+from mui_callback.trajectory.state_files import weights_of
 
 _PATTERN = re.compile(r"[*?\[]")
-_EVERY_BRANCH = "*"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +127,7 @@ def _source(config: ModelConfig, revision: str | None = None) -> ModelSource:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    if path.is_file():
-        return path.suffix == ".ckpt"
-    return _is_model(path) or is_deepspeed(path) or deepspeed_step(path) is not None
+    return _is_model(path) or weights_of(path) is not None
 
 
 def _is_model(directory: Path) -> bool:
@@ -137,15 +135,13 @@ def _is_model(directory: Path) -> bool:
 
 
 def _local(directory: Path, label: str, config: ModelConfig) -> Place:
-    path = directory if directory.is_file() else directory / label
-    step = path if path.is_file() or is_deepspeed(path) else deepspeed_step(path)
-    own_config = (path / "config.json").is_file()
-    if step is None or _is_model(path):
+    path = directory / label if directory.is_dir() else directory
+    weights = None if _is_model(path) else weights_of(path)
+    if weights is None:
         return ModelDirectory(ModelSource(str(path), None, config.trust_remote_code, config.allow_pickle))
-    named = config.architecture or (str(path) if own_config else None)
+    named = config.architecture or (str(path) if (path / "config.json").is_file() else None)
     if named is None:
         raise ModelLoadError(
             f"{path}: has weights only; expected `architecture`, the model's config or a function that makes it"
         )
-    source = ModelSource(named, None, config.trust_remote_code, config.allow_pickle)
-    return StateFiles(step, Architecture(source), config.allow_pickle)
+    return StateFiles(weights, Architecture(ModelSource(named, None, config.trust_remote_code)))

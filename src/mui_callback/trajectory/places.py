@@ -64,7 +64,8 @@ class ModelDirectory:
     @property
     def n_bytes(self) -> int:
         """See `Place.n_bytes`."""
-        n_bytes = _size(self._existing(), "*.safetensors", "*.bin")
+        directory = self._existing()
+        n_bytes = _size(directory, "*.safetensors") or _size(directory, "pytorch_model*.bin")
         if not n_bytes:
             raise ModelLoadError(f"{self.source}: expected weights, found none")
         return n_bytes
@@ -109,7 +110,6 @@ class StateFiles:
     path: Path
     """A ``.ckpt`` file, or the directory of one step."""
     architecture: Architecture
-    allow_pickle: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -126,8 +126,7 @@ class StateFiles:
 
     def load(self, *, dtype: DType, device: str) -> nn.Module:
         """See `Place.load`."""
-        state = read_state(self.path, allow_pickle=self.allow_pickle)
-        return self.architecture.with_weights(state, dtype=dtype, device=device, where=str(self.path))
+        return self.architecture.with_weights(read_state(self.path), dtype=dtype, device=device, where=str(self.path))
 
     def load_skeleton(self, *, dtype: DType) -> nn.Module:
         """See `Place.load_skeleton`."""
@@ -141,5 +140,5 @@ class StateFiles:
         """Nothing is deleted."""
 
 
-def _size(directory: Path, *patterns: str) -> int:
-    return sum(file.stat().st_size for pattern in patterns for file in directory.glob(pattern) if file.is_file())
+def _size(directory: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in directory.glob(pattern) if file.is_file())

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from mui_callback.responses.task import Task, read_task
 from mui_callback.trajectory.config import StudyConfig
-from mui_callback.trajectory.hub import Downloads
+from mui_callback.trajectory.downloads import Downloads
 from mui_callback.trajectory.identity import check_unchanged, identity_of
 from mui_callback.trajectory.listing import StudiedCheckpoint, list_checkpoints
 from mui_callback.trajectory.records import CheckpointRecord, Identity, read_plan, read_record, write_plan

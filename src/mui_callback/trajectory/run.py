@@ -109,7 +109,9 @@ class _Run:
         for number, checkpoint in enumerate(left):
             with self._claims.claim(checkpoint.id) if self._decides else nullcontext(True) as is_mine:
                 state = self._agreed_state(checkpoint, is_mine=is_mine)
-                if state == "elsewhere":
+                if state == "done":  # perhaps by a process that was killed before it let go
+                    fetching.let_go(checkpoint.place)
+                elif state == "elsewhere":
                     elsewhere.append(checkpoint)
                 elif state == "to do":
                     following = (one for one in left[number + 1 :] if self._plan.record(one) is None)
