@@ -7,6 +7,7 @@ import json
 import re
 from base64 import b64decode
 from collections.abc import Callable
+from dataclasses import asdict
 from io import BytesIO, StringIO
 from pathlib import Path
 from urllib.parse import unquote
@@ -287,12 +288,8 @@ def test_a_single_checkpoint_of_one_task(tmp_path: Path) -> None:
 def test_what_is_missing_is_listed_with_the_reason(tmp_path: Path) -> None:
     planned = in_steps(7)
     make_up_study(tmp_path, planned, ["a"], left_out=(2, 5, 6))
-    lines = [
-        {"model": "m", "label": planned[2].label, "error": "an older error"},
-        {"checkpoint": {"model": "m", "label": planned[2].label}, "error": "no <space> left"},
-        {"model": "m", "checkpoint": planned[5].label, "reason": "gone"},
-        {"model": "m", "label": planned[0].label, "error": "was measured later"},
-    ]
+    said = [(2, "an older error"), (2, "no <space> left"), (5, "gone"), (0, "was measured later")]
+    lines = [{"time": 1.0, "checkpoint": asdict(planned[number]), "error": why} for number, why in said]
     text = "\n".join([*map(json.dumps, lines), '{"model": "m", "la'])
     (tmp_path / "failures.jsonl").write_text(text, encoding="utf-8")
     measured = page_of(tmp_path, PhaseRule(3)).by_id("measured")

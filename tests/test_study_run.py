@@ -24,6 +24,7 @@ from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.trajectory.config import ModelConfig, StudyConfig
 from mui_callback.trajectory.records import open_study
 from studies import PROBE, SUMS, WORDS, run, save_checkpoints, save_tasks, study, table
+from tiny import build
 
 STEPS = (5, 10, 20)
 
@@ -171,6 +172,24 @@ def test_broken_and_missing_checkpoints(source: Path, measured: StudyConfig, tmp
     outcome, said = run(replace(config, models=[replace(model, checkpoints=["checkpoint-*"])]))
     assert outcome.is_complete
     assert table(tmp_path / "out") == table(measured.output)
+
+
+def test_other_weights_at_the_same_place(source: Path, measured: StudyConfig, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "run")
+    shutil.copytree(measured.output, tmp_path / "out")
+    config = replace(measured, output=tmp_path / "out", models=[ModelConfig(str(tmp_path / "run"))])
+    _, said = run(config)  # a copy is what it was
+    assert "3 of 3 checkpoints are measured" in said
+    build("qwen2_moe", seed=77).save_pretrained(tmp_path / "run" / "checkpoint-10")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")  # measured, and deleted since
+    (model,) = config.models
+    names = [f"checkpoint-{step}" for step in STEPS]
+    outcome, said = run(replace(config, models=[replace(model, checkpoints=names)]))
+    assert "checkpoint-10: other weights than those that were measured" in said
+    assert "2 of 3 checkpoints are measured" in said
+    assert outcome.is_complete
+    now, before = table(tmp_path / "out"), table(measured.output)
+    assert [one == other for one, other in zip(now, before, strict=True)] == [True] * 2 + [False] * 2 + [True] * 2
 
 
 def test_models_side_by_side(source: Path, tasks: list[TaskConfig], measured: StudyConfig, tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ class HubRevision:
         """See `Place.n_bytes_to_fetch`; what another revision in the cache has too is counted all the same."""
         return sum(size for file, size in self._listing.sizes.items() if not self._is_cached(file))
 
+    @property
+    def weights(self) -> str | None:
+        """The commit, once it is fetched: a revision is taken for what it was, as to ask for each takes long."""
+        return None if self._directory is None else self._listing.commit
+
     def fetch(self) -> None:
         """Download it, if it is not in the cache of the hub.
 

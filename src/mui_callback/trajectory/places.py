@@ -5,6 +5,8 @@ transformers is needed to load a model, so this is imported where a study is run
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +16,10 @@ from torch import nn
 from mui_callback.loading import DType, ModelLoadError, ModelSource, load_pretrained, load_skeleton, load_tokenizer
 from mui_callback.trajectory.architecture import Architecture
 from mui_callback.trajectory.state_files import read_state
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_SOME = 2**16
+"""Bytes of each end of a file that tell it from others."""
 
 
 class Place(Protocol):
@@ -30,6 +36,10 @@ class Place(Protocol):
     @property
     def n_bytes_to_fetch(self) -> int:
         """How much of them has to be downloaded first."""
+
+    @property
+    def weights(self) -> str | None:
+        """What tells the weights from others at the same place; None where they are not on this machine."""
 
     def fetch(self) -> None:
         """Make sure that all files are on this machine; may take long.
@@ -65,7 +75,7 @@ class ModelDirectory:
     def n_bytes(self) -> int:
         """See `Place.n_bytes`."""
         directory = self._existing()
-        n_bytes = _size(directory, "*.safetensors") or _size(directory, "pytorch_model*.bin")
+        n_bytes = next(filter(None, (_size(directory, pattern) for pattern in _WEIGHTS)), 0)
         if not n_bytes:
             raise ModelLoadError(f"{self.source}: expected weights, found none")
         return n_bytes
@@ -74,6 +84,11 @@ class ModelDirectory:
     def n_bytes_to_fetch(self) -> int:
         """Nothing."""
         return 0
+
+    @property
+    def weights(self) -> str | None:
+        """See `Place.weights`."""
+        return _digest(Path(self.source.location), *_WEIGHTS)
 
     def fetch(self) -> None:
         """Nothing is to be done."""
@@ -121,6 +136,11 @@ class StateFiles:
         """Nothing."""
         return 0
 
+    @property
+    def weights(self) -> str | None:
+        """See `Place.weights`."""
+        return _digest(self.path, "**/*") if self.path.is_dir() else _digest(self.path.parent, self.path.name)
+
     def fetch(self) -> None:
         """Nothing is to be done."""
 
@@ -142,3 +162,17 @@ class StateFiles:
 
 def _size(directory: Path, pattern: str) -> int:
     return sum(file.stat().st_size for file in directory.glob(pattern) if file.is_file())
+
+
+def _digest(directory: Path, *patterns: str) -> str | None:
+    """Of the names, the sizes and the ends of files; None without any. To read them whole would take long."""
+    files = sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
+    digest = hashlib.sha256()
+    for file in files:
+        n_bytes = file.stat().st_size
+        digest.update(f"{file.relative_to(directory)} {n_bytes}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_SOME))
+            content.seek(-min(n_bytes, _SOME), os.SEEK_END)
+            digest.update(content.read())
+    return digest.hexdigest() if files else None

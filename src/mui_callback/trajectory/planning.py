@@ -59,5 +59,19 @@ class StudyPlan:
 
     def record(self, checkpoint: StudiedCheckpoint) -> CheckpointRecord | None:
         """What was measured of a checkpoint as this plan says; None where nothing was."""
+        found = self._found(checkpoint)
+        return None if found is None or _differ(found.weights, checkpoint.place.weights) else found
+
+    def has_other_weights(self, checkpoint: StudiedCheckpoint) -> bool:
+        """Whether a checkpoint is not what it was when it was measured."""
+        found = self._found(checkpoint)
+        return found is not None and _differ(found.weights, checkpoint.place.weights)
+
+    def _found(self, checkpoint: StudiedCheckpoint) -> CheckpointRecord | None:
         found = read_record(self.config.output, checkpoint.id)
         return found if found is not None and found.identity == self.identities[checkpoint.id.model] else None
+
+
+def _differ(before: str | None, now: str | None) -> bool:
+    """A checkpoint that is not there any more is taken for what it was."""
+    return before is not None and now is not None and before != now

@@ -45,6 +45,8 @@ class CheckpointRecord:
     """What was measured of one checkpoint."""
 
     checkpoint: CheckpointId
+    weights: str | None
+    """What tells its weights from others of the same name; None where nothing did."""
     identity: Identity
     rows: Sequence[Row]
     """One for each task, in the order of the tasks."""
@@ -133,6 +135,7 @@ def write_record(directory: Path, record: CheckpointRecord, report: MUIReport) -
         stored = {
             "format": _FORMAT,
             "checkpoint": asdict(record.checkpoint),
+            "weights": record.weights,
             "identity": record.identity,
             "rows": record.rows,
             "points": [[task, point.to_dict()] for task, point in record.points.items()],
@@ -163,6 +166,7 @@ def read_record(directory: Path, checkpoint: CheckpointId) -> CheckpointRecord |
             raise MUIError(f"{file}: expected format {_FORMAT!r}, got {stored['format']!r}")
         return CheckpointRecord(
             checkpoint=CheckpointId(**stored["checkpoint"]),
+            weights=stored["weights"],
             identity=stored["identity"],
             rows=stored["rows"],
             points={task: TrajectoryPoint.from_dict(point) for task, point in stored["points"]},

@@ -83,6 +83,10 @@ class _Run:
                 remove_partial(self._directory)
                 self._plan.write()
         left = self._crew.in_turn(self._plan.checkpoints)
+        if self._crew.is_main:
+            for one in self._plan.checkpoints:
+                if self._plan.has_other_weights(one):
+                    self._progress.say(f"{one.id}: other weights than those that were measured; measured anew")
         n_done = sum(self._plan.record(one) is not None for one in left)
         if self._crew.is_main:
             self._progress.say(f"{self._plan.config.title}: {n_done} of {len(left)} checkpoints are measured")
@@ -159,6 +163,7 @@ class _Run:
         rows = rows_of(checkpoint.id, measured.report, measured.points, response=self._plan.config.response)
         record = CheckpointRecord(
             checkpoint=checkpoint.id,
+            weights=checkpoint.place.weights,
             identity=self._plan.identities[checkpoint.id.model],
             rows=rows,
             points=measured.points,
