@@ -12,6 +12,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import ByT5Tokenizer
 
@@ -301,3 +303,17 @@ def test_prompts_of_plain_text(task_of: Callable[..., Task]) -> None:
     assert prompt_tokens(task, with_bos, chat=False)[0].tolist() == with_bos("Q: 1+1?\nA:")["input_ids"]
     with pytest.raises(ProbeSetError, match="expected a prompt: there is nothing to answer"):
         prompt_tokens(task_of(SUMS, response="{{ answer }}"), with_bos, chat=False)
+
+
+@settings(max_examples=50)
+@given(n_rows=st.integers(1, 30), max_samples=st.integers(1, 40))
+def test_spread_rows(n_rows: int, max_samples: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("spread") / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": str(n), "response": "x"}) + "\n" for n in range(n_rows)))
+    config = TaskConfig("a", file=file, max_samples=max_samples, spread=True)
+    taken = [int(sample.prompt) for sample in read_task(config).samples]
+    assert len(taken) == min(n_rows, max_samples)
+    assert taken[0] == 0
+    apart = np.diff([*taken, n_rows])
+    assert apart.min() >= 1
+    assert apart.max() - apart.min() <= 1

@@ -31,15 +31,16 @@ class Row:
 
 
 def question_rows(config: TaskConfig) -> list[Row]:
-    """The first `max_samples` rows of a task.
+    """The rows of a task, `max_samples` of them: the first, or evenly spaced.
 
     Raises:
         ProbeSetError: they cannot be read, or there are none.
     """
-    rows = _rows(config, config.file, config.split, config.max_samples)
+    rows = _rows(config, config.file, config.split, None if config.spread else config.max_samples)
     if not rows:
         raise ProbeSetError(f"task {config.name!r}: expected rows, got none in {_place(config)}")
-    return rows
+    n = len(rows) if config.max_samples is None else min(config.max_samples, len(rows))
+    return [rows[number * len(rows) // n] for number in range(n)] if config.spread else rows
 
 
 def example_rows(config: TaskConfig) -> list[Row]:

@@ -35,6 +35,8 @@ class TaskConfig:
     """Branch, tag or commit of the dataset."""
     max_samples: int | None = 200
     """The first so many rows are taken; None for all."""
+    spread: bool = False
+    """Take them evenly spaced over all rows instead, for rows that are sorted, by subject or by level."""
     prompt: str = "{{ prompt }}"
     """Template of the text before the response."""
     response: str = "{{ response }}"
