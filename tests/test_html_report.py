@@ -29,12 +29,11 @@ from mui_callback.html_report.album import Album, as_file_name
 from mui_callback.html_report.beside import is_same_model
 from mui_callback.html_report.build import ReportFiles, write_report
 from mui_callback.html_report.numbers import number, percent
-from mui_callback.html_report.progress import in_tokens
 from mui_callback.metrics.phases import PhaseRule
 from mui_callback.metrics.trajectory import phase_at
 from mui_callback.pictures import style
 from mui_callback.pictures.expert_blocks import expert_blocks
-from mui_callback.trajectory.checkpoint import CheckpointId
+from mui_callback.trajectory.checkpoint import CheckpointId, in_tokens
 from mui_callback.trajectory.records import Study, open_study, write_plan
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from mui_callback.html_report import published
 from mui_callback.html_report.measured import Measured
 from mui_callback.html_report.numbers import NONE, percent, performance
-from mui_callback.html_report.progress import in_tokens
 from mui_callback.html_report.routes import MEAN, Route
 from mui_callback.pictures.paths import PathPoint
+from mui_callback.trajectory.checkpoint import in_tokens
 
 _VARIANT = r"(?:[-_ ]?(?:base|chat|instruct|thinking|hf|bf16|fp8|\d{4}))*"
 _OLMOE = "OLMoE-1B-7B"

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mui_callback.trajectory.checkpoint import CheckpointId
+from mui_callback.trajectory.checkpoint import CheckpointId, in_tokens
 from mui_callback.trajectory.records import Study
-
-_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,3 @@ def progress_of(study: Study) -> Progress:
     if all(one.tokens is not None for one in checkpoints):
         return Progress("tokens")
     return Progress("steps" if all(one.step is not None for one in checkpoints) else "checkpoints")
-
-
-def in_tokens(value: float) -> str:
-    """A number of tokens as model names have it, such as 5.03T."""
-    size, unit = next(((size, unit) for size, unit in _UNITS if abs(value) >= size), (1.0, ""))
-    # 999.9 of a unit would be 1e+03
-    return f"{value / size:.0f}{unit}" if value / size >= 999.5 else f"{value / size:.3g}{unit}"

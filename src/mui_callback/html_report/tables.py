@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 from mui_callback.html_report.measured import Measured
 from mui_callback.html_report.numbers import NONE, is_share, number, percent
-from mui_callback.html_report.progress import in_tokens
 from mui_callback.metrics.catalogue import CATALOGUE
 from mui_callback.pictures.top_experts import activated_experts
 from mui_callback.task_report import TaskReport
+from mui_callback.trajectory.checkpoint import in_tokens
 from mui_callback.trajectory.records import Row
 
 _COLUMNS = (

@@ -52,3 +52,10 @@ class CheckpointId:
 
     def __str__(self) -> str:
         return f"{self.model} {self.label}"
+
+
+def in_tokens(value: float) -> str:
+    """A number of tokens as model names have it, such as 5.03T."""
+    size, unit = next(((size, unit) for unit, size in reversed(_UNITS.items()) if abs(value) >= size), (1.0, ""))
+    # 999.9 of a unit would be 1e+03
+    return f"{value / size:.0f}{unit}" if value / size >= 999.5 else f"{value / size:.3g}{unit}"

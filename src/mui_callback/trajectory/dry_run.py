@@ -19,6 +19,7 @@ from mui_callback.inspection.describe import describe
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.responses.prompts import gold_samples
 from mui_callback.studies.screen import plain_table
+from mui_callback.trajectory.checkpoint import in_tokens
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.crew import Crew
 from mui_callback.trajectory.failures import in_words
@@ -86,7 +87,7 @@ def _show_checkpoints(
             Text(one.id.model),
             Text(one.id.label),
             "-" if one.id.step is None else f"{one.id.step:,}",
-            "-" if one.id.tokens is None else _tokens(one.id.tokens),
+            "-" if one.id.tokens is None else in_tokens(one.id.tokens),
             "-" if size is None else _bytes(size.whole),
             "-" if size is None or not size.to_fetch else _bytes(size.to_fetch),
             Text("not found", style="red") if one in missing else state,
@@ -167,13 +168,6 @@ def _rate(device: str, dtype: str) -> float:
         float((a @ a)[0, 0])  # waits for the device
         n += 1
     return n * 2.0 * _SIDE**3 / (time.perf_counter() - start)
-
-
-def _tokens(count: float) -> str:
-    unit, size = next(
-        ((name, size) for name, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if count >= size), ("", 1.0)
-    )
-    return f"{count / size:,.4g}{unit}"
 
 
 def _bytes(n: int) -> str:
