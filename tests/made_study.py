@@ -61,7 +61,7 @@ def points_of(report: MUIReport) -> dict[str | None, TrajectoryPoint]:
 def keep(directory: Path, checkpoint: CheckpointId, report: MUIReport) -> None:
     points = points_of(report)
     rows = rows_of(checkpoint, report, points, response="gold")
-    record = CheckpointRecord(checkpoint, None, IDENTITY, rows, points, {"load": 1.0, "probe": 2.0}, directory)
+    record = CheckpointRecord(checkpoint, None, IDENTITY, rows, points, [], {"load": 1.0, "probe": 2.0}, directory)
     write_record(directory, record, report)
 
 

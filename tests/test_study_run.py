@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
@@ -216,6 +218,39 @@ def test_answers_of_the_model(measured: StudyConfig, tmp_path: Path) -> None:
     run(replace(config, probe=ProbeSettings(rules="top_fraction=0.1"), redo=True))  # the answers are the same
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "generations").iterdir()} == files
     assert [row["loss"] for row in table(tmp_path)] == [row["loss"] for row in rows]
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_performance_of_the_harness(measured: StudyConfig, source: Path, tmp_path: Path) -> None:
+    from mui_callback.benchmarks.lm_eval import LMEvalBenchmark
+    from mui_callback.benchmarks.run import run_benchmarks
+    from mui_callback.benchmarks.tasks import LMEval
+    from test_lm_eval import tasks
+
+    path = tasks(tmp_path)["choose"]
+    (model,) = measured.models
+    config = replace(
+        measured,
+        output=tmp_path / "out",
+        models=[replace(model, checkpoints=["checkpoint-10"])],
+        lm_eval=[path],
+        lm_eval_limit=6,
+        performance={"words": "choose/acc_norm"},
+    )
+    run(config)
+    rows = {row["task"]: row for row in table(tmp_path / "out")}
+    live = AutoModelForCausalLM.from_pretrained(source / "checkpoint-10")
+    expected, _ = run_benchmarks([LMEvalBenchmark(LMEval([path], limit=6), ByT5Tokenizer())], live, 0)
+    assert rows["words"]["performance_axis"] == "benchmark/choose/acc_norm"
+    assert rows["words"]["performance"] == expected["choose/acc_norm"].value
+    assert rows["words"]["performance_low"] < rows["words"]["performance"] < rows["words"]["performance_high"]
+    assert rows["sums"]["performance_axis"] == "-loss"
+    scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    assert {row["score"]: row["value"] for row in scores} == {name: one.value for name, one in expected.items()}
+    assert {row["checkpoint"] for row in scores} == {"checkpoint-10"}
+    outcome, said = run(replace(config, output=tmp_path / "other", performance={"words": "choose/f1"}))
+    assert not outcome.is_complete
+    assert "performance: lm-eval gave no 'choose/f1'; it gave choose/acc, choose/acc_norm" in said
 
 
 @pytest.fixture

@@ -46,6 +46,8 @@ class Measured:
 
     report: MUIReport
     points: Mapping[str | None, TrajectoryPoint]
+    scores: Mapping[str, Point]
+    """Of lm-evaluation-harness."""
     seconds: Mapping[str, float]
 
 
@@ -104,7 +106,7 @@ class Measuring:
             self.progress.begin("lm-eval")
             with clock("evaluate"):
                 results = self._evaluate(model, tokenizer, probe)
-        return Measured(report, self._points(report, results, answers), clock.seconds)
+        return Measured(report, self._points(report, results, answers), results, clock.seconds)
 
     def _load(self, checkpoint: StudiedCheckpoint) -> nn.Module:
         if self.crew.distribute != "weights":

@@ -5,6 +5,7 @@
     study.json              the plan: checkpoints in their order, what the numbers of a model depend on, the config
     checkpoints/<slug>/     one checkpoint: record.json, and report.npz (see `MUIReport.save`)
     results.parquet         a row for each checkpoint and task, made anew from the records
+    scores.parquet          a row for each checkpoint and score of lm-evaluation-harness, if any; the same
     generations/            answers that models gave, see `mui_callback.responses`
     failures.jsonl          what could not be measured, and why
 
@@ -28,7 +29,7 @@ from mui_callback.report import MUIReport
 from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.whole_file import remove_partial, replaced_at_once
 
-RESULTS_NAME = "results.parquet"
+RESULTS_NAME, SCORES_NAME = "results.parquet", "scores.parquet"
 PLAN_NAME = "study.json"
 CHECKPOINTS_NAME = "checkpoints"
 _RECORD_NAME, _REPORT_NAME = "record.json", "report.npz"
@@ -37,7 +38,7 @@ _FORMAT = "mui-study-1"
 Identity = Mapping[str, Any]
 """What the numbers of a model depend on besides its weights; all of its records in one table have the same."""
 Row = dict[str, Any]
-"""One checkpoint and one task: column names to plain values, None where there is no answer."""
+"""One checkpoint and one task, or one score: column names to plain values, None where there is no answer."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class CheckpointRecord:
     """One for each task, in the order of the tasks."""
     points: Mapping[str | None, TrajectoryPoint]
     """Performance and MUI by task, and of all tasks pooled (None); those without an answer are left out."""
+    scores: Sequence[Row]
+    """Of lm-evaluation-harness, one for each."""
     seconds: Mapping[str, float]
     """What took how long: ``load``, ``generate``, ``probe``, ``evaluate``."""
     directory: Path
@@ -139,6 +142,7 @@ def write_record(directory: Path, record: CheckpointRecord, report: MUIReport) -
             "identity": record.identity,
             "rows": record.rows,
             "points": [[task, point.to_dict()] for task, point in record.points.items()],
+            "scores": record.scores,
             "seconds": record.seconds,
         }
         (partial / _RECORD_NAME).write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -170,6 +174,7 @@ def read_record(directory: Path, checkpoint: CheckpointId) -> CheckpointRecord |
             identity=stored["identity"],
             rows=stored["rows"],
             points={task: TrajectoryPoint.from_dict(point) for task, point in stored["points"]},
+            scores=stored["scores"],
             seconds=stored["seconds"],
             directory=kept,
         )

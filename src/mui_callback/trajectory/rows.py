@@ -23,7 +23,7 @@ _METRICS = tuple(
     for metric in CATALOGUE
     if metric.scope in (Scope.TASK, Scope.POOLED, Scope.REPORT) and not metric.name.endswith(("_low", "_high"))
 )
-_NAMES = ("model", "checkpoint", "task", "response", "performance_axis")
+_NAMES = ("model", "checkpoint", "task", "response", "performance_axis", "score")
 _NUMBERS = ("step", "n_samples", "n_tokens")
 _MANY = 10**9
 """Samples of a score that was measured elsewhere: what it says of its standard error is taken for exact."""
@@ -44,10 +44,7 @@ def rows_of(
     for task in report.task_names:
         metrics = _metrics(report, task)
         row: Row = {
-            "model": checkpoint.model,
-            "checkpoint": checkpoint.label,
-            "step": checkpoint.step,
-            "tokens": checkpoint.tokens,
+            **_place(checkpoint),
             "task": task,
             "response": response,
             **_performance(points.get(task), metrics),
@@ -58,7 +55,15 @@ def rows_of(
     return rows
 
 
-def write_results(file: Path, rows: Sequence[Row]) -> None:
+def scores_of(checkpoint: CheckpointId, scores: Mapping[str, Point]) -> list[Row]:
+    """One row for each score of a benchmark."""
+    return [
+        {**_place(checkpoint), "score": name, "value": score.value, "standard_error": score.standard_error}
+        for name, score in scores.items()
+    ]
+
+
+def write_rows(file: Path, rows: Sequence[Row]) -> None:
     """Write all rows as Parquet; replaces the file at once.
 
     Raises:
@@ -71,6 +76,15 @@ def write_results(file: Path, rows: Sequence[Row]) -> None:
     kinds = {**dict.fromkeys(_NAMES, pa.string()), **dict.fromkeys(_NUMBERS, pa.int64())}
     columns = {name: pa.array([row.get(name) for row in rows], kinds.get(name, pa.float64())) for name in names}
     write_parquet(file, pa.table(columns))
+
+
+def _place(checkpoint: CheckpointId) -> Row:
+    return {
+        "model": checkpoint.model,
+        "checkpoint": checkpoint.label,
+        "step": checkpoint.step,
+        "tokens": checkpoint.tokens,
+    }
 
 
 def _performance(point: TrajectoryPoint | None, metrics: Mapping[str, float | None]) -> dict[str, Any]:

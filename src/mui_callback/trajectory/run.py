@@ -23,8 +23,8 @@ from mui_callback.trajectory.listing import StudiedCheckpoint
 from mui_callback.trajectory.measuring import Measured, Measuring
 from mui_callback.trajectory.planning import StudyPlan
 from mui_callback.trajectory.progress import StudyProgress
-from mui_callback.trajectory.records import RESULTS_NAME, CheckpointRecord, open_study, write_record
-from mui_callback.trajectory.rows import rows_of, write_results
+from mui_callback.trajectory.records import RESULTS_NAME, SCORES_NAME, CheckpointRecord, open_study, write_record
+from mui_callback.trajectory.rows import rows_of, scores_of, write_rows
 from mui_callback.trajectory.screen import StudyOutcome, show_outcome
 from mui_callback.whole_file import remove_partial
 
@@ -167,6 +167,7 @@ class _Run:
             identity=self._plan.identities[checkpoint.id.model],
             rows=rows,
             points=measured.points,
+            scores=scores_of(checkpoint.id, measured.scores),
             seconds=measured.seconds,
             directory=self._directory,
         )
@@ -177,8 +178,10 @@ class _Run:
 
     def _write_table(self) -> None:
         with self._claims.alone():
-            rows = [row for record in open_study(self._directory).records for row in record.rows]
-            write_results(self._directory / RESULTS_NAME, rows)
+            records = open_study(self._directory).records
+            write_rows(self._directory / RESULTS_NAME, [row for record in records for row in record.rows])
+            if self._plan.config.lm_eval:
+                write_rows(self._directory / SCORES_NAME, [row for record in records for row in record.scores])
 
 
 def _in_words(row: dict[str, object]) -> str:
