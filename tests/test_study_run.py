@@ -148,9 +148,12 @@ def test_a_changed_study_is_measured_anew(measured: StudyConfig, tmp_path: Path)
     assert [row["mui"] for row in table(tmp_path / "out")] != [row["mui"] for row in table(measured.output)]
 
 
-def test_batches_change_nothing(measured: StudyConfig) -> None:
-    outcome, _ = run(replace(measured, probe=replace(measured.probe, batch_tokens=16)))
+def test_what_changes_no_number(measured: StudyConfig) -> None:
+    """Batches, and, where nothing is generated, how answers would be."""
+    tasks = [replace(task, max_new_tokens=9, stop=["x"]) for task in measured.tasks]
+    outcome, said = run(replace(measured, probe=replace(measured.probe, batch_tokens=16), tasks=tasks))
     assert outcome.is_complete
+    assert "3 of 3 checkpoints are measured" in said
 
 
 def test_broken_and_missing_checkpoints(source: Path, measured: StudyConfig, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 from mui_callback.errors import ProbeSetError
 from mui_callback.probe.probe_set import ProbeSet
@@ -43,13 +44,16 @@ class Task:
         """Of the task."""
         return self.config.name
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of prompts, gold responses and choices, and of how answers are generated and compared."""
-        config = self.config
-        generated = [config.stop, config.max_new_tokens, config.extract, self.answers]
-        samples = ProbeSet({self.name: self.samples}).fingerprint
-        return sha256(json.dumps([samples, *generated]).encode()).hexdigest()
+    def fingerprint(self, *, of_answers: bool) -> str:
+        """SHA-256 (hex) of prompts, gold responses and choices.
+
+        Args:
+            of_answers: also of how answers are generated, and of what they are compared with.
+        """
+        content: list[Any] = [ProbeSet({self.name: self.samples}).fingerprint]
+        if of_answers:
+            content += [self.config.stop, self.config.max_new_tokens, self.config.extract, self.answers]
+        return sha256(json.dumps(content).encode()).hexdigest()
 
     def every(self, step: int, start: int) -> Task:
         """The task with every so many of its samples, from one of them on."""

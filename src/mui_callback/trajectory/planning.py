@@ -35,7 +35,7 @@ class StudyPlan:
             MUIError: a task cannot be read, no checkpoint is found, or what was measured before was measured otherwise.
         """
         tasks = tuple(read_task(task) for task in config.tasks)
-        fingerprints = {task.name: task.fingerprint for task in tasks}
+        fingerprints = {task.name: task.fingerprint(of_answers=config.response == "generate") for task in tasks}
         identities = {model.title: identity_of(config, model, fingerprints) for model in config.models}
         if not config.redo:
             check_unchanged(config.output, read_plan(config.output), identities)
