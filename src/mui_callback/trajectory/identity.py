@@ -31,12 +31,12 @@ def identity_of(config: StudyConfig, model: ModelConfig, tasks: Mapping[str, str
     """
     probe = {name: value for name, value in asdict(config.probe).items() if name not in _NOT_MEASURED}
     return {
-        "tasks": dict(tasks),
         "response": config.response,
         "probe": {**probe, "rules": list(config.probe.rules)},
         "benchmarks": [sorted(config.lm_eval), config.lm_eval_limit],
         "performance": dict(config.performance),
         "model": {name: getattr(model, name) for name in _OF_MODEL},
+        "tasks": dict(tasks),
         "code": f"{__version__} ({_code_digest()})",
     }
 
