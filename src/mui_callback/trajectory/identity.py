@@ -14,8 +14,15 @@ from mui_callback.trajectory.config import ModelConfig, StudyConfig
 from mui_callback.trajectory.records import Identity
 from mui_callback.version import __version__
 
-_MEASURING = ("benchmarks", "experts", "metrics", "parallel", "probe", "responses", "scoring")
-"""The packages that a number comes through."""
+_MEASURING = (
+    *(
+        f"{package}/*.py"
+        for package in ("benchmarks", "experts", "metrics", "parallel", "probe", "responses", "scoring")
+    ),
+    *("counts.py", "layout.py", "loading.py", "report.py", "rules.py", "sample_*.py", "task_report.py"),
+    *(f"trajectory/{name}.py" for name in ("architecture", "divided", "measuring", "rows", "state_files", "zero3")),
+)
+"""What a number comes through, in this package."""
 _NOT_MEASURED = ("batch_tokens",)
 """Settings of the probe that change no number, but for rounding."""
 _OF_MODEL = ("dtype", "chat", "tokenizer", "architecture")
@@ -79,7 +86,6 @@ def _code_digest() -> str:
     """Equal for equal sources of what measures."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for package in _MEASURING:
-        for file in sorted((root / package).glob("*.py")):
-            digest.update(f"{package}/{file.name}\n".encode() + file.read_bytes())
+    for file in sorted(file for pattern in _MEASURING for file in root.glob(pattern)):
+        digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
