@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from made_up_study import in_steps, layout_of, make_up_study
+from mui_callback.errors import MUIError
 from mui_callback.html_report.build import write_report
+from mui_callback.trajectory.failures import Failures
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
@@ -62,8 +64,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     planned = [one for model in ("a", "b-" * 60) for one in in_steps(6, model)]
     tasks = ["math", "a_task_whose_name_has_no_blank_" * 4]
     make_up_study(directory, planned, tasks, layout=layout_of(3, 6, 1), left_out=(4,))
-    failure = {"model": "a", "label": planned[4].label, "error": "/a/path/without/blanks" * 12}
-    (directory / "failures.jsonl").write_text(json.dumps(failure), encoding="utf-8")
+    Failures(directory).add(planned[4], MUIError("/a/path/without/blanks" * 12))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mui_callback.html_report.album.as_png", lambda _: b"")
         return write_report(directory).page
