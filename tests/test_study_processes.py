@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -93,13 +94,20 @@ def test_two_processes_share_a_study(directory: Path, tasks: list[TaskConfig], a
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        threading.Timer(8, holder.kill).start()
+        threading.Thread(target=_kill_after, args=(holder, config.output), daemon=True).start()
         outcome, said = run(config)
         assert holder.wait() != 0
     lines = [line for line in said.splitlines() if ": sums" in line]
     assert ["checkpoint-15" in lines[0], "checkpoint-5:" in lines[1], len(lines)] == [True, True, 2]
     assert outcome.n_measured == 2
     assert table(config.output) == table(alone["gold"])
+
+
+def _kill_after(holder: subprocess.Popen[str], output: Path) -> None:
+    """Once what nobody holds is measured."""
+    while not [*output.glob("checkpoints/run--checkpoint-15-*")]:
+        time.sleep(0.05)
+    holder.kill()
 
 
 def test_a_claim_is_of_one_process_at_a_time(tmp_path: Path) -> None:
