@@ -11,8 +11,7 @@ from rich.table import Table
 from mui_callback.metrics.phases import Phase
 
 from .comparison import Mean, in_words, mean, paired
-from .results import Results
-from .training import POOLED
+from .results import MEAN, Results
 from .variants import VARIANTS, Variant
 
 OF_8, OF_8_SHARED, OF_16, OF_16_SHARED = VARIANTS
@@ -41,7 +40,7 @@ METRICS = {
 def show(results: Results, console: Console) -> None:
     """Print it."""
     console.print(_table(results))
-    console.print("mean ± half of the 95 % interval over seeds (Student's)", style="dim")
+    console.print("means over tasks and seeds ± half of the 95 % interval over seeds (Student's)", style="dim")
     for heading, lines in (
         ("At the end, seed by seed, with 95 % confidence in each line alone:", contrasts(results)),
         ("MUI at the end, and halfway:", late_changes(results)),
@@ -55,7 +54,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def contrasts(results: Results) -> Iterator[str]:
-    """Each metric of all tasks pooled under each contrast."""
+    """Each metric under each contrast."""
     for title, (column, unit, factor) in METRICS.items():
         for contrast, (first, second) in CONTRASTS.items():
             found, other = (
@@ -70,7 +69,7 @@ def late_changes(results: Results) -> Iterator[str]:
     steps = results.steps
     half = min(steps, key=lambda step: abs(step - steps[-1] / 2))
     for variant in VARIANTS:
-        for task in (POOLED, *results.tasks):
+        for task in (MEAN, *results.tasks):
             late, early = (_scaled(results.of("mui", variant, step, task), 100) for step in (steps[-1], half))
             yield f"{variant.name}, {task}: {in_words(paired(late, early), 'points')}"
 
@@ -80,7 +79,7 @@ def shared_shares(results: Results) -> Iterator[str]:
     for variant in (OF_8_SHARED, OF_16_SHARED):
         for title in ("shared share", "of contributions", "shared on top"):
             column, unit, factor = METRICS[title]
-            late, early = (_scaled(results.of(column, variant, at, POOLED), factor) for at in (results.steps[-1], 0))
+            late, early = (_scaled(results.of(column, variant, at), factor) for at in (results.steps[-1], 0))
             yield f"{variant.name}, {title}: {in_words(paired(late, early), unit)}"
 
 
@@ -94,18 +93,11 @@ def causal_lines(results: Results) -> Iterator[str]:
         ("one expert a layer", "shared", "most activated"),
     ):
         for variant in VARIANTS:
-            found, other = (_over_tasks(results, what, masked, variant) for masked in (first, second))
+            found, other = (results.change(what, masked, variant) for masked in (first, second))
             if found.keys() & other.keys():
                 values = " and ".join(_with_reach(mean(list(one.values())), 3) for one in (found, other))
                 comparison = in_words(paired(found, other), "nats", 3)
                 yield f"{what}, {first} and {second}, {variant.name}: {values}; {comparison}"
-
-
-def _over_tasks(results: Results, what: str, masked: str, variant: Variant) -> dict[int, float]:
-    """The mean over tasks, by seed."""
-    by_task = [results.change(what, masked, variant, task) for task in results.tasks]
-    seeds = set.intersection(*(set(one) for one in by_task))
-    return {seed: sum(one[seed] for one in by_task) / len(by_task) for seed in sorted(seeds)}
 
 
 def phase_lines(results: Results) -> Iterator[str]:
@@ -122,8 +114,8 @@ def phase_lines(results: Results) -> Iterator[str]:
 
 
 def _table(results: Results) -> Table:
-    """Means of all tasks pooled at the end."""
-    table = Table("all tasks, at the end", *(variant.name for variant in VARIANTS), box=None, header_style="bold")
+    """Means over tasks and seeds."""
+    table = Table("at the end", *(variant.name for variant in VARIANTS), box=None, header_style="bold")
     for title, (column, unit, factor) in METRICS.items():
         cells = [_cell(results, column, factor, variant) for variant in VARIANTS]
         table.add_row(f"{title} {'%' if unit == 'points' else ''}", *cells)
