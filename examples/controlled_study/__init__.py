@@ -10,5 +10,6 @@ trains 4 small MoE language models on a CPU, each from five seeds, with `MUIProb
     causal.parquet   a row for each run, task and mask: the loss at the end without some of the neurons
     *.png            what was found
 
-`variants` has the models, `training` one run, `comparison` the intervals and `figures` the pictures.
+`variants` has the models, `training` and `causal` one run, `results` the tables, `comparison` the intervals; `summary`
+and `figures` show them.
 """

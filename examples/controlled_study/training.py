@@ -1,4 +1,4 @@
-"""One run: a model is trained, looked into on the way, and at the end does without some of its neurons."""
+"""One run: a model is trained and looked into on the way; at the end it is asked what it misses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mui_callback import MUIProbe, MUIReport, ProbeSet
@@ -19,15 +18,14 @@ from mui_callback.demo.corpus import Corpus, load_corpus
 from mui_callback.demo.model import build_tokenizer
 from mui_callback.demo.packing import Row
 from mui_callback.metrics.phases import PhaseRule
-from mui_callback.metrics.random_control import neurons_of_experts
 from mui_callback.metrics.trajectory import Trajectories, TrajectoryPoint, kept, phase_at
-from mui_callback.metrics.utilization import BoolArray, FloatArray, top_experts
+from mui_callback.metrics.utilization import top_experts
 from mui_callback.monitoring.performance_axis import from_probe
-from mui_callback.probe.losses import Trial
 from mui_callback.probe.samples import ProbeSample
 from mui_callback.task_report import TaskReport
 from mui_callback.whole_file import replaced_at_once
 
+from .causal import without_key_ones, without_one_a_layer
 from .variants import Variant, active_parameters, build_model, digest, training_rows
 
 POOLED = "all tasks"
@@ -115,7 +113,7 @@ def run(variant: Variant, seed: int, settings: Settings, output: Path) -> str:
         "parameters": n_parameters,
         "active_parameters": n_active,
         "rows": _rows(reports),
-        "causal": [*_ablated(tested, last, settings.draws), *_without_one_a_layer(tested, last, settings.draws)],
+        "causal": [*without_key_ones(tested, last, settings.draws), *without_one_a_layer(tested, last, settings.draws)],
         "seconds": time.process_time() - start,
     }
     path = run_path(output, variant, seed)
@@ -190,64 +188,3 @@ def _shared_on_top(seen: TaskReport) -> float | None:
     n_shared = int(seen.layout.is_shared.sum())
     top = top_experts(seen.activated_frequency, seen.expert_mui, n_shared)
     return float(seen.layout.is_shared[top].mean()) if n_shared else None
-
-
-def _ablated(probe: MUIProbe, report: MUIReport, draws: int) -> Iterator[dict[str, Any]]:
-    """Without key neurons, or key experts, and without random ones."""
-    for what in ("neurons", "experts"):
-        for task, one in probe.ablate(report, what=what, draws=draws).tasks.items():
-            if one.changes is None:  # no key expert
-                continue
-            for masked in ("key", "random"):
-                yield {
-                    "task": task,
-                    "what": what,
-                    "masked": masked,
-                    "n_masked": one.n_masked,
-                    "n_overlap": sum(one.n_overlap) / draws if masked == "random" else None,
-                    "loss": one.changes.loss,
-                    "change": getattr(one.changes, masked).value,
-                }
-
-
-def _without_one_a_layer(probe: MUIProbe, report: MUIReport, draws: int) -> Iterator[dict[str, Any]]:
-    """Without one expert of each layer: which one is missed most?"""
-    table = probe.sample_table
-    for index, task in enumerate(report.task_names):
-        masks = _one_a_layer(report.tasks[task], np.random.default_rng(index), draws)
-        sample = np.flatnonzero(table.task == index)
-        trials = [Trial(sample, neurons_of_experts(report.layout, is_in_E)) for _, is_in_E in masks]
-        losses = [float(loss_N.sum()) / int(table.n_tokens[sample].sum()) for loss_N in probe.losses(trials)]
-        for masked in dict.fromkeys(name for name, _ in masks if name != "nothing"):
-            changes = [loss - losses[0] for (name, _), loss in zip(masks, losses, strict=True) if name == masked]
-            yield {
-                "task": task,
-                "what": "one expert a layer",
-                "masked": masked,
-                "n_masked": int(trials[1].is_masked.sum()),
-                "n_overlap": None,
-                "loss": losses[0],
-                "change": sum(changes) / len(changes),
-            }
-
-
-def _one_a_layer(seen: TaskReport, rng: np.random.Generator, draws: int) -> list[tuple[str, BoolArray]]:
-    """By name, which experts of all layers; first, none."""
-    layout, n_layers = seen.layout, len(seen.layout.layers)
-    layer_E, is_routed_E = layout.layer_of_expert, ~layout.is_shared
-
-    def highest(value_E: FloatArray) -> BoolArray:
-        """Of the routed experts of each layer."""
-        is_in_E = np.zeros(layout.n_experts, dtype=np.bool_)
-        for layer in range(n_layers):
-            is_in_E[np.argmax(np.where(is_routed_E & (layer_E == layer), value_E, -1))] = True
-        return is_in_E
-
-    return [
-        ("nothing", np.zeros(layout.n_experts, dtype=np.bool_)),
-        # among experts that are activated as often, that with more key neurons
-        ("most activated", highest(seen.activated_frequency + 1e-6 * seen.expert_mui)),
-        ("most routed to", highest(seen.routed.astype(np.float64))),
-        *(("random", highest(rng.random(layout.n_experts))) for _ in range(draws)),
-        *([("shared", layout.is_shared)] if layout.is_shared.any() else []),
-    ]
