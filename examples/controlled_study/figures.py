@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from mui_callback.metrics.phases import Phase
 from mui_callback.pictures.palette import EXPERT_COLORS, PHASE_COLORS, PHASE_MARKERS, colors_of
-from mui_callback.pictures.style import DPI, FAINT, as_png, open_axes
+from mui_callback.pictures.style import DPI, FAINT, RULE, as_png, open_axes
 
 from .comparison import Mean, mean
 from .results import Results
@@ -23,7 +23,7 @@ _OF_TRAJECTORIES = (
     ("loss", 1, "Held-out loss", "nats per byte"),
     ("mui", 100, "MUI", "% of all expert neurons"),
     ("key_expert_proportion", 100, "Key experts", "% of all experts"),
-    ("shared_share", 100, "Key neurons in shared experts", "% (dotted: their share of all neurons)"),
+    ("shared_share", 100, "Key neurons in shared experts", "% (dotted: of all neurons)"),
     ("expert_diversity", 100, "Effective experts of key neurons", "% of all experts"),
     ("routing_rank_correlation", 1, "Routing and use of routed experts", "rank correlation"),
 )
@@ -56,7 +56,12 @@ def _trajectories(results: Results) -> Figure:
                 axes.axhline(factor / variant.n_experts, color=style["color"], linestyle=":", linewidth=1)
         axes.set_title(title, fontsize=11)
         axes.set_ylabel(unit)
-        axes.set_ylim(bottom=0)
+        if column == "loss":
+            axes.set_yscale("log")
+            axes.set_yticks([1, 2, 4, 6], ["1", "2", "4", "6"])
+            axes.minorticks_off()
+        elif column != "routing_rank_correlation":
+            axes.set_ylim(bottom=0)
         open_axes(axes)
     for axes in panels[-1]:
         axes.set_xlabel("optimizer steps")
@@ -91,6 +96,9 @@ def _causal(results: Results) -> Figure:
                 shift = 0.8 * (place + 0.5) / len(masks) - 0.4
                 _draw_changes(axes, results, what, masked, task, shift, color=colors[masked], label=label)
             axes.axhline(0, color=FAINT, linewidth=0.8)
+            for border in range(1, len(VARIANTS)):
+                axes.axvline(border - 0.5, color=RULE, linewidth=0.8)
+            axes.set_xlim(-0.5, len(VARIANTS) - 0.5)
             axes.set_title(task, fontsize=11)
             axes.set_xticks(
                 range(len(VARIANTS)), [variant.name.replace(", ", "\n") for variant in VARIANTS], fontsize=9
@@ -127,7 +135,7 @@ def _phases(results: Results) -> Figure:
             for seed in seeds:
                 path = results.path(variant, seed, task)
                 x, y = ([one["performance"] for one in path], [100 * one["mui"] for one in path])
-                axes.plot(x, y, color="#c9ced6", linewidth=0.8, zorder=1)
+                axes.plot(x, y, color=RULE, linewidth=0.8, zorder=1)
                 for phase in Phase:
                     of = [place for place, one in enumerate(path) if one["phase"] == phase.value]
                     axes.plot(
