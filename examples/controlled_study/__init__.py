@@ -2,7 +2,7 @@
 
     python -m examples.controlled_study
 
-trains 4 small MoE language models on a CPU, each from five seeds, with `MUIProbe` looking in, and writes to
+trains 4 small MoE language models on a CPU, each from four seeds, with `MUIProbe` looking in, and writes to
 ``mui-study``:
 
     runs/            one file for each run; those that are there are not run again

@@ -62,7 +62,7 @@ def main() -> None:
     """Read the arguments, and run."""
     parser = argparse.ArgumentParser(prog="python -m examples.controlled_study", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("mui-study"))
-    parser.add_argument("--seeds", type=int, help="5, or 2 with --quick")
+    parser.add_argument("--seeds", type=int, help="4, or 2 with --quick")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="to see that it works: a few small steps")
@@ -70,7 +70,7 @@ def main() -> None:
     settings = QUICK if given.quick else Settings()
     if given.steps is not None:
         settings = replace(settings, steps=given.steps)
-    seeds = given.seeds or (2 if given.quick else 5)
+    seeds = given.seeds or (2 if given.quick else 4)
     try:
         study(given.output, settings, seeds=seeds, jobs=given.jobs, console=Console(highlight=False))
     except ValueError as error:

@@ -91,6 +91,7 @@ def causal_lines(results: Results) -> Iterator[str]:
         ("one expert a layer", "most activated", "random"),
         ("one expert a layer", "most activated", "most routed to"),
         ("one expert a layer", "shared", "most activated"),
+        ("one expert a layer", "shared", "random"),
     ):
         for variant in VARIANTS:
             found, other = (results.change(what, masked, variant) for masked in (first, second))
