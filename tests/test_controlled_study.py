@@ -55,7 +55,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(output: Path) -> tuple[Results, str]:
     said = StringIO()
-    return study(output, QUICK, seeds=SEEDS, jobs=2, console=Console(file=said, width=200)), said.getvalue()
+    return study(output, QUICK, seeds=SEEDS, jobs=1, console=Console(file=said, width=200)), said.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -19,6 +19,9 @@ from .results import Results, is_done
 from .summary import show
 from .training import QUICK, Settings, run
 from .variants import VARIANTS, Variant
+
+_Run = tuple[Variant, int]
+"""And its seed."""
 
 
 def study(output: Path, settings: Settings, *, seeds: int, jobs: int, console: Console) -> Results:
@@ -37,25 +40,35 @@ def study(output: Path, settings: Settings, *, seeds: int, jobs: int, console: C
     return results
 
 
-def _run_all(
-    missing: Sequence[tuple[Variant, int]], settings: Settings, output: Path, jobs: int, console: Console
-) -> None:
-    """Each in a process and on a thread of its own: with steps this small, threads would wait for each other."""
+def _run_all(missing: Sequence[_Run], settings: Settings, output: Path, jobs: int, console: Console) -> None:
     columns = TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
-    with (
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
-    ):
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("runs", total=len(missing))
+        for (variant, seed), said in (_side_by_side if jobs > 1 else _in_turn)(missing, settings, output, jobs):
+            progress.advance(bar)
+            console.print(f"{variant.name}, seed {seed}: {said}")
+
+
+def _side_by_side(missing: Sequence[_Run], settings: Settings, output: Path, jobs: int) -> Iterator[tuple[_Run, str]]:
+    """Each in a process and on a thread of its own: with steps this small, threads would wait for each other."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         futures = {pool.submit(run, *one, settings, output): one for one in missing}
         try:
             for future in as_completed(futures):
-                progress.advance(bar)
-                variant, seed = futures[future]
-                console.print(f"{variant.name}, seed {seed}: {future.result()}")
+                yield futures[future], future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _in_turn(missing: Sequence[_Run], settings: Settings, output: Path, _: int) -> Iterator[tuple[_Run, str]]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for one in missing:
+            yield one, run(*one, settings, output)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def main() -> None:
