@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mui_callback.json_lines import append_line
 from mui_callback.sinks.base import ProbePoint, RunDescription
 from mui_callback.task_report import TaskReport
 from mui_callback.version import __version__
@@ -60,34 +60,16 @@ class JsonlSink:
         if point.alerts:
             row["alerts"] = [asdict(alert) for alert in point.alerts]
         self._tell()
-        self._append(row)
+        append_line(self.path, row)
 
     def _tell(self) -> None:
         """Append the description, if that did not succeed before."""
         if self._untold is not None:
-            self._append(self._untold)
+            append_line(self.path, self._untold)
             self._untold = None
-
-    def _append(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as file:
-            size = file.tell()
-            if size and _last_byte(self.path) != b"\n":  # the writer before was killed
-                line = b"\n" + line
-            written = file.write(line)  # one system call: an interrupt comes before it or after it
-            if written != len(line):
-                file.truncate(size)
-                raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
 
     def close(self) -> None:
         """Nothing is left to do: every line is on disk."""
-
-
-def _last_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read()
 
 
 def _task(task: TaskReport) -> dict[str, Any]:

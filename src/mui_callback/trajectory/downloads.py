@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
+from mui_callback.json_lines import append_line, whole_lines
 from mui_callback.loading import ModelSource
 
 
@@ -40,16 +40,12 @@ class Downloads:
 
     def _write(self, source: ModelSource, commit: str, *, is_there: bool) -> None:
         line = {"model": source.name, "revision": source.revision, "commit": commit, "is_there": is_there}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
+        append_line(self.file, line)
 
     def _commits(self, source: ModelSource) -> list[str]:
         """Those of a revision that are there; it may have moved on meanwhile."""
         commits: dict[str, bool] = {}
-        for text in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ():
-            with suppress(ValueError):  # of a process that was killed while it wrote
-                line = json.loads(text)
-                if (line["model"], line["revision"]) == (source.name, source.revision):
-                    commits[line["commit"]] = line["is_there"]
+        for line in whole_lines(self.file):
+            if (line["model"], line["revision"]) == (source.name, source.revision):
+                commits[line["commit"]] = line["is_there"]
         return [commit for commit, is_there in commits.items() if is_there]

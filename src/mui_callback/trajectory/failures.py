@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from traceback import format_exception
 
 from mui_callback.errors import MUIError
 from mui_callback.forgiving import described
+from mui_callback.json_lines import append_line, whole_lines
 from mui_callback.trajectory.checkpoint import CheckpointId
 
 _NAME = "failures.jsonl"
@@ -43,8 +43,7 @@ class Failures:
             "error": in_words(error),
             "traceback": "".join(format_exception(error)),
         }
-        with self._file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
+        append_line(self._file, line)
 
     def read(self) -> dict[CheckpointId, str]:
         """The last error of each checkpoint that failed, in whichever process."""
@@ -58,13 +57,8 @@ def read_failures(directory: Path, *, since: float = 0.0) -> dict[CheckpointId, 
         directory: of the study.
         since: earlier ones, in seconds of Unix time, are left out.
     """
-    file = directory / _NAME
-    found: dict[CheckpointId, str] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            failure = json.loads(line)
-        except ValueError:  # of a process that was killed while it wrote
-            continue
-        if failure["time"] >= since:
-            found[CheckpointId(**failure["checkpoint"])] = failure["error"]
-    return found
+    return {
+        CheckpointId(**failure["checkpoint"]): failure["error"]
+        for failure in whole_lines(directory / _NAME)
+        if failure["time"] >= since
+    }
