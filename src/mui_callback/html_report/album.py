@@ -26,7 +26,6 @@ class Drawn:
 
     name: str
     """Of its files, without their ending."""
-    alt: str
     svg: Markup
     width: int
     """Pixels that it takes where there is room."""
@@ -59,7 +58,7 @@ class Album:
         svg = self.keep(name, figure)
         self._n_in_page += 1
         width = round(figure.get_figwidth() * DPI)
-        return Drawn(as_file_name(name), alt, _in_page(svg, f"f{self._n_in_page}", alt), width)
+        return Drawn(as_file_name(name), _in_page(svg, f"f{self._n_in_page}", alt), width)
 
     def keep(self, name: str, figure: Figure) -> str:
         """Write a figure as PNG and SVG, and return the latter.

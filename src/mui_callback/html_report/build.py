@@ -175,7 +175,7 @@ def _top(album: Album, model: str, of_model: Sequence[Measured], progress: Progr
     return {
         "model": model,
         "first": progress.phrase(first.x),
-        "tasks": [(drawn, top_table(model, task, before.get(task), now[task])) for task, drawn in bars],
+        "tasks": [(drawn, top_table(task, before.get(task), now[task])) for task, drawn in bars],
     }
 
 

@@ -34,7 +34,6 @@ _IMAGE = re.compile(r'<image xlink:href="[^"]*"')
 class Slides:
     """All heatmaps of a model."""
 
-    model: str
     drawn: Drawn
     """The figure with the cells of the last checkpoint."""
     checkpoints: tuple[str, ...]
@@ -88,7 +87,6 @@ def slides_of(album: Album, model: str, found: Sequence[Measured], progress: Pro
         for value, images in made.items():
             cells[value].append(images)
     return Slides(
-        model=model,
         drawn=_with_cells(drawn, cells["expert_mui"][0][-1]),
         checkpoints=tuple(f"{progress.phrase(one.x)} ({one.checkpoint.label})" for one in found),
         tasks=tuple(tasks),

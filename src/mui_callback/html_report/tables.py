@@ -74,7 +74,6 @@ class TopExpert:
 class TopTable:
     """The ten experts of a task."""
 
-    model: str
     task: str
     experts: tuple[TopExpert, ...]
     n_kept: int
@@ -109,11 +108,10 @@ def as_data_url(text: str) -> str | None:
     return url if len(url) <= MOST_CSV_BYTES else None
 
 
-def top_table(model: str, task: str, first: TaskReport | None, last: TaskReport) -> TopTable:
+def top_table(task: str, first: TaskReport | None, last: TaskReport) -> TopTable:
     """The ten at the last checkpoint, and what they were at the first.
 
     Args:
-        model: whose experts these are.
         task: its name.
         first: at another checkpoint with the same experts; None if there is none.
         last: at the last.
@@ -133,7 +131,7 @@ def top_table(model: str, task: str, first: TaskReport | None, last: TaskReport)
             )
         )  # fmt: skip
     known = set() if first is None else {label for label, *_ in activated_experts(first)}
-    return TopTable(model, task, tuple(experts), sum(one.label in known for one in experts), first is not None)
+    return TopTable(task, tuple(experts), sum(one.label in known for one in experts), first is not None)
 
 
 def all_rows(found: Sequence[Sequence[Measured]]) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Panel:
     title: str
     unit: str
     """Along the values."""
-    lines: Sequence[Line] = field(default_factory=tuple)
+    lines: Sequence[Line]
 
 
 def curves(
