@@ -26,6 +26,11 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
+def in_a_line(error: BaseException) -> str:
+    """What an exception says, without the breaks of its lines; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def warn(message: str) -> None:
     """A warning that stays one where warnings are turned into errors."""
     try:

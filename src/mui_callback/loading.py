@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mui_callback.errors import MUIError, UnsupportedModelError
+from mui_callback.forgiving import in_a_line
 
 try:
     import transformers as hf
@@ -270,7 +271,7 @@ def _explained(source: ModelSource) -> Iterator[None]:
     except MUIError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = in_a_line(error)
         if "trust_remote_code=True" in said:
             named = filter(source.has, ("config.json", "tokenizer_config.json"))
             maps = [source.read(file).get("auto_map") for file in named]

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from mui_callback.errors import MUIError
+from mui_callback.forgiving import in_a_line
 from mui_callback.trajectory.config import StudyConfig
 
 
@@ -25,7 +26,7 @@ def check_config_file(file: Path) -> None:
     except OSError as error:
         raise MUIError(f"{file}: expected the config of a study, got {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MUIError(f"{file}: expected YAML, got something else: {' '.join(str(error).split())}") from error
+        raise MUIError(f"{file}: expected YAML, got something else: {in_a_line(error)}") from error
     if not isinstance(root, yaml.MappingNode):
         raise MUIError(f"{file}: expected the config of a study, with the keys {', '.join(_names(StudyConfig))}")
     complaints = [f"{file}:{line}: {what}" for line, what in _unknown(root, StudyConfig, "")]

@@ -17,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from torch import nn
 
+from mui_callback.forgiving import in_a_line
 from mui_callback.loading import DType, ModelLoadError, ModelSource, load_skeleton, load_tokenizer
 from mui_callback.trajectory.downloads import Downloads
 from mui_callback.trajectory.places import ModelDirectory
@@ -156,5 +157,4 @@ def _explained(what: str | ModelSource) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelLoadError(f"{what}: {said}") from error
+        raise ModelLoadError(f"{what}: {in_a_line(error)[:300]}") from error

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mui_callback.forgiving import in_a_line
 from mui_callback.loading import ModelLoadError
 from mui_callback.trajectory.zero3 import State, whole_weights
 
@@ -139,5 +140,4 @@ def _explained(path: Path) -> Iterator[None]:
     except ModelLoadError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelLoadError(f"{path}: {type(error).__name__}: {said}") from error
+        raise ModelLoadError(f"{path}: {type(error).__name__}: {in_a_line(error)[:300]}") from error
