@@ -10,6 +10,7 @@ from pathlib import Path
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from mui_callback.file_names import plain_name
 from mui_callback.pictures.style import DPI, FAINT, INK, RULE, as_png, as_svg
 from mui_callback.whole_file import replaced_at_once
 
@@ -78,7 +79,7 @@ class Album:
 
 def as_file_name(name: str) -> str:
     """A name for files: what cannot be in one is replaced, and then told apart by a few digits."""
-    plain = re.sub(r"[^A-Za-z0-9.=_-]+", "-", name).strip("-.")[:80]
+    plain = plain_name(name, 80)
     return plain if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:6]}"
 
 

@@ -7,13 +7,13 @@ is right, is not kept: it is found anew, as the task may say something else by t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
+from mui_callback.file_names import plain_name
 from mui_callback.forgiving import described, warn
 from mui_callback.probe.samples import IntArray, integers
 from mui_callback.responses.answers import Ending, GeneratedAnswer
@@ -65,7 +65,7 @@ class AnswerKey:
             "max_length": max_length,
         }
         digest = sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-        return cls(re.sub(r"[^A-Za-z0-9.=-]+", "-", f"{slug}--{task.name}").strip("-.")[:120], digest)
+        return cls(plain_name(f"{slug}--{task.name}", 120), digest)
 
     @property
     def file_name(self) -> str:

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 
+from mui_callback.file_names import plain_name
+
 _STEP = re.compile(r"(?:^|[^a-z])(?:checkpoint|global_?step|step|iter(?:ation)?)[-_=]?(\d+)", re.IGNORECASE)
 _TOKENS = re.compile(
     r"(?:^|[^a-z])(?:tokens[-_=]?(\d+(?:\.\d+)?)([KMBT])?|(\d+(?:\.\d+)?)([KMBT])[-_]?tokens)", re.IGNORECASE
@@ -47,7 +49,7 @@ class CheckpointId:
     @property
     def slug(self) -> str:
         """A name for files: readable, and different for each checkpoint of a study."""
-        readable = re.sub(r"[^A-Za-z0-9.=-]+", "-", f"{self.model}--{self.label}").strip("-.")[:80]
+        readable = plain_name(f"{self.model}--{self.label}", 80)
         return f"{readable}-{sha256(repr((self.model, self.label)).encode()).hexdigest()[:8]}"
 
     def __str__(self) -> str:
