@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.text import Text
 
 from mui_callback.experts.discover import find_expert_layers
@@ -88,8 +89,8 @@ def _show_checkpoints(
             Text(one.id.label),
             "-" if one.id.step is None else f"{one.id.step:,}",
             "-" if one.id.tokens is None else in_tokens(one.id.tokens),
-            "-" if size is None else _bytes(size.whole),
-            "-" if size is None or not size.to_fetch else _bytes(size.to_fetch),
+            "-" if size is None else decimal(size.whole),
+            "-" if size is None or not size.to_fetch else decimal(size.to_fetch),
             Text("not found", style="red") if one in missing else state,
         )
     console.print(table)
@@ -104,7 +105,8 @@ def _show_disk(console: Console, config: StudyConfig, left: Sequence[_Size]) -> 
     n_at_once = len(to_fetch) if config.keep_checkpoints is None else min(len(to_fetch), 2 + config.keep_checkpoints)
     most = sum(sorted(to_fetch)[-n_at_once:])
     console.print(
-        f"To download: {_bytes(sum(to_fetch))}; on the disk at a time: {_bytes(most)} at most, {n_at_once} checkpoints."
+        f"To download: {decimal(sum(to_fetch))}; on the disk at a time: {decimal(most)} at most, "
+        f"{n_at_once} checkpoints."
     )
 
 
@@ -168,11 +170,6 @@ def _rate(device: str, dtype: str) -> float:
         float((a @ a)[0, 0])  # waits for the device
         n += 1
     return n * 2.0 * _SIDE**3 / (time.perf_counter() - start)
-
-
-def _bytes(n: int) -> str:
-    unit, size = next(((name, size) for name, size in (("GB", 1e9), ("MB", 1e6)) if n >= size), ("kB", 1e3))
-    return f"{n / size:.3g} {unit}"
 
 
 def _time(seconds: float) -> str:
