@@ -90,8 +90,10 @@ def test_dots_are_the_last_values() -> None:
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["model 0", "model 1", "model 2"]
 
 
-@pytest.mark.parametrize("n_panels", [1, 2, 4, 9])
-@pytest.mark.parametrize("n_lines", [1, 2, 8, 25])
+@pytest.mark.parametrize(
+    ("n_panels", "n_lines"),  # one, two and three columns, with the shortest legends and the longest
+    [(1, 1), (1, 8), (1, 25), (2, 8), (2, 25), (4, 2), (9, 1), (9, 8), (9, 25)],
+)
 def test_words_have_room(n_panels: int, n_lines: int) -> None:
     name = "organisation/a-model-with-a-name-that-is-long-{}" if n_lines < 9 else "{}"
     panels = some_panels(n_panels, n_lines, name=name)
