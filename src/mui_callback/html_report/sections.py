@@ -14,8 +14,8 @@ from mui_callback.html_report.routes import POOLED, Route
 from mui_callback.metrics.catalogue import metric_named
 from mui_callback.pictures.coverage import coverage_curves
 from mui_callback.pictures.curves import Line, Panel, curves, dots
-from mui_callback.pictures.panels import MOST_ON_PAGE
 from mui_callback.pictures.planes import Plane, planes
+from mui_callback.pictures.scene import MOST_PANELS
 from mui_callback.pictures.style import shortened
 from mui_callback.pictures.top_experts import top_experts_bars
 from mui_callback.pictures.trajectories import trajectories
@@ -54,7 +54,7 @@ def trajectory_figures(album: Album, routes: Sequence[Route], progress: Progress
         paths = [route.path for route in routes if route.model == model]
         if len(models) > 1 and all(len(path.points) < 2 for path in paths):
             continue
-        for page, some in _pages(paths, MOST_ON_PAGE):
+        for page, some in _pages(paths, MOST_PANELS):
             alt = "; ".join(
                 f"{path.task}: {len(path.points)} points, MUI {100 * path.points[0].mui:.3g} to "
                 f"{100 * path.points[-1].mui:.3g} %, {path.points[-1].phase.value} at the end"
@@ -73,7 +73,7 @@ def _side_by_side(album: Album, routes: Sequence[Route]) -> Iterator[Drawn]:
         title = f"{route.name} ({axis.removeprefix('-')})" if several else route.name
         plane = shown.setdefault((route.name, axis), Plane(title, axis, {}))
         shown[route.name, axis] = Plane(title, axis, {**plane.paths, route.model: route.path})
-    for page, some in _pages(list(shown.values()), MOST_ON_PAGE):
+    for page, some in _pages(list(shown.values()), MOST_PANELS):
         figure = planes(some, title="Models side by side", subtitle="the last checkpoint is large")
         names = ", ".join(plane.title for plane in some)
         yield album.add(f"models{page}", figure, f"MUI against performance of all models, on {names}.")
@@ -127,7 +127,7 @@ def _over_training(
     album: Album, name: str, panels: Sequence[Panel], title: str, subtitle: str, progress: Progress
 ) -> Iterator[Drawn]:
     is_single = all(len(line.x) < 2 for panel in panels for line in panel.lines)
-    for page, some in _pages(panels, MOST_ON_PAGE):
+    for page, some in _pages(panels, MOST_PANELS):
         figure = (
             dots(some, title=title, subtitle=subtitle)
             if is_single

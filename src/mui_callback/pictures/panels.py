@@ -14,8 +14,6 @@ from mui_callback.metrics.utilization import FloatArray
 from mui_callback.pictures import style
 from mui_callback.pictures.palette import colors_of
 
-MOST_ON_PAGE = 9
-"""Panels that fit on a page."""
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _MARKERS = ("o", "s", "^", "D")
 _LEFT, _RIGHT, _TOP, _BOTTOM, _BETWEEN = 78, 30, 92, 66, (86, 92)
@@ -42,6 +40,12 @@ def strokes(names: Sequence[str]) -> dict[str, Stroke]:
     return {name: Stroke(colors[name], _DASHES[again], _MARKERS[again]) for name, again in rounds.items()}
 
 
+def grid(n_panels: int) -> tuple[int, int]:
+    """Columns and rows of a page."""
+    n_columns = {0: 1, 1: 1, 2: 2, 4: 2}.get(n_panels, 3)
+    return n_columns, max(1, -(-n_panels // n_columns))
+
+
 def panelled(
     titles: Sequence[str],
     *,
@@ -54,15 +58,14 @@ def panelled(
     """A page and the axes of its panels.
 
     Args:
-        titles: of the panels, at most `MOST_ON_PAGE`.
+        titles: of the panels, at most `scene.MOST_PANELS`.
         title: above the page.
         subtitle: below that.
         legend: what is named below the panels.
         height: of a panel, in pixels.
         left: room left of a panel.
     """
-    n_columns = {0: 1, 1: 1, 2: 2, 4: 2}.get(len(titles), 3)
-    n_rows = max(1, -(-len(titles) // n_columns))
+    n_columns, n_rows = grid(len(titles))
     width, between = _WIDTHS[n_columns], (left + 8, _BETWEEN[1])
     page_width = left + n_columns * (width + between[0]) - between[0] + _RIGHT
     rows, column = _legend_shape(legend, page_width)

@@ -38,7 +38,7 @@ class Picture:
 PICTURES = ("trajectory", "expert_mui", "activated_frequency", "top_experts", "expert_mui_histogram")
 """Every picture, by the last part of its key, in the order of their panels."""
 MOST_PANELS = 9
-"""Tasks of the trajectory, that of all pooled among them."""
+"""Panels of one picture; of the trajectory that of all tasks pooled is one."""
 PICTURE_STEP_KEY = f"{PREFIX}/pictures/step"
 """The x axis of pictures. They come when the trainer has gone on: on its axis they would take the step that sums up the
 run back."""

@@ -15,6 +15,7 @@ from mui_callback.metrics.phases import Phase
 from mui_callback.metrics.utilization import FloatArray
 from mui_callback.pictures import style
 from mui_callback.pictures.palette import PHASE_COLORS, PHASE_MARKERS
+from mui_callback.pictures.panels import grid
 from mui_callback.pictures.paths import Path, PathPoint
 from mui_callback.pictures.point_labels import label_points
 from mui_callback.pictures.scene import MOST_PANELS
@@ -47,8 +48,7 @@ def trajectories(paths: Sequence[Path], *, title: str, subtitle: str) -> Figure:
     n_left_out = len(paths) - len(drawn)
     if n_left_out:
         subtitle += f"; {n_left_out} more {'task is' if n_left_out == 1 else 'tasks are'} not shown"
-    n_columns = min(3, max(1, len(drawn))) if len(drawn) != 4 else 2
-    n_rows = max(1, -(-len(drawn) // n_columns))
+    n_columns, n_rows = grid(len(drawn))
     step_x, step_y = _PANEL_WIDTH + _BETWEEN[0], _PANEL_HEIGHT + _BETWEEN[1]
     width = max(_LEFT + n_columns * step_x - _BETWEEN[0] + _RIGHT, 720)
     height = _BOTTOM + n_rows * step_y - _BETWEEN[1] + _TOP
