@@ -46,7 +46,7 @@ class StudiedCheckpoint:
         """The tokenizer that is named for the model, or else comes with the checkpoint."""
         if self.config.tokenizer is None:
             return self.place.load_tokenizer()
-        return load_tokenizer(ModelSource(self.config.tokenizer, None, self.config.trust_remote_code))
+        return load_tokenizer(_source(self.config, self.config.tokenizer))
 
 
 def list_checkpoints(config: ModelConfig, downloads: Downloads) -> list[StudiedCheckpoint]:
@@ -68,7 +68,9 @@ def list_checkpoints(config: ModelConfig, downloads: Downloads) -> list[StudiedC
     ids = _some(ids, config.at_most)
     if directory.exists():
         return [StudiedCheckpoint(one, config, _local(directory, one.label, config)) for one in ids]
-    return [StudiedCheckpoint(one, config, HubRevision(_source(config, one.label), downloads)) for one in ids]
+    return [
+        StudiedCheckpoint(one, config, HubRevision(_source(config, config.source, one.label), downloads)) for one in ids
+    ]
 
 
 def _on_hub(config: ModelConfig) -> list[str]:
@@ -122,8 +124,9 @@ def _some(ids: list[CheckpointId], at_most: int | None) -> list[CheckpointId]:
     return [ids[round(i * (len(ids) - 1) / max(at_most - 1, 1))] for i in range(at_most)]
 
 
-def _source(config: ModelConfig, revision: str | None = None) -> ModelSource:
-    return ModelSource(config.source, revision, config.trust_remote_code, config.allow_pickle)
+def _source(config: ModelConfig, name: str, revision: str | None = None) -> ModelSource:
+    """What is at a name, with what the config lets be done to read it."""
+    return ModelSource(name, revision, config.trust_remote_code, config.allow_pickle)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -138,10 +141,10 @@ def _local(directory: Path, label: str, config: ModelConfig) -> Place:
     path = directory / label if directory.is_dir() else directory
     weights = None if _is_model(path) else weights_of(path)
     if weights is None:
-        return ModelDirectory(ModelSource(str(path), None, config.trust_remote_code, config.allow_pickle))
+        return ModelDirectory(_source(config, str(path)))
     named = config.architecture or (str(path) if (path / "config.json").is_file() else None)
     if named is None:
         raise ModelLoadError(
             f"{path}: has weights only; expected `architecture`, the model's config or a function that makes it"
         )
-    return StateFiles(weights, Architecture(ModelSource(named, None, config.trust_remote_code)))
+    return StateFiles(weights, Architecture(_source(config, named)))
