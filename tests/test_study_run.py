@@ -221,6 +221,17 @@ def test_answers_of_the_model(measured: StudyConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_answers_of_other_weights_are_not_taken(source: Path, measured: StudyConfig, tmp_path: Path) -> None:
+    shutil.copytree(source / "checkpoint-10", tmp_path / "model")
+    config = replace(measured, output=tmp_path / "out", models=[ModelConfig(str(tmp_path / "model"))])
+    config = replace(config, response="generate")
+    run(config)
+    build("qwen2_moe", seed=77).save_pretrained(tmp_path / "model")
+    run(config)
+    run(replace(config, output=tmp_path / "fresh"))
+    assert table(tmp_path / "out") == table(tmp_path / "fresh")
+
+
 def test_performance_of_the_harness(measured: StudyConfig, source: Path, tmp_path: Path) -> None:
     from mui_callback.benchmarks.lm_eval import LMEvalBenchmark
     from mui_callback.benchmarks.run import run_benchmarks
