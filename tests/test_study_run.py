@@ -12,11 +12,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.cli import main
 from mui_callback.errors import MUIError
+from mui_callback.loading import ModelSource
 from mui_callback.metrics.phases import PhaseRule
 from mui_callback.metrics.trajectory import phase_at
 from mui_callback.responses.task_config import TaskConfig
@@ -24,6 +26,7 @@ from mui_callback.settings import ProbeSettings
 from mui_callback.trajectory import identity
 from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.trajectory.config import ModelConfig, StudyConfig
+from mui_callback.trajectory.places import ModelDirectory
 from mui_callback.trajectory.records import open_study
 from studies import PROBE, SUMS, WORDS, run, save_checkpoints, save_tasks, study, table
 from tiny import build
@@ -187,11 +190,31 @@ def test_other_weights_at_the_same_place(source: Path, measured: StudyConfig, tm
     (model,) = config.models
     names = [f"checkpoint-{step}" for step in STEPS]
     outcome, said = run(replace(config, models=[replace(model, checkpoints=names)]))
-    assert "checkpoint-10: other weights than those that were measured" in said
+    assert "checkpoint-10: other files than those that were measured" in said
     assert "2 of 3 checkpoints are measured" in said
     assert outcome.is_complete
     now, before = table(tmp_path / "out"), table(measured.output)
     assert [one == other for one, other in zip(now, before, strict=True)] == [True] * 2 + [False] * 2 + [True] * 2
+
+
+def test_what_tells_a_checkpoint_from_another(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(source / "checkpoint-5", path)
+    place = ModelDirectory(ModelSource(str(path)))
+    seen = [place.weights]
+    weights = load_file(path / "model.safetensors")
+    weights = {name: -tensor if "layers.1.mlp.experts" in name else tensor for name, tensor in weights.items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})  # neither the first nor the last
+    seen.append(place.weights)
+    for name in ("config.json", "tokenizer_config.json"):
+        (path / name).write_text((path / name).read_text() + "\n")
+        seen.append(place.weights)
+    assert None not in seen
+    assert len(set(seen)) == 4
+    (path / "trainer_state.json").write_text("{}")  # says nothing of the model
+    assert place.weights == seen[-1]
+    (path / "model.safetensors").unlink()
+    assert place.weights is None
 
 
 def test_models_side_by_side(source: Path, tasks: list[TaskConfig], measured: StudyConfig, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class _Run:
         if self._crew.is_main:
             for one in self._plan.checkpoints:
                 if self._plan.has_other_weights(one):
-                    self._progress.say(f"{one.id}: other weights than those that were measured; measured anew")
+                    self._progress.say(f"{one.id}: other files than those that were measured; measured anew")
         n_done = sum(self._plan.record(one) is not None for one in left)
         if self._crew.is_main:
             self._progress.say(f"{self._plan.config.title}: {n_done} of {len(left)} checkpoints are measured")
