@@ -151,6 +151,18 @@ def test_a_changed_study_is_measured_anew(measured: StudyConfig, tmp_path: Path)
     assert [row["mui"] for row in table(tmp_path / "out")] != [row["mui"] for row in table(measured.output)]
 
 
+def test_tokens_may_be_told_later(measured: StudyConfig, tmp_path: Path) -> None:
+    shutil.copytree(measured.output, tmp_path / "out")
+    (model,) = measured.models
+    _, said = run(replace(measured, output=tmp_path / "out", models=[replace(model, tokens_per_step=1e6)]))
+    assert "3 of 3 checkpoints are measured" in said
+    rows = table(tmp_path / "out")
+    assert [row["tokens"] for row in rows] == [row["step"] * 1e6 for row in rows]
+    assert [row | {"tokens": None} for row in rows] == table(measured.output)
+    found = open_study(tmp_path / "out")
+    assert tuple(record.checkpoint for record in found.records) == found.planned
+
+
 def test_batches_change_nothing(measured: StudyConfig) -> None:
     outcome, _ = run(replace(measured, probe=replace(measured.probe, batch_tokens=16)))
     assert outcome.is_complete
