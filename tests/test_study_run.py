@@ -163,6 +163,15 @@ def test_tokens_may_be_told_later(measured: StudyConfig, tmp_path: Path) -> None
     assert tuple(record.checkpoint for record in found.records) == found.planned
 
 
+def test_another_repository_of_the_same_name(measured: StudyConfig) -> None:
+    one, other = (
+        identity.identity_of(measured, ModelConfig(source), {"sums": "…"}) for source in ("alice/tiny", "bob/tiny")
+    )
+    assert one != other
+    with pytest.raises(MUIError, match=r"model\.source was alice/tiny, is bob/tiny"):
+        identity.check_unchanged(measured.output, {"identities": {"tiny": one}}, {"tiny": other})
+
+
 def test_batches_change_nothing(measured: StudyConfig) -> None:
     outcome, _ = run(replace(measured, probe=replace(measured.probe, batch_tokens=16)))
     assert outcome.is_complete
