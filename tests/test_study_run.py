@@ -24,9 +24,11 @@ from mui_callback.metrics.trajectory import phase_at
 from mui_callback.responses.task_config import TaskConfig
 from mui_callback.settings import ProbeSettings
 from mui_callback.trajectory import identity
+from mui_callback.trajectory import run as run_module
 from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.trajectory.config import ModelConfig, StudyConfig
 from mui_callback.trajectory.places import ModelDirectory
+from mui_callback.trajectory.planning import StudyPlan
 from mui_callback.trajectory.records import open_study
 from studies import PROBE, SUMS, WORDS, run, save_checkpoints, save_tasks, study, table
 from tiny import build
@@ -170,6 +172,25 @@ def test_another_repository_of_the_same_name(measured: StudyConfig) -> None:
     assert one != other
     with pytest.raises(MUIError, match=r"model\.source was alice/tiny, is bob/tiny"):
         identity.check_unchanged(measured.output, {"identities": {"tiny": one}}, {"tiny": other})
+
+
+def test_a_plan_that_is_replaced_meanwhile(
+    measured: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(measured.output, tmp_path / "out")
+    config = replace(measured, output=tmp_path / "out")
+    (model,) = config.models
+    other = replace(config, models=[replace(model, name="other", checkpoints=["checkpoint-5"])])
+    write_rows = run_module.write_rows
+
+    def replaced(file: Path, rows: Any) -> None:
+        monkeypatch.setattr(run_module, "write_rows", write_rows)
+        write_rows(file, rows)
+        StudyPlan.of(config).write()
+
+    monkeypatch.setattr(run_module, "write_rows", replaced)
+    outcome, _ = run(other)
+    assert (outcome.n_planned, outcome.n_measured) == (1, 0)
 
 
 def test_batches_change_nothing(measured: StudyConfig) -> None:

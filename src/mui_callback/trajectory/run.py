@@ -100,7 +100,8 @@ class _Run:
     def outcome(self) -> StudyOutcome:
         """What became of it, in all processes of this run; waits for them."""
         failures = self._crew.gather(self._failures.read())
-        measured = {one.checkpoint for one in open_study(self._directory).records}
+        found = {one.checkpoint for one in open_study(self._directory).records}  # of another plan, if it was replaced
+        measured = found.intersection(one.id for one in self._plan.checkpoints)
         return StudyOutcome(
             n_planned=len(self._plan.checkpoints),
             n_measured=len(measured),
