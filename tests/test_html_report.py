@@ -28,7 +28,9 @@ from mui_callback.html_report import published
 from mui_callback.html_report.album import Album, as_file_name
 from mui_callback.html_report.beside import is_same_model
 from mui_callback.html_report.build import ReportFiles, write_report
+from mui_callback.html_report.measured import measured
 from mui_callback.html_report.numbers import number, percent
+from mui_callback.html_report.progress import progress_of
 from mui_callback.metrics.phases import PhaseRule
 from mui_callback.metrics.trajectory import phase_at
 from mui_callback.pictures import style
@@ -439,3 +441,13 @@ def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.Capt
     assert "lines through the last 3 checkpoints" in parsed(page.read_text(encoding="utf-8")).by_id("answer").text
     with pytest.raises(SystemExit, match="window: expected a number of points of at least 3, got 2"):
         main(["report", str(tmp_path / "study"), "--phase-window", "2"])
+
+
+def test_stages_that_each_begin_anew_are_in_their_order(tmp_path: Path) -> None:
+    labels = [f"stage{stage}-step{step}-tokens{step}B" for stage in (1, 2) for step in (10, 20)]
+    planned = [CheckpointId.named("m", label) for label in labels]
+    study = open_study(make_up_study(tmp_path, planned, ["a"]))
+    progress = progress_of(study)
+    assert progress.kind == "checkpoints"
+    assert [one.checkpoint for one in measured(study, progress, 0.95)["m"]] == planned
+    assert progress_of(open_study(make_up_study(tmp_path / "one", planned[:2], ["a"]))).kind == "tokens"

@@ -303,6 +303,8 @@ def test_prompts_of_plain_text(task_of: Callable[..., Task]) -> None:
     assert prompt_tokens(task, with_bos, chat=False)[0].tolist() == with_bos("Q: 1+1?\nA:")["input_ids"]
     with pytest.raises(ProbeSetError, match="expected a prompt: there is nothing to answer"):
         prompt_tokens(task_of(SUMS, response="{{ answer }}"), with_bos, chat=False)
+    with pytest.raises(ProbeSetError, match="expected a tokenizer for what the model is to answer, got none"):
+        prompt_tokens(task, None, chat=False)
 
 
 @settings(max_examples=50)

@@ -12,18 +12,23 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.cli import main
 from mui_callback.errors import MUIError
+from mui_callback.loading import ModelSource
 from mui_callback.metrics.phases import PhaseRule
 from mui_callback.metrics.trajectory import phase_at
 from mui_callback.responses.task_config import TaskConfig
 from mui_callback.settings import ProbeSettings
 from mui_callback.trajectory import identity
+from mui_callback.trajectory import run as run_module
 from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.trajectory.config import ModelConfig, StudyConfig
+from mui_callback.trajectory.places import ModelDirectory
+from mui_callback.trajectory.planning import StudyPlan
 from mui_callback.trajectory.records import open_study
 from studies import PROBE, SUMS, WORDS, run, save_checkpoints, save_tasks, study, table
 from tiny import build
@@ -148,6 +153,46 @@ def test_a_changed_study_is_measured_anew(measured: StudyConfig, tmp_path: Path)
     assert [row["mui"] for row in table(tmp_path / "out")] != [row["mui"] for row in table(measured.output)]
 
 
+def test_tokens_may_be_told_later(measured: StudyConfig, tmp_path: Path) -> None:
+    shutil.copytree(measured.output, tmp_path / "out")
+    (model,) = measured.models
+    _, said = run(replace(measured, output=tmp_path / "out", models=[replace(model, tokens_per_step=1e6)]))
+    assert "3 of 3 checkpoints are measured" in said
+    rows = table(tmp_path / "out")
+    assert [row["tokens"] for row in rows] == [row["step"] * 1e6 for row in rows]
+    assert [row | {"tokens": None} for row in rows] == table(measured.output)
+    found = open_study(tmp_path / "out")
+    assert tuple(record.checkpoint for record in found.records) == found.planned
+
+
+def test_another_repository_of_the_same_name(measured: StudyConfig) -> None:
+    one, other = (
+        identity.identity_of(measured, ModelConfig(source), {"sums": "…"}) for source in ("alice/tiny", "bob/tiny")
+    )
+    assert one != other
+    with pytest.raises(MUIError, match=r"model\.source was alice/tiny, is bob/tiny"):
+        identity.check_unchanged(measured.output, {"identities": {"tiny": one}}, {"tiny": other})
+
+
+def test_a_plan_that_is_replaced_meanwhile(
+    measured: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(measured.output, tmp_path / "out")
+    config = replace(measured, output=tmp_path / "out")
+    (model,) = config.models
+    other = replace(config, models=[replace(model, name="other", checkpoints=["checkpoint-5"])])
+    write_rows = run_module.write_rows
+
+    def replaced(file: Path, rows: Any) -> None:
+        monkeypatch.setattr(run_module, "write_rows", write_rows)
+        write_rows(file, rows)
+        StudyPlan.of(config).write()
+
+    monkeypatch.setattr(run_module, "write_rows", replaced)
+    outcome, _ = run(other)
+    assert (outcome.n_planned, outcome.n_measured) == (1, 0)
+
+
 def test_what_changes_no_number(measured: StudyConfig) -> None:
     """Batches, and, where nothing is generated, how answers would be."""
     tasks = [replace(task, max_new_tokens=9, stop=["x"]) for task in measured.tasks]
@@ -190,11 +235,31 @@ def test_other_weights_at_the_same_place(source: Path, measured: StudyConfig, tm
     (model,) = config.models
     names = [f"checkpoint-{step}" for step in STEPS]
     outcome, said = run(replace(config, models=[replace(model, checkpoints=names)]))
-    assert "checkpoint-10: other weights than those that were measured" in said
+    assert "checkpoint-10: other files than those that were measured" in said
     assert "2 of 3 checkpoints are measured" in said
     assert outcome.is_complete
     now, before = table(tmp_path / "out"), table(measured.output)
     assert [one == other for one, other in zip(now, before, strict=True)] == [True] * 2 + [False] * 2 + [True] * 2
+
+
+def test_what_tells_a_checkpoint_from_another(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(source / "checkpoint-5", path)
+    place = ModelDirectory(ModelSource(str(path)))
+    seen = [place.weights]
+    weights = load_file(path / "model.safetensors")
+    weights = {name: -tensor if "layers.1.mlp.experts" in name else tensor for name, tensor in weights.items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})  # neither the first nor the last
+    seen.append(place.weights)
+    for name in ("config.json", "tokenizer_config.json"):
+        (path / name).write_text((path / name).read_text() + "\n")
+        seen.append(place.weights)
+    assert None not in seen
+    assert len(set(seen)) == 4
+    (path / "trainer_state.json").write_text("{}")  # says nothing of the model
+    assert place.weights == seen[-1]
+    (path / "model.safetensors").unlink()
+    assert place.weights is None
 
 
 def test_models_side_by_side(source: Path, tasks: list[TaskConfig], measured: StudyConfig, tmp_path: Path) -> None:
@@ -224,6 +289,17 @@ def test_answers_of_the_model(measured: StudyConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_answers_of_other_weights_are_not_taken(source: Path, measured: StudyConfig, tmp_path: Path) -> None:
+    shutil.copytree(source / "checkpoint-10", tmp_path / "model")
+    config = replace(measured, output=tmp_path / "out", models=[ModelConfig(str(tmp_path / "model"))])
+    config = replace(config, response="generate")
+    run(config)
+    build("qwen2_moe", seed=77).save_pretrained(tmp_path / "model")
+    run(config)
+    run(replace(config, output=tmp_path / "fresh"))
+    assert table(tmp_path / "out") == table(tmp_path / "fresh")
+
+
 def test_performance_of_the_harness(measured: StudyConfig, source: Path, tmp_path: Path) -> None:
     from mui_callback.benchmarks.lm_eval import LMEvalBenchmark
     from mui_callback.benchmarks.run import run_benchmarks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,8 +50,14 @@ class Progress:
 
 
 def progress_of(study: Study) -> Progress:
-    """What the records of a study are all counted in."""
+    """What the records of a study are all counted in; stages of training that each begin anew are in no order of
+    steps."""
     checkpoints = [record.checkpoint for record in study.records]
-    if all(one.tokens is not None for one in checkpoints):
+    if _tell_apart([(one.model, one.tokens) for one in checkpoints]):
         return Progress("tokens")
-    return Progress("steps" if all(one.step is not None for one in checkpoints) else "checkpoints")
+    return Progress("steps" if _tell_apart([(one.model, one.step) for one in checkpoints]) else "checkpoints")
+
+
+def _tell_apart(places: Sequence[tuple[str, float | None]]) -> bool:
+    """Whether all are there, and no two of a model are the same."""
+    return all(value is not None for _, value in places) and len(set(places)) == len(places)

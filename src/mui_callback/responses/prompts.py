@@ -61,8 +61,10 @@ def prompt_tokens(task: Task, tokenizer: Any, *, chat: bool, encoder_decoder: bo
         encoder_decoder: whether the prompt is an encoder's.
 
     Raises:
-        ProbeSetError: as for `gold_samples`, or a sample has no prompt.
+        ProbeSetError: as for `gold_samples`, or there is no tokenizer, or a sample has no prompt.
     """
+    if tokenizer is None:
+        raise ProbeSetError(f"task {task.name!r}: expected a tokenizer for what the model is to answer, got none")
     texts: Sequence[str] = [sample.prompt for sample in task.samples]
     if chat:
         texts, tokenizer = _conversations(task, tokenizer), partial(tokenizer, add_special_tokens=False)

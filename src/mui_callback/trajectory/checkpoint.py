@@ -8,9 +8,14 @@ from hashlib import sha256
 
 from mui_callback.file_names import plain_name
 
-_STEP = re.compile(r"(?:^|[^a-z])(?:checkpoint|global_?step|step|iter(?:ation)?)[-_=]?(\d+)", re.IGNORECASE)
+_NUMBER, _END = r"(\d+(?:\.\d+)?)", r"(?![a-z\d]|[.,]\d)"
+"""A number, and what does not follow it: what would make it another one."""
+_STEP = re.compile(
+    rf"(?:^|[^a-z])(?:checkpoint|global_?step|step|iter(?:ation)?)[-_=]?{_NUMBER}([KM])?{_END}", re.IGNORECASE
+)
 _TOKENS = re.compile(
-    r"(?:^|[^a-z])(?:tokens[-_=]?(\d+(?:\.\d+)?)([KMBT])?|(\d+(?:\.\d+)?)([KMBT])[-_]?tokens)", re.IGNORECASE
+    rf"(?:^|[^a-z])tokens[-_=]?{_NUMBER}([KMBT])?{_END}|(?<![a-z\d.]){_NUMBER}([KMBT])[-_]?tokens(?![-_=]?\d)",
+    re.IGNORECASE,
 )
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -37,9 +42,9 @@ class CheckpointId:
             label: what tells it from the others.
             tokens_per_step: for labels with steps only.
         """
-        found, step = _STEP.search(label), None
-        if found:
-            step = int(found[1])
+        step = None
+        if found := _STEP.search(label):
+            step = round(float(found[1]) * _UNITS[(found[2] or "").upper()])
         tokens = None if step is None or tokens_per_step is None else step * tokens_per_step
         if in_label := _TOKENS.search(label):
             number, unit = in_label[1] or in_label[3], in_label[2] or in_label[4] or ""

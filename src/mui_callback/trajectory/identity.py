@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
@@ -42,10 +43,15 @@ def identity_of(config: StudyConfig, model: ModelConfig, tasks: Mapping[str, str
         "probe": {**probe, "rules": list(config.probe.rules)},
         "benchmarks": [sorted(config.lm_eval), config.lm_eval_limit],
         "performance": dict(config.performance),
-        "model": {name: getattr(model, name) for name in _OF_MODEL},
+        "model": {name: getattr(model, name) for name in _OF_MODEL} | _repository(model),
         "tasks": dict(tasks),
         "code": f"{__version__} ({_code_digest()})",
     }
+
+
+def _repository(model: ModelConfig) -> dict[str, str]:
+    """That of the hub, whose weights are not looked at again; a directory may be moved, as its files are."""
+    return {} if os.path.exists(os.path.expanduser(model.source)) else {"source": model.source}
 
 
 def check_unchanged(directory: Path, plan: Mapping[str, Any] | None, identities: Mapping[str, Identity]) -> None:

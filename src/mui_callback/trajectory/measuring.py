@@ -142,7 +142,11 @@ class Measuring:
         prompts = self.processes.together(
             lambda: prompt_tokens(task, tokenizer, chat=chat, encoder_decoder=is_encoder_decoder)
         )
-        origin = {"checkpoint": [checkpoint.id.model, checkpoint.id.label], "dtype": checkpoint.config.dtype}
+        origin = {
+            "checkpoint": [checkpoint.id.model, checkpoint.id.label],
+            "weights": checkpoint.place.weights,
+            "dtype": checkpoint.config.dtype,
+        }
         key = AnswerKey.of(task, prompts, slug=checkpoint.id.slug, origin=origin, max_length=max_length)
         cached = self.processes.from_main(lambda: self.cache.load(key))
         if cached is not None:

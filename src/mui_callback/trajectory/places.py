@@ -6,8 +6,8 @@ transformers is needed to load a model, so this is imported where a study is run
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +18,10 @@ from mui_callback.trajectory.architecture import Architecture
 from mui_callback.trajectory.state_files import read_state
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_SOME = 2**16
-"""Bytes of each end of a file that tell it from others."""
+_BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens*", "vocab*", "*.model", "*.jinja")
+"""What the numbers of a model depend on, too."""
+_PARTS, _SOME = 16, 2**13
+"""Parts of a file that tell it from others, its ends among them, and bytes of each."""
 
 
 class Place(Protocol):
@@ -39,7 +41,8 @@ class Place(Protocol):
 
     @property
     def weights(self) -> str | None:
-        """What tells the weights from others at the same place; None where they are not on this machine."""
+        """What tells the weights, and what is read with them, from others at the same place; None where they are not on
+        this machine."""
 
     def fetch(self) -> None:
         """Make sure that all files are on this machine; may take long.
@@ -88,7 +91,9 @@ class ModelDirectory:
     @property
     def weights(self) -> str | None:
         """See `Place.weights`."""
-        return _digest(Path(self.source.location), *_WEIGHTS)
+        directory = Path(self.source.location)
+        is_there = any(_size(directory, pattern) for pattern in _WEIGHTS)
+        return _digest(directory, *_WEIGHTS, *_BESIDE) if is_there else None
 
     def fetch(self) -> None:
         """Nothing is to be done."""
@@ -165,14 +170,14 @@ def _size(directory: Path, pattern: str) -> int:
 
 
 def _digest(directory: Path, *patterns: str) -> str | None:
-    """Of the names, the sizes and the ends of files; None without any. To read them whole would take long."""
+    """Of the names, the sizes and parts of files; None without any. To read them whole would take long."""
     files = sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
     digest = hashlib.sha256()
     for file in files:
         n_bytes = file.stat().st_size
         digest.update(f"{file.relative_to(directory)} {n_bytes}\n".encode())
         with file.open("rb") as content:
-            digest.update(content.read(_SOME))
-            content.seek(-min(n_bytes, _SOME), os.SEEK_END)
-            digest.update(content.read())
+            for start in range(0, n_bytes, max(ceil((n_bytes - _SOME) / (_PARTS - 1)), _SOME)):
+                content.seek(start)
+                digest.update(content.read(_SOME))
     return digest.hexdigest() if files else None

@@ -155,7 +155,8 @@ def write_record(directory: Path, record: CheckpointRecord, report: MUIReport) -
 
 
 def read_record(directory: Path, checkpoint: CheckpointId) -> CheckpointRecord | None:
-    """What was kept of a checkpoint; None where nothing was.
+    """What was kept of a checkpoint; None where nothing was. Its step and tokens are those that it is asked for with,
+    as `ModelConfig.tokens_per_step` may say something else by then.
 
     Raises:
         MUIError: it is something else, or was written by another version of this format.
@@ -168,13 +169,14 @@ def read_record(directory: Path, checkpoint: CheckpointId) -> CheckpointRecord |
         stored = json.loads(file.read_text(encoding="utf-8"))
         if stored["format"] != _FORMAT:
             raise MUIError(f"{file}: expected format {_FORMAT!r}, got {stored['format']!r}")
+        place = {"step": checkpoint.step, "tokens": checkpoint.tokens}
         return CheckpointRecord(
-            checkpoint=CheckpointId(**stored["checkpoint"]),
+            checkpoint=checkpoint,
             weights=stored["weights"],
             identity=stored["identity"],
-            rows=stored["rows"],
+            rows=[row | place for row in stored["rows"]],
             points={task: TrajectoryPoint.from_dict(point) for task, point in stored["points"]},
-            scores=stored["scores"],
+            scores=[row | place for row in stored["scores"]],
             seconds=stored["seconds"],
             directory=kept,
         )

@@ -86,7 +86,7 @@ class _Run:
         if self._crew.is_main:
             for one in self._plan.checkpoints:
                 if self._plan.has_other_weights(one):
-                    self._progress.say(f"{one.id}: other weights than those that were measured; measured anew")
+                    self._progress.say(f"{one.id}: other files than those that were measured; measured anew")
         n_done = sum(self._plan.record(one) is not None for one in left)
         if self._crew.is_main:
             self._progress.say(f"{self._plan.config.title}: {n_done} of {len(left)} checkpoints are measured")
@@ -100,7 +100,8 @@ class _Run:
     def outcome(self) -> StudyOutcome:
         """What became of it, in all processes of this run; waits for them."""
         failures = self._crew.gather(self._failures.read())
-        measured = {one.checkpoint for one in open_study(self._directory).records}
+        found = {one.checkpoint for one in open_study(self._directory).records}  # of another plan, if it was replaced
+        measured = found.intersection(one.id for one in self._plan.checkpoints)
         return StudyOutcome(
             n_planned=len(self._plan.checkpoints),
             n_measured=len(measured),
