@@ -100,15 +100,15 @@ def _route(
         phase = phase_at(trajectory, step, rule)
         phases.append(phase)
         rows = {str(row["task"]): row for row in one.record.rows}
-        shown = abs(point.performance.value) if axis.startswith("-") else point.performance.value
+        shown = -point.performance.value if axis.startswith("-") else point.performance.value
         drawn.append(
             PathPoint(
                 step=step,
                 performance=shown,
                 mui=point.mui.value,
                 phase=Phase.UNDECIDED if phase is None else phase.call.phase,
-                mui_interval=_interval(rows.get(name), "mui", point.mui.value) if is_task else _of_pooled(one, name),
-                performance_interval=_interval(rows.get(name), "performance", shown) if is_task else None,
+                mui_interval=_interval(rows.get(name), "mui") if is_task else _of_pooled(one, name),
+                performance_interval=_interval(rows.get(name), "performance") if is_task else None,
                 name=progress.words(one.x),
             )
         )
@@ -119,13 +119,9 @@ def _of_pooled(one: Measured, name: str) -> tuple[float, float] | None:
     return one.pooled_mui if name == POOLED else None
 
 
-def _interval(row: Row | None, name: str, shown: float) -> tuple[float, float] | None:
-    """The ends in a row; those of the negative of what is shown are turned."""
+def _interval(row: Row | None, name: str) -> tuple[float, float] | None:
     low, high = (None if row is None else row.get(f"{name}_{end}") for end in ("low", "high"))
-    if row is None or low is None or high is None:
-        return None
-    is_turned = row.get(name) is not None and row[name] * shown < 0
-    return (-high, -low) if is_turned else (low, high)
+    return None if low is None or high is None else (low, high)
 
 
 def _mean(tasks: Sequence[Mapping[str, TrajectoryPoint]]) -> dict[str, TrajectoryPoint]:
