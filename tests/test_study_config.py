@@ -100,6 +100,26 @@ def test_a_mistake_on_the_command_line(arguments: list[str], said: str, file: Pa
         parse_study([str(file), *arguments])
 
 
+@pytest.mark.parametrize(
+    ("asked", "described"),
+    [
+        ("--help", "Downloaded checkpoints that stay in the cache"),
+        ("--models.help", "evenly spaced, the first and the last"),
+        ("--tasks.help", "Expression for the list of alternatives"),
+    ],
+)
+def test_the_help_describes_keys(asked: str, described: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_study([asked])
+    assert stop.value.code == 0
+    assert described in " ".join(capsys.readouterr().out.split())
+
+
+def test_options_may_have_dashes(file: Path) -> None:
+    study, _ = parse_study([str(file), "--keep-checkpoints=1", "--probe.batch-tokens", "9", "--redo"])
+    assert (study.keep_checkpoints, study.probe.batch_tokens, study.redo) == (1, 9, True)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MUIError, match=r"no\.yaml: expected the config of a study, got No such file"):
         parse_study([str(tmp_path / "no.yaml")])

@@ -128,7 +128,7 @@ def test_names_are_not_looked_up(hub: HubServer, downloads: Downloads) -> None:
 def test_a_pattern_that_matches_nothing_says_what_there_is(hub: HubServer, downloads: Downloads) -> None:
     with pytest.raises(MUIError, match=r"me/olmoe: no checkpoint matches 'epoch\*'; there is step10-tokens1B, step20"):
         listed(downloads, "epoch*")
-    with pytest.raises(ModelLoadError, match="me/other: 404"):
+    with pytest.raises(ModelLoadError, match="me/other: there is no such path, and as a hub id: 404"):
         list_checkpoints(ModelConfig("me/other", checkpoints=["*"]), downloads)
 
 

@@ -82,7 +82,7 @@ def test_rows_are_those_of_single_probes(measured: StudyConfig, source: Path, ta
             interval = report.intervals(row["task"])["mui"]
             ends = (None, None) if interval is None else (interval.low, interval.high)
             assert (row["mui_low"], row["mui_high"]) == ends
-            expected = ("-loss", task.loss) if row["task"] == "sums" else ("choice_accuracy", task.choice_accuracy)
+            expected = ("loss", task.loss) if row["task"] == "sums" else ("choice_accuracy", task.choice_accuracy)
             assert (row["performance_axis"], row["performance"]) == expected
             assert (row["n_samples"], row["n_tokens"]) == (task.n_samples, task.predictions.n_tokens)
 
@@ -137,7 +137,7 @@ def test_a_changed_study_does_not_mix_rows(what: str, measured: StudyConfig, mon
     before = table(measured.output)
     if what == "code":
         monkeypatch.setattr(identity, "__version__", "9.9")
-    with pytest.raises(MUIError, match=f"run was measured otherwise before .{what} was .*--redo true"):
+    with pytest.raises(MUIError, match=f"run was measured otherwise before .{what} (was|is gone).*--redo"):
         run(CHANGES[what](measured))
     assert table(measured.output) == before
 
@@ -171,7 +171,7 @@ def test_another_repository_of_the_same_name(measured: StudyConfig) -> None:
     )
     assert one != other
     with pytest.raises(MUIError, match=r"model\.source was alice/tiny, is bob/tiny"):
-        identity.check_unchanged(measured.output, {"identities": {"tiny": one}}, {"tiny": other})
+        identity.check_unchanged(measured.output, {"tiny": one}, {"tiny": other})
 
 
 def test_a_plan_that_is_replaced_meanwhile(
@@ -262,6 +262,53 @@ def test_what_tells_a_checkpoint_from_another(source: Path, tmp_path: Path) -> N
     assert place.weights is None
 
 
+def test_checkpoints_that_were_deleted_since(source: Path, measured: StudyConfig, tmp_path: Path) -> None:
+    """As a Trainer does that keeps the last ones only."""
+    shutil.copytree(source, tmp_path / "run")
+    config = replace(measured, output=tmp_path / "out", models=[ModelConfig(str(tmp_path / "run"))])
+    shutil.move(tmp_path / "run" / "checkpoint-20", tmp_path / "later")
+    run(config)
+    shutil.move(tmp_path / "later", tmp_path / "run" / "checkpoint-20")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    outcome, said = run(config)
+    assert "2 of 3 checkpoints are measured" in said
+    assert outcome.is_complete
+    assert table(tmp_path / "out") == table(measured.output)
+    assert run(replace(config, models=[replace(config.models[0], checkpoints=["*-10"])]))[0].n_planned == 1
+
+
+def test_a_study_that_measured_nothing_can_be_corrected(source: Path, measured: StudyConfig, tmp_path: Path) -> None:
+    wrong = ModelConfig(str(source), tokenizer=str(tmp_path / "no"), checkpoints=["checkpoint-5"])
+    assert run(replace(measured, output=tmp_path / "out", models=[wrong]))[0].n_measured == 0
+    outcome, _ = run(replace(measured, output=tmp_path / "out"))
+    assert outcome.is_complete
+
+
+@pytest.mark.parametrize("device", ["cdua", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there(device: str, measured: StudyConfig, tmp_path: Path) -> None:
+    with pytest.raises(
+        MUIError, match=f"device: expected cpu, cuda, cuda:1 or auto, and that it is there, got .{device}"
+    ):
+        run(replace(measured, output=tmp_path / "out", device=device))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    measure = run_module.Measuring.measure
+
+    def interrupted(self: Any, checkpoint: Any) -> Any:
+        if checkpoint.id.step == 10:
+            raise KeyboardInterrupt
+        return measure(self, checkpoint)
+
+    monkeypatch.setattr(run_module.Measuring, "measure", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["trajectory", str(config_file)])
+    assert stop.value.code == 130
+    assert capsys.readouterr().out.endswith("stopped; the same command goes on\n")
+    assert len(table(config_file.parent / "out")) == 2
+
+
 def test_models_side_by_side(source: Path, tasks: list[TaskConfig], measured: StudyConfig, tmp_path: Path) -> None:
     other = save_checkpoints(tmp_path / "other", [30], "gpt_oss")
     models = [ModelConfig(str(other), name="another"), *measured.models]
@@ -281,6 +328,9 @@ def test_answers_of_the_model(measured: StudyConfig, tmp_path: Path) -> None:
     rows = table(tmp_path)
     assert {row["response"] for row in rows} == {"generate"}
     assert {row["performance_axis"] for row in rows} == {"answer_accuracy"}
+    for row in rows:
+        assert 0 <= row["performance_low"] <= row["performance"] <= row["performance_high"] <= 1
+        assert row["higher_is_better"]
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "generations").iterdir()}
     assert len(files) == len(rows)
     run(replace(config, probe=ProbeSettings(rules="top_fraction=0.1"), redo=True))  # the answers are the same
@@ -323,7 +373,7 @@ def test_performance_of_the_harness(measured: StudyConfig, source: Path, tmp_pat
     assert rows["words"]["performance_axis"] == "benchmark/choose/acc_norm"
     assert rows["words"]["performance"] == expected["choose/acc_norm"].value
     assert rows["words"]["performance_low"] < rows["words"]["performance"] < rows["words"]["performance_high"]
-    assert rows["sums"]["performance_axis"] == "-loss"
+    assert rows["sums"]["performance_axis"] == "loss"
     scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
     assert {row["score"]: row["value"] for row in scores} == {name: one.value for name, one in expected.items()}
     assert {row["checkpoint"] for row in scores} == {"checkpoint-10"}
@@ -349,7 +399,7 @@ def test_dry_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     main(["trajectory", str(config_file), "--dry-run"])
     said = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-    for shown in ("checkpoint-5 ", "checkpoint-20 ", "to be measured", "sums: 5 samples", "A probe of run: "):
+    for shown in ("checkpoint-5 ", "checkpoint-20 ", "to do", "sums: 5 samples", "A probe of run: "):
         assert shown in said
 
 

@@ -206,7 +206,12 @@ def _trajectory(arguments: list[str]) -> None:
         return
     from mui_callback.trajectory.run import run_study
 
-    if not run_study(study, console).is_complete:
+    try:
+        is_complete = run_study(study, console).is_complete
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on")
+        sys.exit(130)
+    if not is_complete:
         sys.exit(1)
 
 

@@ -12,11 +12,7 @@ from mui_callback.responses.task_config import TaskConfig
 from mui_callback.settings import ProbeSettings
 
 Response = Literal["gold", "generate"]
-"""``"gold"``: the responses of the tasks are scored, by teacher forcing. ``"generate"``: the model's own greedy answers
-are, as in arXiv 2509.23933."""
 Distribute = Literal["checkpoints", "samples", "weights"]
-"""What each process of ``torchrun`` has: checkpoints of its own, samples of its own of every checkpoint, or a part of
-the weights of a model that is too big for one device (FSDP2), and samples of its own."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class ModelConfig:
     chat: bool = False
     """Put prompts into the tokenizer's chat template."""
     tokens_per_step: float | None = None
-    """For labels that have steps only."""
+    """For labels that have steps only: the batch over all processes, in tokens."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights."""
     trust_remote_code: bool = False
@@ -83,7 +79,8 @@ class StudyConfig:
     name: str | None = None
     """Title of the study; by default the name of its directory."""
     response: Response = "gold"
-    """What is scored."""
+    """What is scored: ``gold``, the responses of the tasks, by teacher forcing; ``generate``, the model's own greedy
+    answers, as in arXiv 2509.23933."""
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     """How."""
     lm_eval: list[str] = field(default_factory=list)
@@ -96,7 +93,9 @@ class StudyConfig:
     device: str = "auto"
     """That models run on: ``cpu``, ``cuda``, ``cuda:1``; auto for a GPU where there is one."""
     distribute: Distribute = "checkpoints"
-    """What each process has that ``torchrun`` or ``accelerate launch`` starts."""
+    """What each process has that ``torchrun`` or ``accelerate launch`` starts: checkpoints of its own; samples of its own
+    of every checkpoint; or a part of the weights of a model that is too big for one device (FSDP2), and samples of its
+    own."""
     keep_checkpoints: int | None = 0
     """Downloaded checkpoints that stay in the cache after they are measured, the latest ones; None for all. Weights
     that were there before the study are never deleted."""

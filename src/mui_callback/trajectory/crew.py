@@ -68,10 +68,14 @@ class Crew:
             name: as in the config; with several processes ``cuda`` stands for one GPU each.
 
         Raises:
-            MUIError: there is none for this process.
+            MUIError: there is no such device, or none for this process.
         """
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
+        kind, _, number = name.partition(":")
+        n_there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+        if not n_there or not (number or "0").isdigit() or int(number or 0) >= n_there:
+            raise MUIError(f"device: expected cpu, cuda, cuda:1 or auto, and that it is there, got {name!r}")
         if name != "cuda" or self.size == 1:
             return name
         if self.local_rank >= torch.cuda.device_count():

@@ -83,7 +83,7 @@ def _show_checkpoints(
     table.add_column("")
     for one in plan.checkpoints:
         size = sizes.get(one)
-        state = "measured" if plan.record(one) is not None else "to be measured"
+        state = "measured" if plan.record(one) is not None else "to do"
         table.add_row(
             Text(one.id.model),
             Text(one.id.label),

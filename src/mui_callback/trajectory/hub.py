@@ -157,4 +157,5 @@ def _explained(what: str | ModelSource) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ModelLoadError(f"{what}: {in_a_line(error)[:300]}") from error
+        tried = "" if isinstance(error, RevisionNotFoundError) else " there is no such path, and as a hub id:"
+        raise ModelLoadError(f"{what}:{tried} {in_a_line(error)[:300]}") from error

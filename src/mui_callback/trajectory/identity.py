@@ -26,6 +26,7 @@ _MEASURING = (
 """What a number comes through, in this package."""
 _NOT_MEASURED = ("batch_tokens",)
 """Settings of the probe that change no number, but for rounding."""
+_ABSENT = object()
 _OF_MODEL = ("dtype", "chat", "tokenizer", "architecture")
 
 
@@ -54,30 +55,32 @@ def _repository(model: ModelConfig) -> dict[str, str]:
     return {} if os.path.exists(os.path.expanduser(model.source)) else {"source": model.source}
 
 
-def check_unchanged(directory: Path, plan: Mapping[str, Any] | None, identities: Mapping[str, Identity]) -> None:
+def check_unchanged(directory: Path, before: Mapping[str, Identity], now: Mapping[str, Identity]) -> None:
     """To be called before a plan is replaced.
 
     Args:
         directory: of the study.
-        plan: that is there.
-        identities: of the models, as they would be measured now.
+        before: of the models that were measured.
+        now: of the models, as they would be measured now.
 
     Raises:
         MUIError: a model was measured otherwise; says what differs.
     """
-    for model, before in ({} if plan is None else plan["identities"]).items():
-        changes = list(_changes(before, identities[model])) if model in identities else []
+    for model in before.keys() & now.keys():
+        changes = list(_changes(before[model], now[model]))
         if changes:
             raise MUIError(
                 f"{directory}: {model} was measured otherwise before ({'; '.join(changes)}), and cannot be put side by"
-                " side with what would be measured now. Take another output, or measure all anew with --redo true."
+                " side with what would be measured now. Take another output, or measure all anew with --redo."
             )
 
 
 def _changes(before: Any, now: Any, where: str = "") -> Iterator[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys((*before, *now)):
-            yield from _changes(before.get(name), now.get(name), f"{where}.{name}".lstrip("."))
+            yield from _changes(before.get(name, _ABSENT), now.get(name, _ABSENT), f"{where}.{name}".lstrip("."))
+    elif _ABSENT in (before, now):
+        yield f"{where} is {'new' if before is _ABSENT else 'gone'}"
     elif before != now:
         yield f"{where} was {_short(before)}, is {_short(now)}"
 

@@ -49,7 +49,9 @@ class StudiedCheckpoint:
         return load_tokenizer(_source(self.config, self.config.tokenizer))
 
 
-def list_checkpoints(config: ModelConfig, downloads: Downloads) -> list[StudiedCheckpoint]:
+def list_checkpoints(
+    config: ModelConfig, downloads: Downloads, measured: Sequence[str] = ()
+) -> list[StudiedCheckpoint]:
     """All checkpoints of a model, in the order in which they are measured.
 
     A name that is not there is listed all the same, and found missing when it is its turn; a pattern that nothing
@@ -58,12 +60,13 @@ def list_checkpoints(config: ModelConfig, downloads: Downloads) -> list[StudiedC
     Args:
         config: of the model.
         downloads: of the study.
+        measured: labels of checkpoints that were measured: they count as there, as runs delete old ones.
 
     Raises:
         MUIError: there is no checkpoint, or a pattern matches none.
     """
     directory = Path(os.path.expanduser(config.source))
-    labels = _in_directory(directory, config) if directory.exists() else _on_hub(config)
+    labels = _in_directory(directory, config, measured) if directory.exists() else _on_hub(config, measured)
     ids = [CheckpointId.named(config.title, label, tokens_per_step=config.tokens_per_step) for label in labels]
     ids = _some(ids, config.at_most)
     if directory.exists():
@@ -73,21 +76,23 @@ def list_checkpoints(config: ModelConfig, downloads: Downloads) -> list[StudiedC
     ]
 
 
-def _on_hub(config: ModelConfig) -> list[str]:
+def _on_hub(config: ModelConfig, measured: Sequence[str]) -> list[str]:
     if not config.checkpoints:
         return ["main"]
     there = revisions(config.source) if any(map(_PATTERN.search, config.checkpoints)) else []
-    return _chosen(config, there)
+    return _chosen(config, list(dict.fromkeys((*there, *measured))))
 
 
-def _in_directory(directory: Path, config: ModelConfig) -> list[str]:
+def _in_directory(directory: Path, config: ModelConfig, measured: Sequence[str]) -> list[str]:
     there = [child.name for child in directory.iterdir() if _is_checkpoint(child)] if directory.is_dir() else []
+    if there:
+        there = list(dict.fromkeys((*there, *measured)))
     if config.checkpoints:
         return _chosen(config, there)
     if there:
         return _in_order(there)
     if _is_checkpoint(directory):
-        return ["."]
+        return [directory.resolve().name]
     raise MUIError(
         f"{directory}: expected a model (config.json with weights), or checkpoints: checkpoint-*, *.ckpt, global_step*"
     )
@@ -101,7 +106,7 @@ def _chosen(config: ModelConfig, there: Sequence[str]) -> list[str]:
             continue
         matching = [one for one in there if fnmatchcase(one, name)]
         if not matching:
-            shown = ", ".join(_in_order(there)[:5]) or "nothing"
+            shown = ", ".join(_in_order(there)[:5]) + (", …" if len(there) > 5 else "") or "nothing"
             raise MUIError(f"{config.source}: no checkpoint matches {name!r}; there is {shown}")
         labels += _in_order(matching)
     return list(dict.fromkeys(labels))
@@ -138,7 +143,8 @@ def _is_model(directory: Path) -> bool:
 
 
 def _local(directory: Path, label: str, config: ModelConfig) -> Place:
-    path = directory / label if directory.is_dir() else directory
+    is_itself = directory.is_file() or (label == directory.resolve().name and _is_checkpoint(directory))
+    path = directory if is_itself else directory / label
     weights = None if _is_model(path) else weights_of(path)
     if weights is None:
         return ModelDirectory(_source(config, str(path)))

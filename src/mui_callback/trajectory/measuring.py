@@ -32,12 +32,9 @@ from mui_callback.responses.prompts import gold_samples, prompt_tokens
 from mui_callback.responses.task import Task
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.crew import Crew
-from mui_callback.trajectory.divided import load_divided
 from mui_callback.trajectory.listing import StudiedCheckpoint
 from mui_callback.trajectory.progress import StudyProgress
-
-ANSWERED = "answer_accuracy"
-"""The axis of performance where models have given answers that are right or wrong."""
+from mui_callback.trajectory.rows import ANSWERED
 
 
 @dataclass(frozen=True)
@@ -111,6 +108,8 @@ class Measuring:
     def _load(self, checkpoint: StudiedCheckpoint) -> nn.Module:
         if self.crew.distribute != "weights":
             return self.processes.together(lambda: checkpoint.load(self.device))
+        from mui_callback.trajectory.divided import load_divided  # what it needs of torch takes a second to import
+
         return load_divided(
             lambda: checkpoint.load("cpu"), checkpoint.load_skeleton, device=self.device, processes=self.processes
         )

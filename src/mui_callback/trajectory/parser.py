@@ -6,15 +6,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mui_callback.errors import MUIError
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.config_file import check_config_file, nearest
 
 _DESCRIPTION = """Measure many checkpoints, of one model or of several side by side: MUI, performance and all else that
-a probe finds, a row for each checkpoint and task. Killed at any moment, the same command goes on. CONFIG is YAML. What
-the command line says goes before it, and the environment (MUI_KEEP_CHECKPOINTS for keep_checkpoints) after it."""
+a probe finds, a row for each checkpoint and task. Killed at any moment, the same command goes on. CONFIG is YAML.
+Options win over it, and it wins over the environment (MUI_KEEP_CHECKPOINTS for keep_checkpoints)."""
 
 
 def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
@@ -32,7 +32,7 @@ def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
         SystemExit: a value is of another type, or help was asked for.
     """
     parser = _parser()
-    given = list(arguments)
+    given = [_spelled(argument) for argument in arguments]
     if given and not given[0].startswith("-"):
         given = ["--config", *given]
     _check(parser, given)
@@ -41,7 +41,16 @@ def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
     return StudyConfig(**{name: made[name] for name in made if name not in ("config", "dry_run")}), bool(parsed.dry_run)
 
 
+def _spelled(argument: str) -> str:
+    """As the file has it: ``--keep-checkpoints`` as ``--keep_checkpoints``; and ``--redo`` by itself is true."""
+    name, has_value, value = argument.partition("=")
+    if not name.startswith("--") or name == "--dry-run":
+        return argument
+    return "--redo=true" if argument == "--redo" else name[:2] + name[2:].replace("-", "_") + has_value + value
+
+
 def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what stands below each field
     parser = ArgumentParser(
         prog="mui-callback trajectory",
         usage="%(prog)s CONFIG [--dry-run] [--KEY VALUE ...]",

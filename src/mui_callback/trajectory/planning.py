@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from mui_callback.responses.task import Task, read_task
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.downloads import Downloads
 from mui_callback.trajectory.identity import check_unchanged, identity_of
 from mui_callback.trajectory.listing import StudiedCheckpoint, list_checkpoints
-from mui_callback.trajectory.records import CheckpointRecord, Identity, read_plan, read_record, write_plan
+from mui_callback.trajectory.records import CheckpointRecord, Identity, read_plan, read_record, recorded, write_plan
 
 _DOWNLOADS_NAME = "downloads.jsonl"
 
@@ -37,11 +38,15 @@ class StudyPlan:
         tasks = tuple(read_task(task) for task in config.tasks)
         fingerprints = {task.name: task.fingerprint(of_answers=config.response == "generate") for task in tasks}
         identities = {model.title: identity_of(config, model, fingerprints) for model in config.models}
+        measured = _measured(config.output)
         if not config.redo:
-            check_unchanged(config.output, read_plan(config.output), identities)
+            check_unchanged(config.output, {model: identity for model, (identity, _) in measured.items()}, identities)
         downloads = Downloads(config.output / _DOWNLOADS_NAME)
-        checkpoints = tuple(one for model in config.models for one in list_checkpoints(model, downloads))
-        return cls(config, tasks, checkpoints, identities)
+        checkpoints: list[StudiedCheckpoint] = []
+        for model in config.models:
+            _, labels = measured.get(model.title, ({}, []))
+            checkpoints += list_checkpoints(model, downloads, labels)
+        return cls(config, tasks, tuple(checkpoints), identities)
 
     def write(self) -> None:
         """Keep the plan in the directory of the study.
@@ -70,6 +75,17 @@ class StudyPlan:
     def _found(self, checkpoint: StudiedCheckpoint) -> CheckpointRecord | None:
         found = read_record(self.config.output, checkpoint.id)
         return found if found is not None and found.identity == self.identities[checkpoint.id.model] else None
+
+
+def _measured(directory: Path) -> dict[str, tuple[Identity, list[str]]]:
+    """By model what its numbers depend on, by the plan that is there, and the labels of its checkpoints that have
+    some; models that have none are left out."""
+    plan = read_plan(directory)
+    found: dict[str, tuple[Identity, list[str]]] = {}
+    for checkpoint, identity in recorded(directory) if plan is not None else ():
+        if plan is not None and identity == plan["identities"].get(checkpoint.model):
+            found.setdefault(checkpoint.model, (identity, []))[1].append(checkpoint.label)
+    return found
 
 
 def _differ(before: str | None, now: str | None) -> bool:

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -182,6 +183,16 @@ def read_record(directory: Path, checkpoint: CheckpointId) -> CheckpointRecord |
         )
     except (ValueError, LookupError, TypeError) as error:
         raise MUIError(f"{file}: expected the record of a checkpoint, got something else ({error!r})") from error
+
+
+def recorded(directory: Path) -> list[tuple[CheckpointId, Identity]]:
+    """Every checkpoint that something was kept of, in whatever plan; a record that is damaged is left out."""
+    found = []
+    for file in sorted((directory / CHECKPOINTS_NAME).glob(f"[!.]*/{_RECORD_NAME}")):
+        with suppress(ValueError, LookupError, TypeError):
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            found.append((CheckpointId(**stored["checkpoint"]), stored["identity"]))
+    return found
 
 
 def write_plan(

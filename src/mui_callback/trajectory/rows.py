@@ -24,7 +24,10 @@ _METRICS = tuple(
     if metric.scope in (Scope.TASK, Scope.POOLED, Scope.REPORT) and not metric.name.endswith(("_low", "_high"))
 )
 _NAMES = ("model", "checkpoint", "task", "response", "performance_axis", "score")
+_OF_PERFORMANCE = ("performance_axis", "higher_is_better", "performance", "performance_low", "performance_high")
 _NUMBERS = ("step", "n_samples", "n_tokens")
+ANSWERED = "answer_accuracy"
+"""The axis of performance where models have given answers that are right or wrong."""
 _MANY = 10**9
 """Samples of a score that was measured elsewhere: what it says of its standard error is taken for exact."""
 
@@ -73,7 +76,11 @@ def write_rows(file: Path, rows: Sequence[Row]) -> None:
     import pyarrow as pa
 
     names = list(dict.fromkeys(name for row in rows for name in row))
-    kinds = {**dict.fromkeys(_NAMES, pa.string()), **dict.fromkeys(_NUMBERS, pa.int64())}
+    kinds = {
+        "higher_is_better": pa.bool_(),
+        **dict.fromkeys(_NAMES, pa.string()),
+        **dict.fromkeys(_NUMBERS, pa.int64()),
+    }
     columns = {name: pa.array([row.get(name) for row in rows], kinds.get(name, pa.float64())) for name in names}
     write_parquet(file, pa.table(columns))
 
@@ -90,14 +97,15 @@ def _place(checkpoint: CheckpointId) -> Row:
 def _performance(point: TrajectoryPoint | None, metrics: Mapping[str, float | None]) -> dict[str, Any]:
     """As it is read, whichever way is better: a loss is the loss."""
     if point is None:
-        return dict.fromkeys(("performance_axis", "performance", "performance_low", "performance_high"))
+        return dict.fromkeys(_OF_PERFORMANCE)
     name, sign = point.axis.removeprefix("-"), -1 if point.axis.startswith("-") else 1
     if f"{name}_low" in metrics:
         low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
     else:
-        low, high = _interval(point.performance, sign)
+        low, high = (_within(end, name) for end in _interval(point.performance, sign))
     return {
-        "performance_axis": point.axis,
+        "performance_axis": name,
+        "higher_is_better": sign > 0,
         "performance": sign * point.performance.value,
         "performance_low": low,
         "performance_high": high,
@@ -111,6 +119,11 @@ def _interval(performance: Point, sign: int) -> tuple[float | None, float | None
     freedom = len(performance.influence) - 1 if isinstance(performance, Estimate) else _MANY
     half = error * t_quantile(freedom, 0.95)
     return sign * performance.value - half, sign * performance.value + half
+
+
+def _within(end: float | None, name: str) -> float | None:
+    """A share of right answers is in [0, 1]."""
+    return end if end is None or name != ANSWERED else min(max(end, 0.0), 1.0)
 
 
 def _metrics(report: MUIReport, task: str) -> dict[str, float | None]:

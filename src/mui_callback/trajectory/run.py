@@ -190,7 +190,7 @@ def _in_words(row: dict[str, object]) -> str:
     name, performance, mui = row["performance_axis"], row["performance"], row["mui"]
     said = [str(row["task"])]
     if isinstance(name, str) and isinstance(performance, float):
-        short = name.removeprefix("-").removeprefix("benchmark/")
+        short = name.removeprefix("benchmark/")
         said.append(f"{short.replace('_', ' ')} {performance:.3g}")
     said.append(f"MUI {100 * mui:.3g} %" if isinstance(mui, float) else "no MUI")
     return " ".join(said)
