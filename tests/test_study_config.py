@@ -100,6 +100,12 @@ def test_a_mistake_on_the_command_line(arguments: list[str], said: str, file: Pa
         parse_study([str(file), *arguments])
 
 
+def test_the_output_may_be_at_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    study, _ = parse_study([str(file), "--output", "~/mine"])
+    assert study.output == Path("/somewhere/mine")
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MUIError, match=r"no\.yaml: expected the config of a study, got No such file"):
         parse_study([str(tmp_path / "no.yaml")])
