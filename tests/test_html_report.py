@@ -305,6 +305,14 @@ def test_what_is_missing_is_listed_with_the_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_model_of_which_nothing_is_measured_is_named(tmp_path: Path) -> None:
+    planned = [*in_steps(2), CheckpointId("<other>", "main"), CheckpointId("<other>", "more")]
+    make_up_study(tmp_path, planned, ["a"], left_out=(2, 3))
+    words = [one.text for one in page_of(tmp_path, PhaseRule(3)).by_id("measured").all("p")]
+    assert "None of the 2 checkpoints of <other> is measured." in words
+
+
+@pytest.mark.usefixtures("quick")
 def test_models_with_one_checkpoint_each_are_side_by_side(tmp_path: Path) -> None:
     names = ["org/DeepSeek-V2-Lite-Chat", "gpt-oss-20b", "mine"]
     planned = [CheckpointId(name, "main") for name in names]

@@ -120,6 +120,12 @@ def test_options_may_have_dashes(file: Path) -> None:
     assert (study.keep_checkpoints, study.probe.batch_tokens, study.redo) == (1, 9, True)
 
 
+def test_the_output_may_be_at_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    study, _ = parse_study([str(file), "--output", "~/mine"])
+    assert study.output == Path("/somewhere/mine")
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MUIError, match=r"no\.yaml: expected the config of a study, got No such file"):
         parse_study([str(tmp_path / "no.yaml")])

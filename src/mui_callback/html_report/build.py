@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,6 +40,7 @@ from mui_callback.version import __version__
 from mui_callback.whole_file import replaced_at_once
 
 PAGE_NAME, FIGURES_NAME, ROWS_NAME = "report.html", "figures", "rows.csv"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _LEVEL = 0.95
 """Of the intervals in rows, and so of all others."""
 
@@ -108,6 +111,7 @@ def _content(
         "version": __version__,
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "models": [_of_model(study, model, of_model, progress) for model, of_model in found.items()],
+        "unmeasured": [(model, n) for model, n in _n_planned(study).items() if model not in found],
         "tasks": _tasks(found),
         "settings": first.settings,
         "identity": _identity({model: dict(of[-1].record.identity) for model, of in found.items()}),
@@ -151,13 +155,17 @@ def _of_model(study: Study, model: str, of_model: Sequence[Measured], progress: 
     return {
         "name": model,
         "n_measured": len(of_model),
-        "n_planned": sum(one.model == model for one in study.planned),
+        "n_planned": _n_planned(study)[model],
         "n_layers": len(layout.layers),
         "n_experts": layout.n_experts,
         "n_shared": int(layout.is_shared.sum()),
         "n_neurons": int(layout.n_neurons),
         "span": " to ".join(dict.fromkeys(progress.phrase(one.x) for one in (of_model[0], of_model[-1]))),
     }
+
+
+def _n_planned(study: Study) -> Counter[str]:
+    return Counter(one.model for one in study.planned)
 
 
 def _tasks(found: Found) -> list[tuple[str, int]]:
@@ -186,8 +194,10 @@ def _identity(of_models: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _flat(values: Any, name: str = "") -> list[tuple[str, str]]:
-    """Nested settings as lines."""
+    """Nested settings as lines; of digests, as much as tells them apart."""
     if isinstance(values, dict):
         return [line for key, value in values.items() for line in _flat(value, f"{name}.{key}" if name else str(key))]
-    words = ", ".join(map(str, values)) if isinstance(values, list) else str(values)
-    return [(name, words if len(words) <= 400 else f"{words[:400]}…")]
+    words = ", ".join(map(str, values)) if isinstance(values, list) else "none" if values is None else str(values)
+    if _DIGEST.fullmatch(words):
+        words = words[:12]
+    return [(name, (words or "none") if len(words) <= 400 else f"{words[:400]}…")]

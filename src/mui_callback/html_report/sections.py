@@ -74,7 +74,7 @@ def _side_by_side(album: Album, routes: Sequence[Route]) -> Iterator[Drawn]:
         plane = shown.setdefault((route.name, axis), Plane(title, axis, {}))
         shown[route.name, axis] = Plane(title, axis, {**plane.paths, route.model: route.path})
     for page, some in _pages(list(shown.values()), MOST_PANELS):
-        figure = planes(some, title="Models side by side", subtitle="the last checkpoint is large")
+        figure = planes(some, title="Models side by side", subtitle="the large dot is the last checkpoint")
         names = ", ".join(plane.title for plane in some)
         yield album.add(f"models{page}", figure, f"MUI against performance of all models, on {names}.")
 
@@ -216,7 +216,7 @@ def _ends(panel: Panel) -> str:
 
 
 def _counted(progress: Progress) -> str:
-    return f"points are named by {progress.label}; right is better, up is more of the model"
+    return f"labels are {progress.label}; right is better, up is more of the model"
 
 
 def _distinct(task: str, place: int) -> str:

@@ -18,8 +18,8 @@ from mui_callback.trajectory.checkpoint import in_tokens
 from mui_callback.trajectory.records import Row
 
 _COLUMNS = (
-    "model", "checkpoint", "tokens", "step", "task", "response", "performance", "performance_axis", "performance_low",
-    "performance_high", "mui", "mui_low", "mui_high", "loss", "token_accuracy", "choice_accuracy",
+    "model", "checkpoint", "tokens", "step", "task", "response", "mui", "performance", "performance_axis", "mui_low",
+    "mui_high", "performance_low", "performance_high", "loss", "token_accuracy", "choice_accuracy",
     "key_expert_proportion", "key_expert_mui", "effective_experts", "expert_gini", "top10_share", "shared_share",
     "shared_fair_ratio", "shared_in_top10", "dead_experts", "n_samples", "n_tokens",
 )  # fmt: skip

@@ -128,7 +128,7 @@ def _bars(points: Sequence[PathPoint]) -> list[tuple[FloatArray, str]]:
 def _in_view(places: FloatArray) -> int:
     """How many points at the beginning are left out of view: the untrained model is so far off that what comes after
     it would be a dot. Each one is, as long as the others lie in less than half of the area, but most of them stay."""
-    first, most = 0, len(places) // 4
+    first, most = 0, len(places) // 4 if len(places) > 5 else 0
     while first < most and 2 * _area(places[first + 1 :]) < _area(places[first:]):
         first += 1
     return first

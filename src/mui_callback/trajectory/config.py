@@ -93,9 +93,8 @@ class StudyConfig:
     device: str = "auto"
     """That models run on: ``cpu``, ``cuda``, ``cuda:1``; auto for a GPU where there is one."""
     distribute: Distribute = "checkpoints"
-    """What each process has that ``torchrun`` or ``accelerate launch`` starts: checkpoints of its own; samples of its own
-    of every checkpoint; or a part of the weights of a model that is too big for one device (FSDP2), and samples of its
-    own."""
+    """What each process has that ``torchrun`` or ``accelerate launch`` starts: checkpoints of its own; samples of its
+    own of every checkpoint; or a part of the weights of a model that is too big for one device (FSDP2), and samples."""
     keep_checkpoints: int | None = 0
     """Downloaded checkpoints that stay in the cache after they are measured, the latest ones; None for all. Weights
     that were there before the study are never deleted."""

@@ -42,7 +42,7 @@ def identity_of(config: StudyConfig, model: ModelConfig, tasks: Mapping[str, str
     return {
         "response": config.response,
         "probe": {**probe, "rules": list(config.probe.rules)},
-        "benchmarks": [sorted(config.lm_eval), config.lm_eval_limit],
+        "lm_eval": {"tasks": sorted(config.lm_eval), "limit": config.lm_eval_limit},
         "performance": dict(config.performance),
         "model": {name: getattr(model, name) for name in _OF_MODEL} | _repository(model),
         "tasks": dict(tasks),

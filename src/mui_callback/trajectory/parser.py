@@ -38,6 +38,7 @@ def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
     _check(parser, given)
     parsed = parser.parse_args(given)
     made = vars(parser.instantiate(parsed))
+    made["output"] = made["output"].expanduser()  # no shell has seen what is in a file
     return StudyConfig(**{name: made[name] for name in made if name not in ("config", "dry_run")}), bool(parsed.dry_run)
 
 

@@ -182,7 +182,10 @@ def read_record(directory: Path, checkpoint: CheckpointId) -> CheckpointRecord |
             directory=kept,
         )
     except (ValueError, LookupError, TypeError) as error:
-        raise MUIError(f"{file}: expected the record of a checkpoint, got something else ({error!r})") from error
+        raise MUIError(
+            f"{file}: expected the record of a checkpoint, got something else ({error!r}). Without {kept} the"
+            " checkpoint is measured anew."
+        ) from error
 
 
 def recorded(directory: Path) -> list[tuple[CheckpointId, Identity]]:
