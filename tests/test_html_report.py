@@ -162,7 +162,16 @@ def test_the_link_has_all_columns(page: Element, files: ReportFiles, study: Stud
 def test_the_summary_answers_with_first_and_last_values_and_phases(page: Element, study: Study) -> None:
     rule, (table,) = PhaseRule(), page.by_id("answer").all("table")
     heads = [head.text for head in table.all("thead")[0].all("th")]
-    assert heads == ["model", "task", "phase now", "performance, first", "last", "MUI, first", "last", "turns"]
+    assert heads == [
+        "model",
+        "task",
+        "phase, over the last 5",
+        "performance, first",
+        "last",
+        "MUI, first",
+        "last",
+        "turns",
+    ]
     lines = {(row.children[0].text, row.children[1].text): row for row in table.all("tbody")[0].all("tr")}
     for model in study.models:
         for task in (*study.tasks, None):

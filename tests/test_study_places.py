@@ -533,6 +533,6 @@ def test_models_side_by_side(tmp_path: Path, config: str, written: Written) -> N
         *listed(tmp_path / "a.ckpt", architecture=config, name="qwen"),
         *listed(written.directory / "zero1", architecture=config),
     ]
-    assert [str(one.id) for one in found] == ["olmoe .", "qwen .", f"zero1 {TAG}"]
+    assert [str(one.id) for one in found] == ["olmoe olmoe", "qwen a.ckpt", f"zero1 {TAG}"]
     kinds = [type(one.load("cpu")).__name__ for one in found]
     assert kinds == ["OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen2MoeForCausalLM"]

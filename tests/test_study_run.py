@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -414,3 +415,19 @@ def test_exit_status(config_file: Path, tmp_path: Path, measured: StudyConfig) -
     config_file.write_text(whole)
     main(["trajectory", str(config_file)])
     assert [row["mui"] for row in table(tmp_path / "out")] == [row["mui"] for row in table(measured.output)]
+
+
+def test_what_lies_beside_the_checkpoints_is_in_the_identity(
+    measured: StudyConfig, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(source / "checkpoint-5", tmp_path / "tokenizer")
+    (tmp_path / "made_here.py").write_text("def build():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = ModelConfig(str(source), tokenizer=str(tmp_path / "tokenizer"), architecture="made_here:build")
+    changed = [identity.identity_of(measured, model, {})]
+    for file in (tmp_path / "tokenizer" / "tokenizer_config.json", tmp_path / "made_here.py"):
+        file.write_text(file.read_text() + "\n")
+        changed.append(identity.identity_of(measured, model, {}))
+    (tmp_path / "tokenizer" / "model.safetensors").unlink()
+    changed.append(identity.identity_of(measured, model, {}))
+    assert [one == other for one, other in pairwise(changed)] == [False, False, True]

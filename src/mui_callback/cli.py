@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         # What is left must not be written at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (MUIError, ValueError) as error:
+    except (MUIError, ValueError, OSError) as error:
         sys.exit(f"mui-callback: {error}")
     except ImportError as error:
         sys.exit(f"mui-callback: {error}. pip install 'mui-callback[hf,wandb,study]' installs what is missing.")

@@ -67,6 +67,9 @@ class TaskConfig:
     """Tokens of a generated answer, at most."""
 
     def __post_init__(self) -> None:
+        for name in ("file", "few_shot_file"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(path).expanduser())
         check_task_name(self.name)
         if (self.dataset is None) == (self.file is None):
             self._refuse("either `dataset` or `file`", "both" if self.file else "neither")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,7 @@ class ModelConfig:
     ``step*-tokens*B`` stand for all that match, in the order of their steps. By default the main branch, or all
     checkpoints of a directory."""
     at_most: int | None = None
-    """Of more, so many are taken, evenly spaced, the first and the last among them."""
+    """Of more, so many are taken, evenly spaced, the first and the last among them; of 1, the last."""
     architecture: str | None = None
     """For checkpoints that are weights only (Lightning, DeepSpeed): a directory or a hub id with the model's config, or
     ``module:function``, a function of yours without arguments that makes the model."""
@@ -55,6 +56,8 @@ class ModelConfig:
             raise ValueError("source: expected a hub id or a path, got an empty one")
         if self.at_most is not None and self.at_most < 1:
             raise ValueError(f"at_most: expected a positive number of checkpoints, got {self.at_most}")
+        if self.tokens_per_step is not None and not 0 < self.tokens_per_step < inf:
+            raise ValueError(f"tokens_per_step: expected a positive number of tokens, got {self.tokens_per_step}")
 
     @property
     def title(self) -> str:

@@ -96,6 +96,8 @@ class Crew:
             raise MUIError("distribute: checkpoints: expected processes that work by themselves, got a process group")
         if self.works_together and not was_there:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        if self.size > 1 and not self.works_together:
+            _launcher_store()  # whoever cannot be reached is not found so at the end
         try:
             yield
         finally:

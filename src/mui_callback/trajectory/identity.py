@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ _MEASURING = (
 """What a number comes through, in this package."""
 _NOT_MEASURED = ("batch_tokens",)
 """Settings of the probe that change no number, but for rounding."""
+_SMALL = (".json", ".py", ".model", ".txt", ".jinja", ".tiktoken")
 _ABSENT = object()
-_OF_MODEL = ("dtype", "chat", "tokenizer", "architecture")
+_OF_MODEL = ("dtype", "chat", "tokenizer", "architecture", "trust_remote_code")
 
 
 def identity_of(config: StudyConfig, model: ModelConfig, tasks: Mapping[str, str]) -> Identity:
@@ -45,9 +47,22 @@ def identity_of(config: StudyConfig, model: ModelConfig, tasks: Mapping[str, str
         "lm_eval": {"tasks": sorted(config.lm_eval), "limit": config.lm_eval_limit},
         "performance": dict(config.performance),
         "model": {name: getattr(model, name) for name in _OF_MODEL} | _repository(model),
+        "files": {name: _files_digest(getattr(model, name)) for name in ("architecture", "tokenizer")},
         "tasks": dict(tasks),
         "code": f"{__version__} ({_code_digest()})",
     }
+
+
+def _files_digest(named: str | None) -> str | None:
+    """Of what is read at a name besides the checkpoints: a config, a tokenizer, the source of a function; None where
+    that is not on this machine. Weights that lie there are not read."""
+    module, _, function = (named or "").partition(":")
+    spec = find_spec(module) if function and "/" not in module else None
+    path = Path(spec.origin) if spec is not None and spec.origin else Path(os.path.expanduser(named or ""))
+    files = [path] if path.is_file() else sorted(path.glob("*.*")) if named and path.is_dir() else []
+    small = [file for file in files if file.suffix in _SMALL and file.is_file()]
+    content = b"".join(file.name.encode() + file.read_bytes() for file in small)
+    return hashlib.sha256(content).hexdigest() if small else None
 
 
 def _repository(model: ModelConfig) -> dict[str, str]:

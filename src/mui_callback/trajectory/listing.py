@@ -126,7 +126,9 @@ def _in_order(labels: Sequence[str]) -> list[str]:
 def _some(ids: list[CheckpointId], at_most: int | None) -> list[CheckpointId]:
     if at_most is None or len(ids) <= at_most:
         return ids
-    return [ids[round(i * (len(ids) - 1) / max(at_most - 1, 1))] for i in range(at_most)]
+    if at_most == 1:
+        return ids[-1:]
+    return [ids[round(i * (len(ids) - 1) / (at_most - 1))] for i in range(at_most)]
 
 
 def _source(config: ModelConfig, name: str, revision: str | None = None) -> ModelSource:

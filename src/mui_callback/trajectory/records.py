@@ -164,7 +164,7 @@ def read_record(directory: Path, checkpoint: CheckpointId) -> CheckpointRecord |
     """
     kept = directory / CHECKPOINTS_NAME / checkpoint.slug
     file = kept / _RECORD_NAME
-    if not file.exists():
+    if not (file.exists() and (kept / _REPORT_NAME).exists()):
         return None
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
