@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -85,8 +86,11 @@ def labels(checkpoints: list[StudiedCheckpoint]) -> list[str]:
 
 def snapshots() -> dict[str, set[str]]:
     """The files of the snapshots that are in the cache, whose content is there too, by commit."""
-    directories = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*")
-    return {one.name: {file.name for file in one.rglob("*") if file.exists()} for one in directories}
+    found: dict[str, set[str]] = {}
+    for directory in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"):
+        with suppress(FileNotFoundError):  # it is deleted meanwhile
+            found[directory.name] = {file.name for file in directory.rglob("*") if file.exists()}
+    return found
 
 
 def n_blobs() -> int:
