@@ -22,7 +22,10 @@ _MEASURING = (
         for package in ("benchmarks", "experts", "metrics", "parallel", "probe", "responses", "scoring")
     ),
     *("counts.py", "layout.py", "loading.py", "report.py", "rules.py", "sample_*.py", "task_report.py"),
-    *(f"trajectory/{name}.py" for name in ("architecture", "divided", "measuring", "rows", "state_files", "zero3")),
+    *(
+        f"trajectory/{name}.py"
+        for name in ("architecture", "divided", "measuring", "points", "rows", "state_files", "zero3")
+    ),
 )
 """What a number comes through, in this package."""
 _NOT_MEASURED = ("batch_tokens",)

@@ -8,24 +8,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import distributed, nn
 
 from mui_callback.benchmarks.run import run_benchmarks
-from mui_callback.errors import MUIError
 from mui_callback.metrics.phases import Point
-from mui_callback.metrics.trajectory import TrajectoryPoint, kept
-from mui_callback.monitoring.performance_axis import from_probe, from_score, score_of
+from mui_callback.metrics.trajectory import TrajectoryPoint
 from mui_callback.parallel.processes import Processes
 from mui_callback.probe.model_config import decoder_start
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe
 from mui_callback.probe.usable import measure_usable
 from mui_callback.report import MUIReport
-from mui_callback.responses.answers import GeneratedAnswer, answer_score, answered_samples, judged
+from mui_callback.responses.answers import GeneratedAnswer, answered_samples, judged
 from mui_callback.responses.cache import AnswerCache, AnswerKey
 from mui_callback.responses.generation import generate_answers
 from mui_callback.responses.prompts import gold_samples, prompt_tokens
@@ -33,8 +30,8 @@ from mui_callback.responses.task import Task
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.crew import Crew
 from mui_callback.trajectory.listing import StudiedCheckpoint
+from mui_callback.trajectory.points import points_of
 from mui_callback.trajectory.progress import StudyProgress
-from mui_callback.trajectory.rows import ANSWERED
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,8 @@ class Measuring:
             self.progress.begin("lm-eval")
             with clock("evaluate"):
                 results = self._evaluate(model, tokenizer, probe)
-        return Measured(report, self._points(report, results, answers), results, clock.seconds)
+        points = points_of(report, results, answers, self.config.performance)
+        return Measured(report, points, results, clock.seconds)
 
     def _load(self, checkpoint: StudiedCheckpoint) -> nn.Module:
         if self.crew.distribute != "weights":
@@ -187,30 +185,6 @@ class Measuring:
         if failures:
             raise failures[0].error
         return results
-
-    def _points(
-        self, report: MUIReport, results: Mapping[str, Point], answers: Mapping[str, Sequence[GeneratedAnswer]]
-    ) -> dict[str | None, TrajectoryPoint]:
-        points: dict[str | None, TrajectoryPoint] = {}
-        given: dict[str | None, str] = dict(self.config.performance.items())
-        for task in (None, *report.task_names):
-            mui = report.estimate("mui", task)
-            score = score_of(task, given, results)
-            if task in given and score is None:
-                raise MUIError(
-                    f"performance: lm-eval gave no {given[task]!r}; it gave {', '.join(results) or 'nothing'}"
-                )
-            own = answers.get(task, ()) if task is not None else [*chain.from_iterable(answers.values())]
-            right = answer_score(own) if own else None
-            if score is not None:
-                measured: tuple[str, Point] | None = from_score(score, results)
-            elif right is not None:
-                measured = ANSWERED, kept(right)
-            else:
-                measured = from_probe(report, task)
-            if mui is not None and measured is not None:
-                points[task] = TrajectoryPoint(*measured, kept(mui))
-        return points
 
     @contextmanager
     def _telling_warnings(self) -> Iterator[None]:

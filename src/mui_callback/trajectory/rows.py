@@ -16,6 +16,7 @@ from mui_callback.report import MUIReport
 from mui_callback.sample_results import ESTIMATED
 from mui_callback.samples_table import write_parquet
 from mui_callback.trajectory.checkpoint import CheckpointId
+from mui_callback.trajectory.points import ANSWERED
 from mui_callback.trajectory.records import Row
 
 _METRICS = tuple(
@@ -26,8 +27,6 @@ _METRICS = tuple(
 _NAMES = ("model", "checkpoint", "task", "response", "performance_axis", "score")
 _OF_PERFORMANCE = ("performance_axis", "higher_is_better", "performance", "performance_low", "performance_high")
 _NUMBERS = ("step", "n_samples", "n_tokens")
-ANSWERED = "answer_accuracy"
-"""The axis of performance where models have given answers that are right or wrong."""
 _MANY = 10**9
 """Samples of a score that was measured elsewhere: what it says of its standard error is taken for exact."""
 
