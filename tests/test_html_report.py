@@ -175,7 +175,8 @@ def test_the_summary_answers_with_first_and_last_values_and_phases(page: Element
     lines = {(row.children[0].text, row.children[1].text): row for row in table.all("tbody")[0].all("tr")}
     for model in study.models:
         for task in (*study.tasks, None):
-            points = study.trajectory(model, task)
+            of_task = [(one.checkpoint.step, one.points[task]) for one in study.of(model) if task in one.points]
+            points = {step: point for step, point in of_task if step is not None}
             line = [cell.text for cell in lines[model, task or "all tasks pooled"].children]
             first, last = points[min(points)], points[max(points)]
             phase = phase_at(points, max(points), rule)

@@ -94,7 +94,7 @@ def test_what_a_report_needs_is_kept(measured: StudyConfig, source: Path, tasks:
     assert kept.planned == tuple(CheckpointId("run", f"checkpoint-{step}", step) for step in STEPS)
     last = kept.records[-1].report
     assert last.key_neurons("sums") == probed(source / "checkpoint-20", tasks).key_neurons("sums")
-    points = kept.trajectory("run", "sums")
+    points = {record.checkpoint.step or 0: record.points["sums"] for record in kept.of("run")}
     assert list(points) == list(STEPS)
     called = phase_at(points, 20, PhaseRule(window=3))
     assert called is not None

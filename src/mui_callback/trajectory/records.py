@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mui_callback.errors import MUIError
-from mui_callback.metrics.trajectory import Trajectory, TrajectoryPoint
+from mui_callback.metrics.trajectory import TrajectoryPoint
 from mui_callback.report import MUIReport
 from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.whole_file import remove_partial, replaced_at_once
@@ -105,18 +105,6 @@ class Study:
     def of(self, model: str) -> tuple[CheckpointRecord, ...]:
         """The records of one model, in their order."""
         return tuple(record for record in self.records if record.checkpoint.model == model)
-
-    def trajectory(self, model: str, task: str | None) -> Trajectory:
-        """The points of one task of one model, by step; where a checkpoint has no step, by its place in the plan."""
-        of_model = [one for one in self.planned if one.model == model]
-        has_steps = all(one.step is not None for one in of_model)
-        return {
-            record.checkpoint.step
-            if has_steps and record.checkpoint.step is not None
-            else of_model.index(record.checkpoint): record.points[task]
-            for record in self.of(model)
-            if task in record.points
-        }
 
 
 def write_record(directory: Path, record: CheckpointRecord, report: MUIReport) -> None:
