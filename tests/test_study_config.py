@@ -115,6 +115,16 @@ def test_the_help_describes_keys(asked: str, described: str, capsys: pytest.Capt
     assert described in " ".join(capsys.readouterr().out.split())
 
 
+def test_keys_of_another_mapping(file: Path) -> None:
+    merged = "  - <<: &same {split: dev, max_samples: 5}\n    name: sums"
+    file.write_text(STUDY.replace("  - name: sums", merged) + "  # more\n")
+    study, _ = parse_study([str(file)])
+    assert (study.tasks[0].name, study.tasks[0].split, study.tasks[0].max_samples) == ("sums", "dev", 5)
+    file.write_text(file.read_text().replace("split: dev", "splt: dev"))
+    with pytest.raises(MUIError, match="unknown key 'splt' in entry 1 of tasks; did you mean split"):
+        parse_study([str(file)])
+
+
 def test_options_may_have_dashes(file: Path) -> None:
     study, _ = parse_study([str(file), "--keep-checkpoints=1", "--probe.batch-tokens", "9", "--redo"])
     assert (study.keep_checkpoints, study.probe.batch_tokens, study.redo) == (1, 9, True)

@@ -143,7 +143,14 @@ def test_it_follows_a_process_that_writes_and_ends_quietly(record: Path, tmp_pat
     main_end, its_end = pty.openpty()
     command = [sys.executable, "-m", "mui_callback", "watch", str(tmp_path / "run")]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-    watching = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, env=environment)
+    watching = subprocess.Popen(
+        command,
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background of a shell it is ignored
+    )
     os.close(its_end)
     output = ""
 

@@ -51,7 +51,9 @@ def _unknown(node: Any, kind: Any, where: str) -> Iterator[tuple[int, str]]:
         for key, value in node.value:
             line, name = key.start_mark.line + 1, str(key.value)
             of = f" in {where.strip()}" if where else ""
-            if name not in _names(kind):
+            if name == "<<":  # YAML's own: the keys of another mapping
+                yield from _unknown(value, kind, where)
+            elif name not in _names(kind):
                 yield line, f"unknown key {name!r}{of}; {nearest(name, _names(kind))}"
             elif name in seen:
                 yield line, f"{name!r}{of} is there twice"

@@ -52,7 +52,7 @@ def identity_of(config: StudyConfig, model: ModelConfig, tasks: Mapping[str, str
         "model": {name: getattr(model, name) for name in _OF_MODEL} | _repository(model),
         "files": {name: _files_digest(getattr(model, name)) for name in ("architecture", "tokenizer")},
         "tasks": dict(tasks),
-        "code": f"{__version__} ({_code_digest()})",
+        "code": f"{__version__} ({_code_digest(*_MEASURING)})",
     }
 
 
@@ -108,11 +108,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
+def code_of_answers() -> str:
+    """Equal for equal sources of what makes the answers of a model."""
+    return _code_digest("responses/*.py")
+
+
 @cache
-def _code_digest() -> str:
-    """Equal for equal sources of what measures."""
+def _code_digest(*patterns: str) -> str:
+    """Of files of this package."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for file in sorted(file for pattern in _MEASURING for file in root.glob(pattern)):
+    for file in sorted(file for pattern in patterns for file in root.glob(pattern)):
         digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:12]

@@ -29,6 +29,7 @@ from mui_callback.responses.prompts import gold_samples, prompt_tokens
 from mui_callback.responses.task import Task
 from mui_callback.trajectory.config import StudyConfig
 from mui_callback.trajectory.crew import Crew
+from mui_callback.trajectory.identity import code_of_answers
 from mui_callback.trajectory.listing import StudiedCheckpoint
 from mui_callback.trajectory.points import points_of
 from mui_callback.trajectory.progress import StudyProgress
@@ -143,6 +144,7 @@ class Measuring:
             "checkpoint": [checkpoint.id.model, checkpoint.id.label],
             "weights": checkpoint.place.weights,
             "dtype": checkpoint.config.dtype,
+            "code": code_of_answers(),
         }
         key = AnswerKey.of(task, prompts, slug=checkpoint.id.slug, origin=origin, max_length=max_length)
         cached = self.processes.from_main(lambda: self.cache.load(key))
