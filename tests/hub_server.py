@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from local_http import LocalHttp
 
 _LARGE = (".safetensors", ".bin")
 
@@ -79,7 +80,7 @@ class HubServer:
         class Handler(_Handler):
             served = self
 
-        self._http = _Http(("127.0.0.1", 0), Handler)
+        self._http = LocalHttp(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._is_open = True
 
@@ -111,15 +112,6 @@ class HubServer:
 
     def __exit__(self, *_: object) -> None:
         self.vanish()
-
-
-class _Http(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are no error; others are shown."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -16,8 +16,9 @@ from mui_callback.pictures.curves import Line, Panel, curves, dots
 from mui_callback.pictures.panels import strokes
 from mui_callback.pictures.paths import Path, PathPoint
 from mui_callback.pictures.planes import Plane, planes
-from mui_callback.pictures.style import as_svg, rendered
+from mui_callback.pictures.style import as_svg
 from mui_callback.pictures.trajectories import trajectories
+from words_on_page import assert_apart
 
 WORDS = {"title": "title with a $ in it", "subtitle": "all tasks"}
 
@@ -39,26 +40,6 @@ def some_panels(n_panels: int, n_lines: int, n: int = 6, name: str = "model {}")
 
 def drawn(figure: Figure, gid: str) -> list[mpl.artist.Artist]:
     return [artist for axes in figure.axes for artist in axes.get_children() if artist.get_gid() == gid]
-
-
-def assert_apart(figure: Figure) -> None:
-    """No words of the page, its axes and ticks overlap others, or are out of the page."""
-    rendered(figure)
-    shown = [text for text in figure.texts if text.get_text()]
-    for axes in figure.axes:
-        shown += [axes.xaxis.label, axes.yaxis.label]
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            ticks = zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
-            shown += [label for at, label in ticks if low <= at <= high]
-    boxes = [(text.get_text(), text.get_window_extent()) for text in shown if text.get_text()]
-    for number, (words, box) in enumerate(boxes):
-        assert figure.bbox.x0 <= box.x0, words
-        assert box.x1 <= figure.bbox.x1, words
-        assert figure.bbox.y0 <= box.y0, words
-        assert box.y1 <= figure.bbox.y1, words
-        for other, its_box in boxes[:number]:
-            assert not box.overlaps(its_box), (words, other)
 
 
 def over_training(panels: list[Panel]) -> Figure:

@@ -30,6 +30,7 @@ from mui_callback.pictures.table import expert_rows
 from mui_callback.pictures.top_experts import top_experts_bars
 from mui_callback.pictures.trajectories import trajectories
 from mui_callback.task_report import TaskReport
+from words_on_page import assert_apart
 
 WORDS = {"title": "title with a $ in it", "subtitle": "all tasks"}
 
@@ -302,22 +303,7 @@ def some_paths(n: int, n_tasks: int, name: str = "task {}") -> list[Path]:
 @pytest.mark.parametrize("n_tasks", [1, 2, 4, 10])
 def test_no_words_run_over_others_or_out_of_the_page(n: int, n_tasks: int) -> None:
     figure = trajectories(some_paths(n, n_tasks, "hendrycks_math $x$ level {0}: chain_of_thought" * 3), **WORDS)
-    rendered(figure)
-    shown = [text for text in figure.texts if text.get_text()]
-    for axes in figure.axes:
-        shown += [axes.xaxis.label, axes.yaxis.label]
-        for axis in (axes.xaxis, axes.yaxis):  # matplotlib has labels of ticks that are out of view, too
-            low, high = sorted(axis.get_view_interval())
-            ticks = zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
-            shown += [label for at, label in ticks if low <= at <= high]
-    boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
-    for number, (words, box) in enumerate(boxes):
-        assert figure.bbox.x0 <= box.x0, words
-        assert box.x1 <= figure.bbox.x1, words
-        assert figure.bbox.y0 <= box.y0, words
-        assert box.y1 <= figure.bbox.y1, words
-        for other, its_box in boxes[:number]:
-            assert not box.overlaps(its_box), (words, other)
+    assert_apart(figure)
     for axes, name in zip(figure.axes, texts(figure, "name"), strict=True):
         assert name.get_window_extent().x1 <= axes.bbox.x1 + 1
         start, end = name.get_text().split("…")

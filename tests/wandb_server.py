@@ -13,13 +13,14 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 from urllib.parse import unquote
+
+from local_http import LocalHttp
 
 API_KEY = "0123456789abcdef0123456789abcdef01234567"
 ENTITY = "me"
@@ -81,7 +82,7 @@ class WandbServer:
         class Handler(_Handler):
             served = self
 
-        self._http = _Http(("127.0.0.1", 0), Handler)
+        self._http = LocalHttp(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._is_open = True
 
@@ -266,15 +267,6 @@ _ANSWERS: dict[str, Callable[[WandbServer, dict[str, Any]], dict[str, Any]]] = {
     "GetProject": _find_project,
     "XXHashDigestsEnabled": lambda server, variables: {"entity": {"xxhashDigestsEnabled": False}},
 }
-
-
-class _Http(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are no error; others are shown."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

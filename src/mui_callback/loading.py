@@ -142,13 +142,7 @@ def load_pretrained(source: ModelSource, *, dtype: DType = "auto", device: str |
             ignore_mismatched_sizes=True,  # to be raised below, by name
             output_loading_info=True,
         )
-    check_fit(
-        model,
-        str(source),
-        missing=info["missing_keys"],
-        mismatched=info["mismatched_keys"],
-        unexpected=info["unexpected_keys"],
-    )
+    check_fit(model, str(source), **_fit(info))
     return cast(nn.Module, model)
 
 
@@ -181,14 +175,13 @@ def load_state(
             ignore_mismatched_sizes=True,  # to be raised below, by name
             output_loading_info=True,
         )
-    check_fit(
-        model,
-        where,
-        missing=info["missing_keys"],
-        mismatched=info["mismatched_keys"],
-        unexpected=info["unexpected_keys"],
-    )
+    check_fit(model, where, **_fit(info))
     return cast(nn.Module, model)
+
+
+def _fit(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers says of how weights fit, for `check_fit`."""
+    return {kind: info[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")}
 
 
 def check_fit(

@@ -123,9 +123,7 @@ def _content(
         "rule": rule,
         "level": _LEVEL,
         "answers": [
-            sentence
-            for model, of_model in found.items()
-            for sentence in (sentences(model, _of(routes, model), progress.phrase(of_model[-1].x)),)
+            sentences(model, _of(routes, model), progress.phrase(of_model[-1].x)) for model, of_model in found.items()
         ],
         "summary": summary_lines(routes),
         "trajectories": trajectory_figures(album, routes, progress),

@@ -72,7 +72,7 @@ _PHASES = {
     (-1, -1): Phase.COLLAPSING,
 }
 """By the directions of performance and of MUI."""
-_MANY = 10**9
+EXACT_SAMPLES = 10**9
 """Samples of a score: what it says of its standard error is taken for exact."""
 
 
@@ -209,7 +209,7 @@ def _variance_of_samples(slope_W: FloatArray, points: Sequence[Point]) -> float:
 
 
 def _n_samples(points: Sequence[Point]) -> int:
-    return min(point.n_samples if isinstance(point, Estimate) else _MANY for point in points)
+    return min(point.n_samples if isinstance(point, Estimate) else EXACT_SAMPLES for point in points)
 
 
 def _check(steps: Sequence[int], axes: Mapping[str, Sequence[Point]]) -> None:

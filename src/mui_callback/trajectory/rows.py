@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mui_callback.metrics.catalogue import CATALOGUE, Scope
-from mui_callback.metrics.phases import Point
+from mui_callback.metrics.phases import EXACT_SAMPLES, Point
 from mui_callback.metrics.rarefaction import t_quantile
 from mui_callback.metrics.resampling import Estimate
 from mui_callback.metrics.trajectory import TrajectoryPoint
@@ -27,8 +27,6 @@ _METRICS = tuple(
 _NAMES = ("model", "checkpoint", "task", "response", "performance_axis", "score")
 _OF_PERFORMANCE = ("performance_axis", "higher_is_better", "performance", "performance_low", "performance_high")
 _NUMBERS = ("step", "n_samples", "n_tokens")
-_MANY = 10**9
-"""Samples of a score that was measured elsewhere: what it says of its standard error is taken for exact."""
 
 
 def rows_of(
@@ -115,7 +113,7 @@ def _interval(performance: Point, sign: int) -> tuple[float | None, float | None
     error = performance.standard_error
     if error is None:
         return None, None
-    freedom = len(performance.influence) - 1 if isinstance(performance, Estimate) else _MANY
+    freedom = len(performance.influence) - 1 if isinstance(performance, Estimate) else EXACT_SAMPLES
     half = error * t_quantile(freedom, 0.95)
     return sign * performance.value - half, sign * performance.value + half
 

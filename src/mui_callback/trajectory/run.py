@@ -83,12 +83,11 @@ class _Run:
                 remove_partial(self._directory)
                 self._plan.write()
         left = self._crew.in_turn(self._plan.checkpoints)
+        undone = [one for one in self._plan.checkpoints if self._plan.record(one) is None]
+        n_done = len(left) - len(undone)
         if self._crew.is_main:
-            for one in self._plan.checkpoints:
-                if self._plan.has_other_weights(one):
-                    self._progress.say(f"{one.id}: other files than those that were measured; measured anew")
-        n_done = sum(self._plan.record(one) is not None for one in left)
-        if self._crew.is_main:
+            for one in filter(self._plan.has_other_weights, undone):
+                self._progress.say(f"{one.id}: other files than those that were measured; measured anew")
             self._progress.say(f"{self._plan.config.title}: {n_done} of {len(left)} checkpoints are measured")
         with self._progress.over(len(left), n_done), Fetching(self._plan.config.keep_checkpoints) as fetching:
             while left := self._once_through(left, fetching):
