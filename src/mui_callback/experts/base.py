@@ -5,12 +5,13 @@ Shapes: R scored tokens, E experts, I neurons of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from mui_callback.experts.cut import Cut
 from mui_callback.experts.expert_parallelism import Spread
 from mui_callback.experts.tail import Tail
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens
@@ -91,8 +92,19 @@ class Recorder(Protocol):
     def trusts_dispatch(self) -> bool:
         """Whether it was learned that the router tells which rows are whose."""
 
+    @property
+    def cuts(self) -> Sequence[Cut]:
+        """Where the tail begins behind these experts, in the last forward pass."""
+
+    @property
+    def can_be_direct(self) -> bool:
+        """Whether it could do without the tail, if that hands on the outputs as they are."""
+
+    is_direct: bool
+    """Whether it was learned that it does, so that the readout of each token is the unembedding row of its target."""
+
     def announce(self, tokens: ScoredTokens, readout_RD: Tensor) -> None:
-        """Before a forward pass: which tokens meet in the layer, for those who trust the dispatch.
+        """Before a forward pass: which tokens meet in the layer, for those who do without the tail.
 
         Args:
             tokens: the scored tokens.

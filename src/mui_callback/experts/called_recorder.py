@@ -19,12 +19,14 @@ from mui_callback.errors import ProbeError
 from mui_callback.experts.base import First
 from mui_callback.experts.called_rows import CalledRows
 from mui_callback.experts.calls import Call, activations
-from mui_callback.experts.cut import add_inner
+from mui_callback.experts.cut import Cut, add_inner
+from mui_callback.experts.direct import DirectRows
 from mui_callback.experts.down import Product
 from mui_callback.experts.follower import DispatchFollower
 from mui_callback.experts.gates import GateReader
 from mui_callback.experts.located import at_positions, at_tokens
 from mui_callback.experts.tail import Tail
+from mui_callback.forgiving import attempt
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens
 from mui_callback.scoring.rows import Contributions, joined
 from mui_callback.settings import Activation
@@ -45,6 +47,7 @@ class CalledRecorder:
         n_local = sum(down.n_experts for down in experts.downs)
         self.follower = DispatchFollower(experts.spread, tail.where, n_local, experts.first_down)
         self.knows_order = False
+        self.is_direct = False
         self.clear()
 
     def clear(self) -> None:
@@ -52,6 +55,8 @@ class CalledRecorder:
         self.calls: list[Call] = []
         self.passed: list[Call] = []
         self.follower.clear()
+        self.direct: DirectRows | None = None
+        self._error: Exception | None = None
         self._was_recording: list[bool] = []
 
     @contextmanager
@@ -76,11 +81,13 @@ class CalledRecorder:
     def announce(self, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """See `Recorder`."""
         self.follower.announce(tokens, readout_RD)
+        if self.is_direct:
+            self.direct = DirectRows(tokens, readout_RD)
 
     @property
     def is_followed(self) -> bool:
         """See `Recorder`."""
-        return self.follower.is_on
+        return self.follower.is_on or self.direct is not None
 
     @property
     def trusts_dispatch(self) -> bool:
@@ -89,12 +96,20 @@ class CalledRecorder:
 
     def _take(self, first: int, product: Product) -> Tensor:
         gate = None if self.gates is None else self.gates.take()
+        if self.direct is not None:
+            _, error = attempt(partial(self._add, self.direct, first + product.expert, product, gate))
+            self._error = self._error or error
+            return product.out
         if self.is_followed:
             self.follower.take(first + product.expert, product, gate, self.activation)
             return product.out
         cut = self.tail.cut(product.out)
         self.calls.append(Call(product, cut, first + product.expert, gate))
         return cut.value.clone()  # models write to the outputs of their experts in place
+
+    def _add(self, direct: DirectRows, expert: int, product: Product, gate: Tensor | None) -> None:
+        with torch.no_grad(), torch.autocast(product.out.device.type, enabled=False):
+            direct.add(expert, product, activations(product, gate, self.activation))
 
     def _pass(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         cut = self.tail.cut(out)
@@ -104,10 +119,12 @@ class CalledRecorder:
     @property
     def has_run(self) -> bool:
         """See `Recorder`."""
-        return bool(self.calls) or self.is_followed
+        return bool(self.calls) or self.follower.is_on or (self.direct is not None and self.direct.have_come)
 
     def check_complete(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
+        if self._error is not None:
+            raise self._error
         if not self.has_run:
             raise ProbeError(
                 f"{self.tail.where} ran without calling {self.experts.path} in a way that can be read: the down "
@@ -141,9 +158,22 @@ class CalledRecorder:
         if not self.passed:
             self.follower.learn(self.calls, tokens)
 
+    @property
+    def cuts(self) -> list[Cut]:
+        """See `Recorder`."""
+        return [call.cut for call in (*self.calls, *self.passed)]
+
+    @property
+    def can_be_direct(self) -> bool:
+        """See `Recorder`."""
+        are_plain = all(call.product.weight is not None and call.product.n_experts == 1 for call in self.calls)
+        return self.knows_order and not self.passed and are_plain
+
     def scores(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> ExpertScores:
         """See `Recorder`."""
-        if self.is_followed:
+        if self.direct is not None:
+            rows, contributions = self.direct.rows()
+        elif self.is_followed:
             rows, contributions = self.follower.rows(self.experts.down_width)
         else:
             rows, contributions = self._called_rows(tokens, readout_RD, activation)
@@ -185,7 +215,9 @@ class CalledRecorder:
 
     def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """See `Recorder`."""
-        if self.is_followed:
+        if self.direct is not None:
+            self.direct.add_biases(unmade_R)
+        elif self.is_followed:
             self.follower.add_biases(unmade_R)
         for call in self.calls:
             assert call.cut.token_S is not None

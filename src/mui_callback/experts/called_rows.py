@@ -60,34 +60,32 @@ class CalledRows:
             united, rows = self._united(rows, n_downs)
             return united.scores(rows, first, n_downs=n_downs, experts_of_down=experts_of_down)
         n, width = experts_of_down, rows.width // experts_of_down
-        if n == 1:
-            return ExpertScores(
-                rows,
-                self.token_P,
-                first.expert + self.down_P,
-                first_neuron_S=first.neuron + self.down_P * width,
-                rank_S=self.rank_P,
-                rows_per_token=self.rows_per_token,
-            )
-        part_n = torch.arange(n, device=rows.act_SI.device)
-        expert_P = (self.down_P[:, None] * n + part_n).flatten()
-        return ExpertScores(
-            Contributions(
-                rows.act_SI.reshape(-1, width),
+        down_P, token_P, rank_P = self.down_P, self.token_P, self.rank_P
+        if n > 1:
+            part_n = torch.arange(n, device=down_P.device)
+            down_P, rank_P = ((number_P[:, None] * n + part_n).flatten() for number_P in (down_P, rank_P))
+            token_P = token_P.repeat_interleave(n)
+            rows = Contributions(
+                rows.act.reshape(-1, width),
                 rows.projected_SI.reshape(-1, width),
                 rows.weight_S.repeat_interleave(n) if rows.weight_S is not None else None,
-            ),
-            self.token_P.repeat_interleave(n),
-            first.expert + expert_P,
-            first_neuron_S=first.neuron + expert_P * width,
-            rank_S=(self.rank_P[:, None] * n + part_n).flatten(),
+                act_row_S=(rows.act_row_S[:, None] * n + part_n).flatten() if rows.act_row_S is not None else None,
+            )
+        return ExpertScores(
+            rows,
+            token_P,
+            first.expert + down_P if first.expert else down_P,
+            rank_S=rank_P,
             rows_per_token=self.rows_per_token * n,
+            first_expert=first.expert,
+            first_neuron=first.neuron,
         )
 
     def _united(self, rows: Contributions, n_downs: int) -> tuple[CalledRows, Contributions]:
         """One row for all calls of a down projection for a token."""
         pair_U, row_P = torch.unique(self.token_P * n_downs + self.down_P, return_inverse=True)
-        score_PW = rows.act_SI.float() * rows.projected_SI.float()
+        act_PW = rows.act if rows.act_row_S is None else rows.act[rows.act_row_S]
+        score_PW = act_PW.float() * rows.projected_SI.float()
         if rows.weight_S is not None:
             score_PW *= rows.weight_S[:, None]
         score_UW = score_PW.new_zeros(len(pair_U), rows.width).index_add_(0, row_P, score_PW)

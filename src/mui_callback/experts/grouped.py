@@ -15,7 +15,7 @@ def group_offsets(expert_S: Tensor, n_experts: int) -> Tensor:
     Rows with an id of `n_experts` or more belong to no group. Nothing is moved to the host.
     """
     experts = torch.arange(n_experts, device=expert_S.device, dtype=expert_S.dtype)
-    return torch.searchsorted(expert_S, experts, right=True).to(torch.int32)
+    return torch.searchsorted(expert_S, experts, right=True, out_int32=True)
 
 
 def grouped_mm(x_SN: Tensor, weight_ENM: Tensor, offsets_E: Tensor) -> Tensor:

@@ -35,26 +35,31 @@ class Located:
 
 def at_positions(calls: Sequence[Call], tokens: ScoredTokens) -> Located:
     """Where each expert sees every position: nothing has to be asked of the device."""
-    n_scored, device = len(tokens.position_R), tokens.position_R.device
-    token_R = tokens.first + torch.arange(n_scored, device=device)
-    if len(calls) == calls[0].product.n_experts == 1:  # most often, and with a fifth of the operators
-        expert_R, rank_R = torch.full_like(token_R, calls[0].first_expert), torch.zeros_like(token_R)
-        return Located(CalledRows(token_R, expert_R, rank_R, rows_per_token=1), tokens.position_R, [0, n_scored])
-    n_positions = tokens.n_rows * tokens.length
+    n_positions, device = tokens.n_rows * tokens.length, tokens.position_R.device
     n_experts = [call.product.n_experts for call in calls]
-    first_expert = [call.first_expert for call in calls]
-    expert_e = torch.cat([torch.arange(a, a + n, device=device) for a, n in zip(first_expert, n_experts, strict=True)])
-    offset_e = n_positions * torch.arange(len(expert_e), device=device)
-    rank_e = expert_e.argsort().argsort()
-    return Located(
-        CalledRows(
-            token_R.repeat(len(expert_e)),
-            expert_e.repeat_interleave(n_scored),
-            rank_e.repeat_interleave(n_scored),
-            rows_per_token=len(expert_e),
-        ),
-        (offset_e[:, None] + tokens.position_R).flatten(),
-        bounds=[n_scored * n for n in np.cumsum([0, *n_experts]).tolist()],
+    experts = [call.first_expert + number for call in calls for number in range(call.product.n_experts)]
+    offset_e = n_positions * torch.arange(len(experts), device=device)
+    place_P = tokens.position_R if len(experts) == 1 else (offset_e[:, None] + tokens.position_R).flatten()
+    bounds = [len(tokens.position_R) * n for n in np.cumsum([0, *n_experts]).tolist()]
+    return Located(rows_at_positions(experts, tokens), place_P, bounds)
+
+
+def rows_at_positions(experts: Sequence[int], tokens: ScoredTokens) -> CalledRows:
+    """The rows of all scored tokens in each of some experts, one expert after the other.
+
+    Args:
+        experts: their numbers in the layer.
+        tokens: the scored tokens.
+    """
+    token_R = tokens.own_numbers
+    if len(experts) == 1:  # most often, and with a fifth of the operators
+        return CalledRows(token_R, torch.full_like(token_R, experts[0]), torch.zeros_like(token_R), rows_per_token=1)
+    expert_e = torch.tensor(experts, device=token_R.device)
+    return CalledRows(
+        token_R.repeat(len(experts)),
+        expert_e.repeat_interleave(len(token_R)),
+        expert_e.argsort().argsort().repeat_interleave(len(token_R)),
+        rows_per_token=len(experts),
     )
 
 

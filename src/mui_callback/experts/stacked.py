@@ -22,9 +22,12 @@ from mui_callback.experts.base import First
 from mui_callback.experts.expert_parallelism import NOT_SPREAD, Spread
 from mui_callback.experts.grouped import group_offsets, grouped_mm
 from mui_callback.experts.interface import route_experts_through
+from mui_callback.experts.known_gates import known_gate
 from mui_callback.experts.norms import channel_scale
 from mui_callback.experts.stacked_recorder import RoutedRows, StackedRecorder
 from mui_callback.experts.tail import Tail
+from mui_callback.fused import experts as fused
+from mui_callback.fused.available import can_run
 from mui_callback.parallel.weights import check_readable, whole_shape
 from mui_callback.settings import Activation
 
@@ -137,29 +140,40 @@ class StackedExperts:
         offsets_E = group_offsets(expert_S, self.n_local)
         row_S = torch.empty_like(order_S)
         row_S[order_S] = torch.arange(order_S.shape[0], device=order_S.device)
-        weight_TK = weight_TK.masked_fill(expert_TK >= self.n_local, 0)
+        row_TK = row_S.view(n_tokens, top_k)
 
         up_name, _ = self._weight_names()
-        up_S = self._linear(x_TD[order_S // top_k], up_name, expert_S, offsets_E)
-        act_SI = module._apply_gate(up_S) if module.has_gate else module.act_fn(up_S)
+        up_S = self._product(x_TD[order_S // top_k], up_name, offsets_E)
+        up_bias, down_bias = self._bias(up_name), self._bias("down_proj")
+        gate = known_gate(module) if can_run(up_S) and not keep_gate else None
+        if gate is not None:
+            act_SI = fused.gated(gate, up_S, up_bias, expert_S)
+        else:
+            up_S = up_S if up_bias is None else up_S + up_bias[expert_S]
+            act_SI = module._apply_gate(up_S) if module.has_gate else module.act_fn(up_S)
         if is_masked_EI is not None:
             act_SI = act_SI.masked_fill(is_masked_EI[expert_S], 0)
-        raw_SD = self._linear(act_SI, "down_proj", expert_S, offsets_E)
-        out_SD = module.post_expert_norm(raw_SD) if module.has_post_expert_norm else raw_SD
-        weighted_SD = out_SD * weight_TK.flatten()[order_S].unsqueeze(-1)
-        out_TD = weighted_SD[row_S].view(n_tokens, top_k, -1).sum(dim=1).to(x_TD.dtype)
+
+        raw_SD = self._product(act_SI, "down_proj", offsets_E)
+        if can_run(raw_SD, weight_TK) and not module.has_post_expert_norm:
+            out_TD = fused.combined(raw_SD, down_bias, row_TK, expert_TK, weight_TK, self.n_local)
+        else:
+            raw_SD = raw_SD if down_bias is None else raw_SD + down_bias[expert_S]
+            out_SD = module.post_expert_norm(raw_SD) if module.has_post_expert_norm else raw_SD
+            weight_S = weight_TK.masked_fill(expert_TK >= self.n_local, 0).flatten()[order_S]
+            out_TD = (out_SD * weight_S.unsqueeze(-1))[row_S].view(n_tokens, top_k, -1).sum(dim=1)
 
         rows = RoutedRows(
             expert_TK,
             weight_TK,
-            row_TK=row_S.view(n_tokens, top_k),
+            row_TK=row_TK,
             act_SI=act_SI,
             raw_SD=raw_SD if module.has_post_expert_norm else None,
             up_S=up_S if keep_gate else None,
             down=module.down_proj.detach(),
-            down_bias=module.down_proj_bias.detach() if module.has_bias else None,
+            down_bias=None if down_bias is None else down_bias.detach(),
         )
-        return out_TD, rows
+        return out_TD.to(x_TD.dtype), rows
 
     def gate(self, rows: RoutedRows) -> Tensor:
         """act(x·W_g) of rows that were run with `keep_gate`, ``[S, I]``.
@@ -185,10 +199,13 @@ class StackedExperts:
             )
         return gate_SI
 
-    def _linear(self, x_SN: Tensor, name: str, expert_S: Tensor, offsets_E: Tensor) -> Tensor:
+    def _product(self, x_SN: Tensor, name: str, offsets_E: Tensor) -> Tensor:
         weight = getattr(self.module, name)
-        out = grouped_mm(x_SN, weight if self.module.is_transposed else weight.transpose(-2, -1), offsets_E)
-        return out + getattr(self.module, f"{name}_bias")[expert_S] if self.module.has_bias else out
+        return grouped_mm(x_SN, weight if self.module.is_transposed else weight.transpose(-2, -1), offsets_E)
+
+    def _bias(self, name: str) -> Tensor | None:
+        bias: Tensor | None = getattr(self.module, f"{name}_bias") if self.module.has_bias else None
+        return bias
 
     def project(self, rows: RoutedRows, readout_SD: Tensor, expert_S: Tensor) -> Tensor:
         """⟨W_d[:, j], readout⟩ for each neuron j of each row's expert.

@@ -18,6 +18,7 @@ from mui_callback.errors import ProbeError
 from mui_callback.experts.base import First
 from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.interface import route_experts_through
+from mui_callback.experts.pairs import Pairs
 from mui_callback.experts.tail import Tail
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_of_row
 from mui_callback.scoring.rows import Contributions
@@ -55,10 +56,12 @@ class StackedRecorder:
         self.keep_gate = keep_gate
         self.tail = tail
         self.first = first
+        self.is_direct = False
         self.clear()
 
     def clear(self) -> None:
         """See `Recorder`."""
+        self.is_announced = False
         self.rows: RoutedRows | None = None
         self.cut: Cut | None = None
 
@@ -71,6 +74,8 @@ class StackedRecorder:
     def _run(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):
             out_TD, self.rows = self.experts.run(x_TD, expert_TK, weight_TK, keep_gate=self.keep_gate)
+        if self.is_followed:
+            return out_TD
         self.cut = self.tail.cut(out_TD)
         return self.cut.value
 
@@ -99,14 +104,30 @@ class StackedRecorder:
         return self.experts.spread.peers.is_alone
 
     trusts_dispatch = False
-    is_followed = False
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """See `Recorder`."""
+        return [] if self.cut is None else [self.cut]
+
+    @property
+    def can_be_direct(self) -> bool:
+        """See `Recorder`."""
+        return self.knows_order
+
+    @property
+    def is_followed(self) -> bool:
+        """See `Recorder`: nothing has to be asked of the tail."""
+        return self.is_direct and self.is_announced
 
     def announce(self, tokens: ScoredTokens, readout_RD: Tensor) -> None:
-        """See `Recorder`: the rows of the output are asked of the tail, or known."""
+        """See `Recorder`: the rows of the output are known, or asked of the tail."""
+        self.is_announced = True
 
     def follow(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
-        assert self.cut is not None
+        if self.cut is None:
+            return
         self.cut.token_S, self.cut.weight_S = tokens.numbers(), None
 
     def learn(self, tokens: ScoredTokens) -> None:
@@ -121,42 +142,43 @@ class StackedRecorder:
 
     def scores(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> ExpertScores:
         """See `Recorder`."""
-        rows, place_P, token_P = self._read(tokens)
-        act_SI = self.experts.gate(rows) if activation == "gate" else rows.act_SI
-        assert self.cut is not None
+        rows, place_R, token_R = self._read(tokens)
         n_local, top_k = self.experts.n_local, rows.expert_TK.shape[1]
-        readout_PD, scale_P = self.cut.readouts_of(place_P, readout_RD)
-        expert_PK, by_expert_PK = rows.expert_TK[place_P].sort(dim=1)
-        weight_PK = rows.weight_TK[place_P].gather(1, by_expert_PK).float()
-        if scale_P is not None:
-            weight_PK = weight_PK * scale_P[:, None]
-
-        expert_S, order_S = expert_PK.flatten().sort(stable=True)
-        from_S, rank_S = order_S // top_k, order_S % top_k
-        row_S, token_S = rows.row_TK[place_P].gather(1, by_expert_PK).flatten()[order_S], token_P[from_S]
-        is_row_S = expert_S < n_local
-        expert_S = expert_S.clamp(max=n_local - 1)
+        pairs = Pairs.of(place_R, rows.expert_TK, rows.weight_TK, rows.row_TK, n_local)
+        weight_P, rank_P = pairs.weight_P, pairs.rank_P
+        token_P = token_R[pairs.from_P] if tokens.first or not self.knows_order else pairs.from_P
+        readout_RD, scale_R = self._readouts(place_R, readout_RD)
+        if scale_R is not None:
+            weight_P = weight_P * scale_R[pairs.from_P]
         if not self.knows_order:  # a token may have several rows
             self.tail.raise_if_mixed(is_mixed=bool(self.tail.is_mixed))
-            rank_S = rank_of_row(token_S, expert_S, n_local)
-            top_k = int(rank_S.max()) + 1 if len(rank_S) else 1
-        readout_SD = readout_PD[from_S]
+            rank_P = rank_of_row(token_P, pairs.expert_P, n_local)
+            top_k = int(rank_P.max()) + 1 if len(rank_P) else 1
+        readout_PD = readout_RD[pairs.from_P]
         if rows.raw_SD is not None:
-            readout_SD = self.experts.through_norm(readout_SD, rows.raw_SD[row_S])
-        expert_of_layer_S = self.experts.spread.first(n_local) + expert_S
+            readout_PD = self.experts.through_norm(readout_PD, rows.raw_SD[pairs.row_P])
+        first_here = self.first.expert + self.experts.spread.first(n_local)
         return ExpertScores(
             Contributions(
-                act_SI[row_S],
-                self.experts.project(rows, readout_SD, expert_S),
-                weight_PK.flatten()[order_S],
-                is_row_S,
+                self.experts.gate(rows) if activation == "gate" else rows.act_SI,
+                self.experts.project(rows, readout_PD, pairs.expert_P),
+                weight_P,
+                pairs.is_row_P,
+                pairs.row_P,
             ),
-            token_S,
-            self.first.expert + expert_of_layer_S,
-            first_neuron_S=self.first.neuron + expert_of_layer_S * self.experts.width,
-            rank_S=rank_S,
+            token_P,
+            pairs.expert_P + first_here if first_here else pairs.expert_P,
+            rank_S=rank_P,
             rows_per_token=top_k,
+            first_expert=self.first.expert,
+            first_neuron=self.first.neuron,
         )
+
+    def _readouts(self, place_R: Tensor, readout_RD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Cut.readouts_of`."""
+        if self.cut is None:
+            return readout_RD, None
+        return self.cut.readouts_of(place_R, readout_RD)
 
     def add_output(self, output_R: Tensor, readout_RD: Tensor) -> None:
         """See `Recorder`."""
@@ -169,20 +191,18 @@ class StackedRecorder:
         rows, place_P, token_P = self._read(tokens)
         if rows.down_bias is None:
             return
-        assert self.cut is not None
-        readout_PD = self.cut.all_readouts(readout_RD)[place_P]
+        readout_PD = readout_RD if self.cut is None else self.cut.all_readouts(readout_RD)[place_P]
         expert_PK = rows.expert_TK[place_P].clamp(max=self.experts.n_local - 1)
-        weight_PK = rows.weight_TK[place_P].float()
+        weight_PK = rows.weight_TK[place_P].float().masked_fill(rows.expert_TK[place_P] >= self.experts.n_local, 0)
         for expert_P, weight_P in zip(expert_PK.unbind(1), weight_PK.unbind(1), strict=True):
             add_inner(unmade_R, token_P, rows.down_bias[expert_P], readout_PD * weight_P[:, None])
 
     def _read(self, tokens: ScoredTokens) -> tuple[RoutedRows, Tensor, Tensor]:
         """What the experts did, which rows have scored tokens, and which."""
         assert self.rows is not None
-        assert self.cut is not None
         if self.knows_order:
-            place_P = tokens.position_R
-            return self.rows, place_P, tokens.first + torch.arange(len(place_P), device=place_P.device)
+            return self.rows, tokens.position_R, tokens.own_numbers
+        assert self.cut is not None
         assert self.cut.token_S is not None
         (place_P,) = torch.nonzero(self.cut.token_S >= 0, as_tuple=True)
         return self.rows, place_P, self.cut.token_S[place_P]

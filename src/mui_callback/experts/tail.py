@@ -23,6 +23,7 @@ from mui_callback.experts.codewords import SLACK, codewords, read_codewords, unl
 from mui_callback.experts.cut import Cut
 from mui_callback.experts.linear import is_linear
 from mui_callback.experts.norms import channel_scale, is_norm
+from mui_callback.experts.straight import leads_straight
 from mui_callback.parallel.peers import Peers
 from mui_callback.scoring.contributions import ScoredTokens
 
@@ -127,6 +128,10 @@ class Tail:
                 )
         for cut, readout in zip(cuts, readouts, strict=True):
             cut.readout = readout.detach()
+
+    def is_straight(self, out: Tensor, *, of: Sequence[Cut]) -> bool:
+        """Whether it hands on the outputs at some cuts as they are; see `leads_straight`."""
+        return not self.constants and all(leads_straight(cut.value, out) for cut in of)
 
     def locate(self, out: Tensor, tokens: ScoredTokens) -> None:
         """Set the token of each row of each cut and, where the tail moves and weights rows and does nothing else, its

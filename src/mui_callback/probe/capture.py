@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,10 +65,8 @@ class Reading:
             check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``, and learn how
                 those layers are read of which it is not known yet; for the first batch.
         """
-        own = tokens(0)
-        readout_TD = readout_RD.new_zeros(own.n_rows * own.length, readout_RD.shape[1])
-        readout_TD[own.position_R] = readout_RD
-        batch = self._batch = _Batch(tokens, readout_TD, met_readout, consume, check, set(range(len(self.readers))))
+        not_read = set(range(len(self.readers)))
+        batch = self._batch = _Batch(tokens, readout_RD, met_readout, consume, check, not_read)
         try:
             yield
         finally:
@@ -108,7 +107,7 @@ class Reading:
         batch.not_read.remove(index)
         tokens = batch.tokens(index)
         scores = reader.scores(
-            *(out, batch.readout_TD, tokens, batch.met_readout(index)),
+            *(out, lambda: batch.readout_TD, tokens, batch.met_readout(index)),
             is_output=is_output,
             check=batch.check,
         )
@@ -118,13 +117,20 @@ class Reading:
 @dataclass
 class _Batch:
     tokens: LayerTokens
-    readout_TD: Tensor
-    """Unembedding row of the token that each position predicts, zero where none is scored."""
+    readout_RD: Tensor
     met_readout: Callable[[int], Tensor]
     consume: LayerConsumer
     check: bool
     not_read: set[int]
     """Positions of the layers that have not run yet."""
+
+    @cached_property
+    def readout_TD(self) -> Tensor:
+        """Unembedding row of the token that each position predicts, zero where none is scored."""
+        own = self.tokens(0)
+        readout_TD = self.readout_RD.new_zeros(own.n_rows * own.length, self.readout_RD.shape[1])
+        readout_TD[own.position_R] = self.readout_RD
+        return readout_TD
 
 
 @contextmanager

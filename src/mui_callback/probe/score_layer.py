@@ -5,7 +5,7 @@ Shapes: T positions of the batch (flattened), R scored tokens, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -83,7 +83,7 @@ class LayerReader:
     def scores(
         self,
         out: Tensor,
-        readout_TD: Tensor,
+        readouts: Callable[[], Tensor],
         tokens: ScoredTokens,
         readout_RD: Tensor,
         *,
@@ -97,7 +97,8 @@ class LayerReader:
 
         Args:
             out: where the tail ends, ``[…, D]`` of T positions.
-            readout_TD: unembedding row of the token that each position predicts, zero where none is scored.
+            readouts: makes ``[T, D]``, the unembedding row of the token that each position predicts, zero where none is
+                scored; not called where nothing of the pass was recorded.
             tokens: the scored tokens.
             readout_RD: unembedding row of the target of each token that meets in the layer.
             is_output: whether `out` is the output of the experts alone; if not, there is a residual in it.
@@ -108,14 +109,14 @@ class LayerReader:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
         """
         if check or not self.is_followed:
-            self._check_output(out, readout_TD, tokens)
+            self._check_output(out, readout_RD.shape[1], tokens)
         for recorder in self.recorders:
             recorder.check_complete(tokens)
         learns = check and not self.is_learned
         if is_output and learns:
             self._note_own_bias(out)
         with self._together():
-            self._trace(out, readout_TD, tokens, learns=learns)
+            self._trace(out, readouts, tokens, learns=learns)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
             if not check:
@@ -128,6 +129,7 @@ class LayerReader:
                     lambda: self._add_up(parts or (), made, output, unmade, tokens, readout_RD, is_output=is_output)
                 )
             if is_output and self._counts:
+                readout_TD = readouts()
                 add_inner(output, tokens.numbers(), out.detach().reshape(readout_TD.shape), readout_TD)
                 for cut, value in self.tail.constants:
                     assert cut.token_S is not None
@@ -152,24 +154,32 @@ class LayerReader:
                 f"others wait for it in vain and nothing can go on ({described(error)})."
             ) from error
 
-    def _trace(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens, *, learns: bool) -> None:
+    def _trace(self, out: Tensor, readouts: Callable[[], Tensor], tokens: ScoredTokens, *, learns: bool) -> None:
         """Follow the tail back to the experts, no further than needed."""
         if learns or not self.can_follow:
             self.tail.locate(out, tokens)
         if learns:
             self.tail.locate_constants(out, tokens)
-            self._learn(tokens)
+            self._learn(out, tokens)
         if self.can_follow:
             for recorder in self.recorders:
                 if recorder.knows_order:
                     recorder.follow(tokens)
-        self.tail.transpose(out, readout_TD, check=learns)
+        if self.tail.cuts or self.tail.constants:
+            self.tail.transpose(out, readouts(), check=learns)
 
-    def _learn(self, tokens: ScoredTokens) -> None:
+    def _learn(self, out: Tensor, tokens: ScoredTokens) -> None:
         """From what the tail was asked; the same in all processes that share the experts, for collectives are on it."""
         device = tokens.target_R.device
         for recorder in self.recorders:
             recorder.learn(tokens)
+            cuts = recorder.cuts
+            recorder.is_direct = (
+                self.layer.scope_is_moe
+                and self.layer.peers.is_alone
+                and recorder.can_be_direct
+                and self.tail.is_straight(out, of=cuts)
+            )
         can_follow = all(
             recorder.knows_order or (recorder.trusts_dispatch and self.layer.scope_is_moe)
             for recorder in self.recorders
@@ -207,11 +217,11 @@ class LayerReader:
             if not is_output:
                 recorder.add_output(output_R, readout_RD)
 
-    def _check_output(self, out: Tensor, readout_TD: Tensor, tokens: ScoredTokens) -> None:
+    def _check_output(self, out: Tensor, width: int, tokens: ScoredTokens) -> None:
         shapes = ((tokens.n_rows, tokens.length), (1, tokens.n_rows * tokens.length), (tokens.n_rows * tokens.length,))
-        if out.shape[:-1] not in shapes or out.shape[-1] != readout_TD.shape[1]:
+        if out.shape[:-1] not in shapes or out.shape[-1] != width:
             raise ProbeError(
-                f"{self.tail.where}: expected an output [{tokens.n_rows}, {tokens.length}, {readout_TD.shape[1]}] for "
+                f"{self.tail.where}: expected an output [{tokens.n_rows}, {tokens.length}, {width}] for "
                 f"{tokens.n_rows} samples of {tokens.length} positions and the width of the language-model head, got "
                 f"{list(out.shape)}. Models that have the positions first cannot be probed."
             )

@@ -34,6 +34,11 @@ class Responses:
     """Scored tokens of the longest response."""
 
     @cached_property
+    def place_R(self) -> Tensor:
+        """The number of each token if all responses were as long as the longest, int64 ``[R]``."""
+        return self.row_R * self.n_orders + self.order_R
+
+    @cached_property
     def is_of_BR(self) -> Tensor:
         """1 where a token is of a sample, float64 ``[B, R]``."""
         return (self.row_R == torch.arange(self.n_rows, device=self.row_R.device)[:, None]).double()
@@ -65,6 +70,11 @@ class ScoredTokens(Responses):
         """Binary digits of these numbers."""
         return max(1, (self.n_numbers - 1).bit_length())
 
+    @cached_property
+    def own_numbers(self) -> Tensor:
+        """The numbers of these, int64 ``[R]``."""
+        return self.first + torch.arange(len(self.position_R), device=self.position_R.device)
+
     def numbers(self) -> Tensor:
         """The number of the scored token that each position predicts, int64 ``[B · T]``; -1 where none is scored."""
         return self._numbers
@@ -73,7 +83,7 @@ class ScoredTokens(Responses):
     def _numbers(self) -> Tensor:
         n_positions, device = self.n_rows * self.length, self.position_R.device
         numbers = torch.full((n_positions,), -1, dtype=torch.int64, device=device)
-        numbers[self.position_R] = self.first + torch.arange(len(self.position_R), device=device)
+        numbers[self.position_R] = self.own_numbers
         return numbers
 
 
@@ -89,10 +99,17 @@ class ExpertScores:
     """Number of the scored token of each row, int64 ``[S]``."""
     expert_S: Tensor
     """Number of the expert in the layer, int64 ``[S]``."""
-    first_neuron_S: Tensor
-    """Number of its first neuron in the layer, int64 ``[S]``."""
     rank_S: Tensor
     rows_per_token: int
+    first_expert: int = 0
+    """Number in the layer of the first of these experts, all of which have the same width."""
+    first_neuron: int = 0
+    """Number in the layer of its first neuron."""
+
+    @property
+    def first_neuron_S(self) -> Tensor:
+        """Number in the layer of the first neuron of each row's expert, int64 ``[S]``."""
+        return self.first_neuron + (self.expert_S - self.first_expert) * self.rows.width
 
 
 @dataclass(frozen=True)

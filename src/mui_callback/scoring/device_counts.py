@@ -21,8 +21,11 @@ from mui_callback.scoring.contributions import LayerScores, Responses, identity_
 from mui_callback.scoring.key_marks import KeyMarks, entries_needed
 from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.meeting import Meeting
-from mui_callback.scoring.select import NeuronScores, highest_entries, neurons_above, thresholds
-from mui_callback.scoring.topk import Candidates, merge_candidates
+from mui_callback.scoring.select import NeuronScores, neurons_above, thresholds
+from mui_callback.scoring.topk import Candidates, Finalists, merge_candidates
+
+_PENDING = 2**26
+"""Bytes of finalists that wait for those of other layers, as to rank them together takes fewer operators."""
 
 
 class DeviceCounts:
@@ -57,6 +60,7 @@ class DeviceCounts:
         self.is_shared_E2 = (
             torch.from_numpy(np.stack([~layout.is_shared, layout.is_shared], axis=1)).to(device).double()
         )
+        self.expert_number_E = torch.arange(layout.n_experts, device=device)
         self.marks = [KeyMarks(rule, layout, device) for rule in rules]
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -154,6 +158,10 @@ class BatchCounts:
         self.sample_B = sample_B
         self.meetings = meetings
         self.found: dict[int, Candidates] = {}
+        self.use: dict[int, Tensor] = {}
+        """By layer, Σ|f| and number of rows of each of its samples in each of its experts, float64 ``[B, E, 2]``."""
+        self.n_not_finite: list[Tensor] = []
+        self._pending: dict[int, Finalists] = {}
         self.above: dict[int, NeuronScores] = {}
         """By layer, neurons that the loosest of the rules ``topscore`` may take."""
 
@@ -162,17 +170,16 @@ class BatchCounts:
         n_neurons, k = self.counts.layout.layers[layer].n_neurons, self.counts.k[layer]
         meeting = self.meetings[layer]
         responses = self.responses if meeting is None else meeting.responses
-        sample_B = self.sample_B if meeting is None else meeting.sample_B
         if scores.parts:  # none where another process counts
-            rows = LayerRows.of(scores.parts)
-            self._add_totals(layer, rows, responses, sample_B)
-            self.found[layer] = highest_entries(rows, responses, n_neurons, k)
+            rows = LayerRows.of(scores.parts, responses, self.counts.layout.layers[layer].n_experts)
+            use_B2 = responses.is_of_BR @ rows.use_RE2.flatten(1)
+            self.use[layer] = use_B2.view(responses.n_rows, *rows.use_RE2.shape[1:])[:, :-1]
+            self.n_not_finite.append(rows.n_not_finite)
+            self._pend(layer, rows.finalists(k, n_neurons))
             if self.counts.topscore:
-                highest_B = self.found[layer].score[:, 0]
                 # where the highest score is negative, the loosest rule is the one with the highest ratio
-                of_rules = [thresholds(marks.rule.value, highest_B) for marks in self.counts.topscore]
-                lowest_B = torch.stack(of_rules).amin(0)
-                self.above[layer] = neurons_above(rows, responses, n_neurons, lowest_B)
+                of_rules = [thresholds(marks.rule.value, rows.highest_B) for marks in self.counts.topscore]
+                self.above[layer] = neurons_above(rows, n_neurons, torch.stack(of_rules).amin(0))
         if scores.made_R is not None:
             self.counts.identity_error[layer] = identity_error(scores)
 
@@ -181,6 +188,8 @@ class BatchCounts:
 
         Whoever shares experts with others sends them no scores but their samples' best candidates.
         """
+        self._rank_pending()
+        self._add_totals()
         alone: dict[int, Candidates] = {}
         together: dict[int, list[int]] = {}
         for layer, meeting in enumerate(self.meetings):
@@ -228,20 +237,39 @@ class BatchCounts:
                     threshold_B = thresholds(marks.rule.value, highest)
                     marks.add_neurons(sample_B, layer, self.above[layer].at_least(threshold_B))
 
-    def _add_totals(self, layer: int, rows: LayerRows, responses: Responses, sample_B: Tensor) -> None:
-        """Mass and rows of each sample in each expert, and of these what is kept."""
-        counts, experts = self.counts, self.counts.experts[layer]
-        n_experts = experts.stop - experts.start
-        # A token has one row in an expert, so these are written and not added; what is no row goes to a column behind.
-        use_RE2 = torch.zeros(len(responses.row_R), n_experts + 1, 2, dtype=torch.float64, device=counts.device)
-        expert_S = rows.expert_S if rows.is_row_S is None else rows.expert_S.where(rows.is_row_S, n_experts)
-        use_RE2[rows.token_S, expert_S] = torch.stack([rows.mass_S, torch.ones_like(rows.mass_S)], dim=1).double()
-        counts.not_finite += rows.n_not_finite
-        total_BE2 = (responses.is_of_BR @ use_RE2.flatten(1)).view(responses.n_rows, n_experts + 1, 2)[:, :-1]
-        counts.totals[:, experts] += counts.totals.new_zeros(counts.n_tasks, n_experts, 2).index_add_(
-            0, counts.task_of_sample[sample_B], total_BE2
-        )
-        counts.sample_mass.index_add_(0, sample_B, total_BE2[..., 0] @ counts.is_shared_E2[experts])
+    def _pend(self, layer: int, finalists: Finalists) -> None:
+        self._pending[layer] = finalists
+        if sum(one.score_Bkc.nbytes for one in self._pending.values()) > _PENDING:
+            self._rank_pending()
+
+    def _rank_pending(self) -> None:
+        """The highest entries of all layers that wait, together where they have equally many samples and chunks."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for layer, finalists in self._pending.items():
+            alike.setdefault((*finalists.place_Bk.shape, self.counts.k[layer]), []).append(layer)
+        for (n_samples, _, k), layers in alike.items():
+            found = Finalists.joined([self._pending[layer] for layer in layers]).entries(k)
+            parts = zip(torch.split(found.score, n_samples), torch.split(found.place, n_samples), strict=True)
+            self.found |= {layer: Candidates(*part) for layer, part in zip(layers, parts, strict=True)}
+        self._pending = {}
+
+    def _add_totals(self) -> None:
+        """Mass and rows of each sample in each expert of all layers, and of these what is kept."""
+        counts = self.counts
+        if self.n_not_finite:
+            counts.not_finite += torch.stack(self.n_not_finite).sum()
+        met: dict[int, list[int]] = {}
+        for layer in self.use:
+            met.setdefault(id(self.meetings[layer]), []).append(layer)
+        for layers in met.values():
+            meeting = self.meetings[layers[0]]
+            sample_B = self.sample_B if meeting is None else meeting.sample_B
+            use_BE2 = torch.cat([self.use[layer] for layer in layers], dim=1)
+            is_of_QB = counts.task_of_sample[sample_B] == torch.arange(counts.n_tasks, device=counts.device)[:, None]
+            total_QE2 = (is_of_QB.double() @ use_BE2.flatten(1)).view(counts.n_tasks, *use_BE2.shape[1:])
+            number_E = torch.cat([counts.expert_number_E[counts.experts[layer]] for layer in layers])
+            counts.totals.index_add_(1, number_E, total_QE2)
+            counts.sample_mass.index_add_(0, sample_B, use_BE2[..., 0] @ counts.is_shared_E2[number_E])
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:

@@ -1,97 +1,138 @@
-"""The rows of all kinds of experts of a layer behind one another, so that they are looked at together.
+"""What one pass over the contributions of a layer finds, those of all kinds of experts together.
 
-Shapes: S rows, C chunks of neurons of the widest rows, M chunks that are chosen, c neurons of a chunk.
+Each scored token of a sample has a slot for each of its rows, and each row has chunks of neurons. The k highest entries
+of a sample are in the k chunks with the highest maxima, so only those are multiplied again.
+
+Shapes: B samples, R scored tokens, S rows, P slots of a sample, C chunks of the widest rows, k chunks of a sample that
+are chosen, M chunks, c neurons of a chunk, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mui_callback.scoring.contributions import ExpertScores
-from mui_callback.scoring.rows import CHUNK, NOTHING, Contributions, joined
+from mui_callback.fused import scores
+from mui_callback.fused.scores import Found, Rows
+from mui_callback.scoring.contributions import ExpertScores, Responses
+from mui_callback.scoring.rows import CHUNK, NOTHING
+from mui_callback.scoring.topk import Finalists, ordered_topk
 
 
 @dataclass(frozen=True)
 class LayerRows:
-    """What one pass over the contributions of a layer found, and the contributions of chosen chunks."""
+    """The contributions of a layer to the tokens of some samples, once looked at."""
 
-    parts: tuple[Contributions, ...]
-    token_S: Tensor
-    """See `ExpertScores`, as the two that follow."""
-    expert_S: Tensor
-    first_neuron_S: Tensor
-    rank_S: Tensor
-    """Orders the rows of a token by expert, those of all kinds together."""
-    rows_per_token: int
-    mass_S: Tensor
-    """See `Summary`, as the two that follow."""
-    highest_SC: Tensor
+    parts: tuple[ExpertScores, ...]
+    """By kind of experts, in the order of their neurons."""
+    n_ranks: int
+    """Rows that a token has at most."""
+    highest_BPC: Tensor
+    """The highest finite contribution of each chunk, float32; `NOTHING` where there is none."""
+    row_BP: Tensor
+    """Number of the row in each slot, those of all kinds one after the other, int64; anything where there is none."""
+    use_RE2: Tensor
+    """Σ|f| of each token in each expert, and how many rows it has there, float64 ``[R, E + 1, 2]``; the last expert is
+    for what is no row."""
     n_not_finite: Tensor
+    """How many are NaN or infinite, and do not count; integer scalar."""
 
     @classmethod
-    def of(cls, parts: Sequence[ExpertScores]) -> LayerRows:
-        """Of one kind of experts or of several, in the order of their neurons."""
-        summaries = [part.rows.summary() for part in parts]
-        ranks, first_rank = [], 0
-        for part in parts:
-            ranks.append(part.rank_S + first_rank if first_rank else part.rank_S)
-            first_rank += part.rows_per_token
-        return cls(
-            tuple(part.rows for part in parts),
-            joined([part.token_S for part in parts]),
-            joined([part.expert_S for part in parts]),
-            joined([part.first_neuron_S for part in parts]),
-            joined(ranks),
-            first_rank,
-            joined([summary.mass_S for summary in summaries]),
-            joined(_padded([summary.highest_SC for summary in summaries])),
-            torch.stack([summary.n_not_finite for summary in summaries]).sum(),
+    def of(cls, parts: Sequence[ExpertScores], tokens: Responses, n_experts: int) -> LayerRows:
+        """Look at all contributions of one kind of experts or of several.
+
+        Args:
+            parts: in the order of their neurons.
+            tokens: the scored tokens.
+            n_experts: E.
+        """
+        device, n_ranks = tokens.row_R.device, sum(part.rows_per_token for part in parts)
+        n_slots, n_chunks = tokens.n_orders * n_ranks, max(part.rows.n_chunks for part in parts)
+        are_fused = all(part.rows.is_fused or not part.rows.n_rows for part in parts) and device.type == "cuda"
+        found = Found(
+            torch.full((tokens.n_rows, n_slots, n_chunks), NOTHING, dtype=torch.float32, device=device),
+            torch.zeros(tokens.n_rows, n_slots, dtype=torch.int64, device=device),
+            torch.zeros(len(tokens.row_R), n_experts + 1, 2, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
+            n_ranks,
         )
+        for part, rows in _numbered(parts):
+            if part.rows.n_rows and are_fused:
+                scores.scan(part.rows.factors, rows, tokens.place_R, CHUNK, found)
+            elif part.rows.n_rows:
+                _scan(part, rows, tokens.place_R, found)
+        return cls(tuple(parts), n_ranks, found.highest_BPC, found.row_BP, found.use_RE2, found.n_bad)
 
     @property
-    def n_rows(self) -> int:
-        """S."""
-        return len(self.token_S)
+    def highest_B(self) -> Tensor:
+        """The highest contribution of each sample, float32 ``[B]``; `NOTHING` if there is none."""
+        nothing = self.highest_BPC.new_full((len(self.highest_BPC), 1), NOTHING)
+        return torch.cat([self.highest_BPC.flatten(1), nothing], dim=1).amax(1)
 
-    @property
-    def n_chunks(self) -> int:
-        """C."""
-        return self.highest_SC.shape[1]
+    def finalists(self, k: int, n_neurons: int) -> Finalists:
+        """The chunks in which the k highest entries of each sample are.
 
-    @property
-    def is_row_S(self) -> Tensor | None:
-        """False for what is no row, see `Contributions`; None if all are."""
-        if all(part.is_row_S is None for part in self.parts):
-            return None
-        all_true = [torch.ones(part.n_rows, dtype=torch.bool, device=part.act_SI.device) for part in self.parts]
-        own = [
-            part.is_row_S if part.is_row_S is not None else true
-            for part, true in zip(self.parts, all_true, strict=True)
-        ]
-        return joined(own)
+        Args:
+            k: entries.
+            n_neurons: those of the layer.
+        """
+        highest_BM = self.highest_BPC.flatten(1)
+        with_rows = [(part, rows) for part, rows in _numbered(self.parts) if part.rows.n_rows]
+        if scores.can_order(highest_BM) and with_rows and all(part.rows.is_fused for part, _ in with_rows):
+            key_Bk = scores.order_keys(highest_BM).topk(min(k, highest_BM.shape[1]), dim=1).values
+            found = Found(self.highest_BPC, self.row_BP, self.use_RE2, self.n_not_finite, self.n_ranks)
+            of_kinds = [(part.rows.factors, rows, part.first_expert, part.first_neuron) for part, rows in with_rows]
+            return Finalists(*scores.finalists(key_Bk, of_kinds, n_neurons, CHUNK, found))
+        chosen_Bk, n_chunks = ordered_topk(highest_BM, k), self.highest_BPC.shape[2]
+        slot_Bk, chunk_Bk = chosen_Bk // n_chunks, chosen_Bk % n_chunks
+        score_Mc, neuron_M = self.of_chunks(self.row_BP.gather(1, slot_Bk).flatten(), chunk_Bk.flatten())
+        is_missing_Bk = highest_BM.gather(1, chosen_Bk) == NOTHING
+        score_Bkc = score_Mc.view(*chosen_Bk.shape, CHUNK).masked_fill_(is_missing_Bk[..., None], NOTHING)
+        return Finalists(score_Bkc, slot_Bk // self.n_ranks * n_neurons + neuron_M.view_as(chosen_Bk))
 
-    def of_chunks(self, row_M: Tensor, chunk_M: Tensor) -> Tensor:
-        """See `Contributions.of_chunks`."""
-        parts = [part for part in self.parts if part.n_rows]
-        score_Mc, first = None, 0
-        for part in parts:
-            row_of_part_M = row_M if len(parts) == 1 else (row_M - first).clamp(0, part.n_rows - 1)
-            found_Mc = part.of_chunks(row_of_part_M, chunk_M)
-            score_Mc = found_Mc if score_Mc is None else found_Mc.where((row_M >= first)[:, None], score_Mc)
-            first += part.n_rows
-        if score_Mc is None:
-            return self.highest_SC.new_zeros(0, CHUNK)
-        return score_Mc
+    def of_chunks(self, row_M: Tensor, chunk_M: Tensor) -> tuple[Tensor, Tensor]:
+        """The contributions of some chunks, float32 ``[M, c]``, and the neuron of the first of each, int64 ``[M]``.
+
+        Args:
+            row_M: number of the row of each, among those of all kinds.
+            chunk_M: number of each in its row.
+        """
+        score_Mc = torch.full((len(row_M), CHUNK), NOTHING, dtype=torch.float32, device=row_M.device)
+        neuron_M = chunk_M * CHUNK
+        for part, rows in _numbered(self.parts):
+            n_rows = part.rows.n_rows
+            if n_rows:
+                own_M = (row_M - rows.first_row).clamp(0, n_rows - 1)
+                is_own_M = (row_M >= rows.first_row) & (row_M < rows.first_row + n_rows)
+                score_Mc = part.rows.of_chunks(own_M, chunk_M).where(is_own_M[:, None], score_Mc)
+                neuron_M = neuron_M + part.first_neuron_S[own_M].where(is_own_M, 0)
+        return score_Mc, neuron_M
 
 
-def _padded(parts: Sequence[Tensor]) -> list[Tensor]:
-    n_chunks = max(part.shape[1] for part in parts)
-    return [
-        F.pad(part, (0, n_chunks - part.shape[1]), value=NOTHING) if part.shape[1] < n_chunks else part
-        for part in parts
-    ]
+def _numbered(parts: Sequence[ExpertScores]) -> Iterator[tuple[ExpertScores, Rows]]:
+    first_row = first_rank = 0
+    for part in parts:
+        yield part, Rows(part.token_S, part.expert_S, part.rank_S, first_row, first_rank)
+        first_row += part.rows.n_rows
+        first_rank += part.rows_per_token
+
+
+def _scan(part: ExpertScores, rows: Rows, place_R: Tensor, found: Found) -> None:
+    """See `mui_callback.fused.scores.scan`."""
+    summary, is_row_S = part.rows.summary(), part.rows.is_row_S
+    slot_S = place_R[part.token_S] * found.n_ranks + (part.rank_S + rows.first_rank)
+    n_chunks, n_experts = found.highest_BPC.shape[2], found.use_RE2.shape[1] - 1
+    highest_SC = summary.highest_SC
+    if part.rows.n_chunks < n_chunks:
+        highest_SC = torch.nn.functional.pad(highest_SC, (0, n_chunks - part.rows.n_chunks), value=NOTHING)
+    found.highest_BPC.view(-1, n_chunks)[slot_S] = highest_SC
+    found.row_BP.view(-1)[slot_S] = torch.arange(part.rows.n_rows, device=slot_S.device) + rows.first_row
+    expert_S = part.expert_S if is_row_S is None else part.expert_S.where(is_row_S, n_experts)
+    # a token has one row in an expert, so these are written and not added
+    found.use_RE2[part.token_S, expert_S] = torch.stack(
+        [summary.mass_S, torch.ones_like(summary.mass_S)], dim=1
+    ).double()
+    found.n_bad.add_(summary.n_not_finite)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mui_callback.scoring import kernels
+from mui_callback.fused import scores
+from mui_callback.fused.available import can_run
 
 CHUNK = 64
 """Neurons of a chunk."""
@@ -41,51 +42,65 @@ class Summary:
 class Contributions:
     """f = G · a_j · ⟨W_d[:, j], readout⟩ of each row, in float32."""
 
-    act_SI: Tensor
-    """Activations a_j that feed the down projection, of any floating-point type."""
+    act: Tensor
+    """Activations a_j that feed the down projection, of any floating-point type, ``[…, I]``."""
     projected_SI: Tensor
     """⟨W_d[:, j], readout⟩, of any floating-point type."""
     weight_S: Tensor | None = None
     """Routing weights G, float32; None where the readout holds them already."""
     is_row_S: Tensor | None = None
     """False where no expert was chosen, or no token is scored: nothing of such a row counts. None if all are rows."""
+    act_row_S: Tensor | None = None
+    """Where the activations of each row are, int64; None if they are in order."""
 
     @property
     def n_rows(self) -> int:
         """S."""
-        return self.act_SI.shape[0]
+        return self.projected_SI.shape[0]
 
     @property
     def width(self) -> int:
         """I."""
-        return self.act_SI.shape[1]
+        return self.projected_SI.shape[1]
 
     @property
     def n_chunks(self) -> int:
         """C; the last chunk of a row may be shorter."""
         return -(-self.width // CHUNK)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether there are kernels for them."""
+        return can_run(self.act, self.projected_SI)
+
+    @property
+    def factors(self) -> scores.Factors:
+        """What the kernels take."""
+        return scores.Factors(self.act, self.act_row_S, self.projected_SI, self.weight_S, self.is_row_S)
+
     def summary(self) -> Summary:
         """One pass over all of them."""
-        if kernels.can_run(self.act_SI, self.projected_SI):
-            return Summary(*kernels.summarize(*self._factors, CHUNK))
-        device = self.act_SI.device
-        summary = Summary(
-            torch.zeros(self.n_rows, dtype=torch.float32, device=device),
-            torch.full((self.n_rows, self.n_chunks), NOTHING, dtype=torch.float32, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
-        )
+        device = self.act.device
+        mass_S = torch.zeros(self.n_rows, dtype=torch.float32, device=device)
+        highest_SC = torch.full((self.n_rows, self.n_chunks), NOTHING, dtype=torch.float32, device=device)
+        n_not_finite = torch.zeros((), dtype=torch.int64, device=device)
         for rows in self._pieces():
             score_SI = self._products(rows)
-            is_bad_SI = ~score_SI.isfinite()
-            if self.is_row_S is not None:
-                is_bad_SI &= self.is_row_S[rows, None]
-            summary.n_not_finite.add_(is_bad_SI.sum())
-            score_SI = self._masked(score_SI, rows)
-            padded_SI = torch.nn.functional.pad(score_SI, (0, -self.width % CHUNK), value=NOTHING)
-            summary.highest_SC[rows] = padded_SI.view(len(padded_SI), self.n_chunks, CHUNK).amax(-1)
-            summary.mass_S[rows] = score_SI.masked_fill_(score_SI == NOTHING, 0).abs_().sum(-1)
-        return summary
+            torch.linalg.vector_norm(score_SI, 1, dim=-1, out=mass_S[rows])
+            if device.type != "cpu" or not mass_S[rows].isfinite().all():  # most often there is nothing to look for
+                is_bad_SI = ~score_SI.isfinite()
+                if self.is_row_S is not None:
+                    is_bad_SI &= self.is_row_S[rows, None]
+                n_not_finite += is_bad_SI.sum()
+                score_SI = self._masked(score_SI, rows)
+                mass_S[rows] = score_SI.masked_fill(score_SI == NOTHING, 0).abs_().sum(-1)
+            elif self.is_row_S is not None:
+                mass_S[rows] = mass_S[rows].where(self.is_row_S[rows], 0)
+                score_SI = score_SI.masked_fill_(~self.is_row_S[rows, None], NOTHING)
+            if self.width % CHUNK:
+                score_SI = torch.nn.functional.pad(score_SI, (0, -self.width % CHUNK), value=NOTHING)
+            torch.amax(score_SI.view(len(score_SI), self.n_chunks, CHUNK), -1, out=highest_SC[rows])
+        return Summary(mass_S, highest_SC, n_not_finite)
 
     def of_chunks(self, row_M: Tensor, chunk_M: Tensor) -> Tensor:
         """The contributions of the neurons of some chunks, float32 ``[M, c]``; `NOTHING` for what does not count.
@@ -94,12 +109,13 @@ class Contributions:
             row_M: row of each chunk.
             chunk_M: number of each chunk in its row.
         """
-        if kernels.can_run(self.act_SI, self.projected_SI):
-            return kernels.of_chunks(*self._factors, row_M, chunk_M, CHUNK)
         column_Mc = chunk_M[:, None] * CHUNK + torch.arange(CHUNK, device=chunk_M.device)
         is_column_Mc = column_Mc < self.width
         column_Mc = column_Mc.clamp(max=self.width - 1)
-        score_Mc = self.act_SI[row_M[:, None], column_Mc].float() * self.projected_SI[row_M[:, None], column_Mc].float()
+        act_row_M = row_M if self.act_row_S is None else self.act_row_S[row_M]
+        score_Mc = (
+            self.act[act_row_M[:, None], column_Mc].float() * self.projected_SI[row_M[:, None], column_Mc].float()
+        )
         if self.weight_S is not None:
             score_Mc *= self.weight_S[row_M, None]
         is_entry_Mc = is_column_Mc & score_Mc.isfinite()
@@ -109,22 +125,17 @@ class Contributions:
 
     def sums(self) -> Tensor:
         """Σ f over the finite ones of each row, float64 ``[S]``; where a kernel runs, added up in float32."""
-        if kernels.can_run(self.act_SI, self.projected_SI):
-            sum_S, _, _ = kernels.summarize(*self._factors, CHUNK, is_signed=True)
-            return sum_S.double()
+        if self.is_fused:
+            return scores.sums(self.factors).double()
         sums = [
             self._masked(self._products(rows), rows).nan_to_num_(neginf=0.0).sum(-1, dtype=torch.float64)
             for rows in self._pieces()
         ]
-        return torch.cat([self.act_SI.new_zeros(0, dtype=torch.float64), *sums])
+        return torch.cat([self.act.new_zeros(0, dtype=torch.float64), *sums])
 
     def all(self) -> Tensor:
         """All of them, float32 ``[S, I]``; `NOTHING` for what does not count."""
         return self._masked(self._products(slice(None)), slice(None))
-
-    @property
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.act_SI, self.projected_SI, self.weight_S, self.is_row_S
 
     def _pieces(self) -> Iterator[slice]:
         size = max(1, _AT_ONCE // max(self.width, 1))
@@ -132,7 +143,8 @@ class Contributions:
             yield slice(start, start + size)
 
     def _products(self, rows: slice) -> Tensor:
-        score_SI = self.act_SI[rows].float() * self.projected_SI[rows].float()
+        act_SI = self.act[rows] if self.act_row_S is None else self.act[self.act_row_S[rows]]
+        score_SI = act_SI.float() * self.projected_SI[rows].float()
         return score_SI if self.weight_S is None else score_SI.mul_(self.weight_S[rows, None])
 
     def _masked(self, score_SI: Tensor, rows: slice) -> Tensor:

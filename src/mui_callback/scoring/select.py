@@ -10,31 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mui_callback.scoring.contributions import Responses
 from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.rows import CHUNK, NOTHING
-from mui_callback.scoring.topk import Candidates, top_entries
-
-
-def highest_entries(rows: LayerRows, tokens: Responses, n_neurons: int, k: int) -> Candidates:
-    """The k highest contributions of each sample over all (position, expert, neuron) of one layer.
-
-    One neuron may fill several entries.
-
-    Returns:
-        Entries whose ``place`` is ``position · n_neurons + neuron``.
-    """
-    order_S = tokens.order_R[rows.token_S]
-    return top_entries(
-        rows,
-        rows.highest_SC,
-        tokens.row_R[rows.token_S],
-        order_S * rows.rows_per_token + rows.rank_S,
-        order_S * n_neurons + rows.first_neuron_S,
-        n_samples=tokens.n_rows,
-        n_slots=tokens.n_orders * rows.rows_per_token,
-        k=k,
-    )
 
 
 @dataclass(frozen=True)
@@ -65,17 +42,15 @@ def thresholds(ratio: float, highest_B: Tensor) -> Tensor:
     return torch.where(rounded_B < exact_B, up_B, rounded_B).masked_fill(highest_B == NOTHING, float("inf"))
 
 
-def neurons_above(rows: LayerRows, tokens: Responses, n_neurons: int, threshold_B: Tensor) -> NeuronScores:
+def neurons_above(rows: LayerRows, n_neurons: int, threshold_B: Tensor) -> NeuronScores:
     """Each sample's neurons that have an entry of at least its threshold in one layer.
 
     How many there are is asked of the device, which waits for it.
     """
-    sample_S = tokens.row_R[rows.token_S]
-    row_M, chunk_M = torch.nonzero(rows.highest_SC >= threshold_B[sample_S][:, None], as_tuple=True)
-    score_Mc = rows.of_chunks(row_M, chunk_M)
-    is_above_Mc = score_Mc >= threshold_B[sample_S[row_M]][:, None]
-    neuron_Mc = (rows.first_neuron_S[row_M] + chunk_M * CHUNK)[:, None] + torch.arange(CHUNK, device=row_M.device)
-    key_Mc = sample_S[row_M, None] * n_neurons + neuron_Mc
+    sample_M, slot_M, chunk_M = torch.nonzero(rows.highest_BPC >= threshold_B[:, None, None], as_tuple=True)
+    score_Mc, neuron_M = rows.of_chunks(rows.row_BP[sample_M, slot_M], chunk_M)
+    is_above_Mc = score_Mc >= threshold_B[sample_M][:, None]
+    key_Mc = (sample_M * n_neurons + neuron_M)[:, None] + torch.arange(CHUNK, device=neuron_M.device)
     return highest_of_each(key_Mc[is_above_Mc], score_Mc[is_above_Mc], n_neurons)
 
 

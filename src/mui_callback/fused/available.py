@@ -1,0 +1,34 @@
+"""Whether the kernels run on a device."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def can_run(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these tensors, which have columns that lie next to each other."""
+    device = tensors[0].device
+    are_laid_out = all(tensor.stride(-1) == 1 and tensor.numel() > 0 for tensor in tensors)
+    return device.type == "cuda" and are_laid_out and runs_on(device)
+
+
+@cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels can be compiled for a device, and run there."""
+    try:
+        from mui_callback.fused import triton_experts, triton_scores
+
+        one = torch.ones(1, 1, device=device)
+        with torch.cuda.device(device):
+            triton_scores.try_out(one)
+            triton_experts.try_out(one)
+    except Exception as error:  # whatever a compiler or a driver raises
+        logger.info("MUI: no fused kernels on %s, slower operators do the same (%s)", device, error)
+        return False
+    return True

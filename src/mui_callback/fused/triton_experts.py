@@ -1,0 +1,131 @@
+"""The source of the kernels around the matrix products of experts; imported where Triton is there."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gated(
+    up: tl.tensor,
+    bias: tl.tensor,
+    expert: tl.tensor,
+    act: tl.tensor,
+    width: tl.tensor,
+    up_stride: tl.tensor,
+    alpha: tl.tensor,
+    limit: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program is BLOCK neurons of one row.
+
+    IS_INTERLEAVED: the gate and the up factor of a neuron are next to each other, and it is those of GPT-OSS.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_there = columns < width
+    if IS_INTERLEAVED:
+        of_gate = 2 * columns
+        of_factor = 2 * columns + 1
+    else:
+        of_gate = columns
+        of_factor = width + columns
+    gate = tl.load(up + row * up_stride + of_gate, mask=is_there, other=0.0)
+    factor = tl.load(up + row * up_stride + of_factor, mask=is_there, other=0.0)
+    kind = gate.dtype
+    if HAS_BIAS:
+        first = tl.load(expert + row) * 2 * width
+        gate = (gate + tl.load(bias + first + of_gate, mask=is_there, other=0.0)).to(kind)
+        factor = (factor + tl.load(bias + first + of_factor, mask=is_there, other=0.0)).to(kind)
+    gate = gate.to(tl.float32)
+    factor = factor.to(tl.float32)
+    if IS_INTERLEAVED:  # compared and not clamped, so that NaN stays NaN
+        gate = tl.where(gate > limit, limit, gate)
+        factor = tl.where(factor > limit, limit, tl.where(factor < -limit, -limit, factor))
+        product = (factor + 1.0) * (gate / (1.0 + tl.exp(-alpha * gate)))
+    else:
+        product = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * factor
+    tl.store(act + row * width + columns, product.to(kind), mask=is_there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def combined(
+    raw: tl.tensor,
+    bias: tl.tensor,
+    row: tl.tensor,
+    expert: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    n_local: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program is BLOCK channels of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_there = columns < width
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        pair = token * TOP_K + k
+        number = tl.load(expert + pair)
+        factor = tl.load(weight + pair).to(tl.float32)
+        value = tl.load(raw + tl.load(row + pair) * width + columns, mask=is_there, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            first = tl.minimum(number, n_local - 1).to(tl.int64) * width
+            value += tl.load(bias + first + columns, mask=is_there, other=0.0).to(tl.float32)
+        total += tl.where(number < n_local, factor, 0.0) * value
+    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=is_there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def pairs(
+    order: tl.tensor,
+    position: tl.tensor,
+    expert: tl.tensor,
+    weight: tl.tensor,
+    row: tl.tensor,
+    from_S: tl.tensor,
+    expert_S: tl.tensor,
+    weight_S: tl.tensor,
+    row_S: tl.tensor,
+    rank_S: tl.tensor,
+    is_row_S: tl.tensor,
+    n_pairs: tl.tensor,
+    n_local: tl.tensor,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program is BLOCK pairs of a token and an expert."""
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_there = number < n_pairs
+    pair = tl.load(order + number, mask=is_there, other=0)
+    token = pair // TOP_K
+    k = pair % TOP_K
+    first = tl.load(position + token, mask=is_there, other=0) * TOP_K
+    own = tl.load(expert + first + k, mask=is_there, other=0)
+    rank = tl.zeros((BLOCK,), dtype=tl.int64)
+    for other in tl.static_range(TOP_K):
+        expert_of_other = tl.load(expert + first + other, mask=is_there, other=0)
+        comes_before = (expert_of_other < own) | ((expert_of_other == own) & (other < k))
+        rank += comes_before.to(tl.int64)
+    tl.store(from_S + number, token, mask=is_there)
+    tl.store(expert_S + number, tl.minimum(own, n_local - 1), mask=is_there)
+    tl.store(weight_S + number, tl.load(weight + first + k, mask=is_there, other=0.0).to(tl.float32), mask=is_there)
+    tl.store(row_S + number, tl.load(row + first + k, mask=is_there, other=0), mask=is_there)
+    tl.store(rank_S + number, rank, mask=is_there)
+    tl.store(is_row_S + number, own < n_local, mask=is_there)
+
+
+def try_out(one: Tensor) -> None:
+    """Run each on one neuron; raises whatever does not work."""
+    number, out = one.long() * 0, one.clone()
+    gated[(1, 1)](one.new_ones(2), None, None, out, 1, 2, 1.0, 1.0, False, False, 16)
+    combined[(1, 1)](one, None, number, number, one, out, 1, 1, False, 1, 16)
+    outs = (number.clone(), number.clone(), out, number.clone(), number.clone(), one.bool())
+    pairs[(1,)](number, number, number, one, number, *outs, 1, 1, 1, 16)

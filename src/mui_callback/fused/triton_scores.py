@@ -1,0 +1,240 @@
+"""The source of the kernels; imported where Triton is there."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _products(a: tl.tensor, p: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    return a.to(tl.float32) * p.to(tl.float32) * weight
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scan(
+    act: tl.tensor,
+    act_row: tl.tensor,
+    projected: tl.tensor,
+    weight: tl.tensor,
+    is_row: tl.tensor,
+    token: tl.tensor,
+    expert: tl.tensor,
+    rank: tl.tensor,
+    place: tl.tensor,
+    highest: tl.tensor,
+    row_of_slot: tl.tensor,
+    use: tl.tensor,
+    n_bad: tl.tensor,
+    width: tl.tensor,
+    n_chunks: tl.tensor,
+    n_ranks: tl.tensor,
+    n_experts: tl.tensor,
+    first_row: tl.tensor,
+    first_rank: tl.tensor,
+    act_stride: tl.tensor,
+    projected_stride: tl.tensor,
+    HAS_ACT_ROW: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program is one row, BLOCK chunks of it at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = 1.0
+    if HAS_WEIGHT:
+        factor = tl.load(weight + row)
+    n_counted = width
+    number = tl.load(expert + row)
+    if HAS_ROWS:
+        counts = tl.load(is_row + row) != 0
+        n_counted = tl.where(counts, width, 0)
+        number = tl.where(counts, number, n_experts)
+    of_act = row
+    if HAS_ACT_ROW:
+        of_act = tl.load(act_row + row)
+    of_token = tl.load(token + row)
+    slot = tl.load(place + of_token) * n_ranks + first_rank + tl.load(rank + row)
+    tl.store(row_of_slot + slot, first_row + row)
+    total = 0.0
+    bad = 0
+    for first in range(0, width, BLOCK * CHUNK):
+        chunks = first // CHUNK + tl.arange(0, BLOCK)
+        columns = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        is_there = columns < n_counted
+        a = tl.load(act + of_act * act_stride + columns, mask=is_there, other=0.0)
+        p = tl.load(projected + row * projected_stride + columns, mask=is_there, other=0.0)
+        f = _products(a, p, factor)
+        is_finite = tl.abs(f) < float("inf")  # not for NaN either
+        is_entry = is_finite & is_there
+        total += tl.sum(tl.sum(tl.where(is_entry, tl.abs(f), 0.0), axis=1), axis=0)
+        bad += tl.sum(tl.sum((is_there & ~is_finite).to(tl.int32), axis=1), axis=0)
+        best = tl.max(tl.where(is_entry, f, float("-inf")), axis=1)
+        tl.store(highest + slot * n_chunks + chunks, best, mask=chunks * CHUNK < width)
+    of_use = (of_token * (n_experts + 1) + number) * 2
+    tl.store(use + of_use, total)
+    tl.store(use + of_use + 1, 1.0)
+    if bad > 0:
+        tl.atomic_add(n_bad, bad)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def sums(
+    act: tl.tensor,
+    act_row: tl.tensor,
+    projected: tl.tensor,
+    weight: tl.tensor,
+    is_row: tl.tensor,
+    sum_of_row: tl.tensor,
+    width: tl.tensor,
+    act_stride: tl.tensor,
+    projected_stride: tl.tensor,
+    HAS_ACT_ROW: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program is one row."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = 1.0
+    if HAS_WEIGHT:
+        factor = tl.load(weight + row)
+    n_counted = width
+    if HAS_ROWS:
+        n_counted = tl.where(tl.load(is_row + row) != 0, width, 0)
+    of_act = row
+    if HAS_ACT_ROW:
+        of_act = tl.load(act_row + row)
+    total = 0.0
+    for first in range(0, width, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        is_there = columns < n_counted
+        a = tl.load(act + of_act * act_stride + columns, mask=is_there, other=0.0)
+        p = tl.load(projected + row * projected_stride + columns, mask=is_there, other=0.0)
+        f = _products(a, p, factor)
+        total += tl.sum(tl.where(tl.abs(f) < float("inf"), f, 0.0), axis=0)
+    tl.store(sum_of_row + row, total)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def finalists(
+    key: tl.tensor,
+    highest: tl.tensor,
+    row_of_slot: tl.tensor,
+    act: tl.tensor,
+    act_row: tl.tensor,
+    projected: tl.tensor,
+    weight: tl.tensor,
+    is_row: tl.tensor,
+    expert: tl.tensor,
+    score: tl.tensor,
+    place: tl.tensor,
+    n_kept: tl.tensor,
+    n_columns: tl.tensor,
+    n_chunks: tl.tensor,
+    n_ranks: tl.tensor,
+    n_rows: tl.tensor,
+    first_row: tl.tensor,
+    first_expert: tl.tensor,
+    first_neuron: tl.tensor,
+    n_neurons: tl.tensor,
+    width: tl.tensor,
+    act_stride: tl.tensor,
+    projected_stride: tl.tensor,
+    HAS_ACT_ROW: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """One program is one chunk; where it is in the rows of these experts, its contributions are written. IS_FIRST: also
+    what stands for no chunk."""
+    number = tl.program_id(0).to(tl.int64)
+    sample = number // n_kept
+    column = 0xFFFFFFFF - (tl.load(key + number) & 0xFFFFFFFF)
+    offsets = tl.arange(0, CHUNK)
+    is_chunk = tl.load(highest + sample * n_columns + column) > float("-inf")
+    slot = column // n_chunks
+    row = tl.load(row_of_slot + sample * (n_columns // n_chunks) + slot, mask=is_chunk, other=-1) - first_row
+    is_here = is_chunk & (row >= 0) & (row < n_rows)
+    row = tl.where(is_here, row, 0)
+    factor = 1.0
+    if HAS_WEIGHT:
+        factor = tl.load(weight + row)
+    n_counted = tl.where(is_here, width, 0)
+    if HAS_ROWS:
+        n_counted = tl.where(tl.load(is_row + row) != 0, n_counted, 0)
+    of_act = row
+    if HAS_ACT_ROW:
+        of_act = tl.load(act_row + row)
+    columns = (column % n_chunks) * CHUNK + offsets
+    is_there = columns < n_counted
+    a = tl.load(act + of_act * act_stride + columns, mask=is_there, other=0.0)
+    p = tl.load(projected + row * projected_stride + columns, mask=is_there, other=0.0)
+    f = _products(a, p, factor)
+    found = tl.where(is_there & (tl.abs(f) < float("inf")), f, float("-inf"))
+    neuron = first_neuron + (tl.load(expert + row) - first_expert) * width + (column % n_chunks) * CHUNK
+    found_at = tl.where(is_here, (slot // n_ranks) * n_neurons + neuron, 0)
+    n_written = tl.where(is_here, CHUNK, 0)
+    if IS_FIRST:
+        n_written = tl.where(is_chunk, n_written, CHUNK)
+    tl.store(score + number * CHUNK + offsets, found, mask=offsets < n_written)
+    tl.store(place + number, found_at, mask=n_written > 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def order_keys(
+    score: tl.tensor, key: tl.tensor, n_scores: tl.tensor, n_columns: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """The bits of each score in an order-preserving form above, the complement of its column below."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_there = place < n_scores
+    bits = (tl.load(score + place, mask=is_there, other=0.0) + 0.0).to(tl.int32, bitcast=True)
+    ascending = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    column = (place % n_columns).to(tl.int64)
+    tl.store(key + place, (ascending << 32) | (0xFFFFFFFF - column), mask=is_there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def predictions(
+    logits: tl.tensor,
+    targets: tl.tensor,
+    loss: tl.tensor,
+    is_correct: tl.tensor,
+    n_logits: tl.tensor,
+    stride: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program is one row, BLOCK logits of it at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    highest = float("-inf")
+    best = 0
+    total = 0.0  # Σ exp(logit - highest)
+    for first in range(0, n_logits, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * stride + columns, mask=columns < n_logits, other=float("-inf")).to(tl.float32)
+        highest_here, best_here = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        best = tl.where(highest_here > highest, first + best_here, best)
+        above = tl.maximum(highest, highest_here)
+        shift = tl.where(above == float("-inf"), 0.0, above)
+        total = total * tl.exp(highest - shift) + tl.sum(tl.exp(x - shift), axis=0)
+        highest = above
+    of_target = tl.load(logits + row * stride + target).to(tl.float32)
+    tl.store(loss + row, highest + tl.log(total) - of_target)
+    tl.store(is_correct + row, best == target)
+
+
+def try_out(one: Tensor) -> None:
+    """Run each on one neuron; raises whatever does not work."""
+    number = one.long() * 0
+    order_keys[(1,)](one, number.clone(), 1, 1, 1024)
+    predictions[(1,)](one, number, one.clone(), one.bool(), 1, 1, 1024)
+    sums[(1,)](one, None, one, None, None, one.clone(), 1, 1, 1, False, False, False, 16)
+    outs = (one.clone(), number.clone(), one.new_zeros(4).double(), one.int())
+    row = (one, None, one, None, None)
+    scan[(1,)](*row, number, number, number, number, *outs, 1, 1, 1, 1, 0, 0, 1, 1, False, False, False, 64, 1)
+    found, sizes = (one.new_zeros(64), number.clone()), (1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1)
+    finalists[(1,)](number + 0xFFFFFFFF, one, number, *row, number, *found, *sizes, False, False, False, True, 64)
