@@ -5,16 +5,25 @@ Shapes: S rows, E experts, N inputs, M outputs.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 
+@lru_cache(maxsize=16)
+def numbers(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 … n - 1, kept for the next one who asks; not to be written to."""
+    with torch.inference_mode(False):
+        return torch.arange(n, dtype=dtype, device=device)
+
+
 def group_offsets(expert_S: Tensor, n_experts: int) -> Tensor:
-    """End of each expert's rows, int32 ``[E]``, for int64 expert ids ``[S]`` in ascending order.
+    """End of each expert's rows, int32 ``[E]``, for expert ids ``[S]`` of any integer type in ascending order.
 
     Rows with an id of `n_experts` or more belong to no group. Nothing is moved to the host.
     """
-    experts = torch.arange(n_experts, device=expert_S.device, dtype=expert_S.dtype)
+    experts = numbers(n_experts, expert_S.dtype, expert_S.device)
     return torch.searchsorted(expert_S, experts, right=True, out_int32=True)
 
 

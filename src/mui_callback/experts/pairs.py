@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mui_callback.fused import experts as fused
-from mui_callback.fused.available import can_run
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -44,8 +41,6 @@ class Pairs:
         top_k = expert_TK.shape[1]
         expert_RK = expert_TK[place_R]
         expert_P, order_P = expert_RK.flatten().sort(stable=True)
-        if can_run(order_P, weight_TK):
-            return cls(*fused.pairs(order_P, place_R, expert_TK, weight_TK, row_TK, n_local))
         # ranks by expert, and of none, of which a row may have several, by place
         rank_RK = expert_RK.sort(dim=1, stable=True).indices.argsort(dim=1)
         from_P = order_P // top_k

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.base import First
 from mui_callback.experts.expert_parallelism import NOT_SPREAD, Spread
-from mui_callback.experts.grouped import group_offsets, grouped_mm
+from mui_callback.experts.grouped import group_offsets, grouped_mm, numbers
 from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.known_gates import known_gate
 from mui_callback.experts.norms import channel_scale
@@ -136,29 +136,30 @@ class StackedExperts:
                 f"{self.path}.down_proj: expected {self.n_local} whole experts of {self.width} neurons in this "
                 f"process, got {tuple(module.down_proj.shape)}"
             )
-        expert_S, order_S = expert_TK.flatten().clamp(max=self.n_local - 1).sort(stable=True)
+        expert_S, order_S = _sorted(expert_TK.flatten().clamp(max=self.n_local - 1), self.n_local)
         offsets_E = group_offsets(expert_S, self.n_local)
+        from_S = order_S // top_k
         row_S = torch.empty_like(order_S)
-        row_S[order_S] = torch.arange(order_S.shape[0], device=order_S.device)
+        row_S[order_S] = numbers(len(order_S), order_S.dtype, order_S.device)
         row_TK = row_S.view(n_tokens, top_k)
 
         up_name, _ = self._weight_names()
-        up_S = self._product(x_TD[order_S // top_k], up_name, offsets_E)
+        up_S = self._product(x_TD[from_S], up_name, offsets_E)
         up_bias, down_bias = self._bias(up_name), self._bias("down_proj")
         gate = known_gate(module) if can_run(up_S) and not keep_gate else None
         if gate is not None:
             act_SI = fused.gated(gate, up_S, up_bias, expert_S)
         else:
-            up_S = up_S if up_bias is None else up_S + up_bias[expert_S]
+            up_S = up_S if up_bias is None else up_S + up_bias[expert_S.long()]
             act_SI = module._apply_gate(up_S) if module.has_gate else module.act_fn(up_S)
         if is_masked_EI is not None:
-            act_SI = act_SI.masked_fill(is_masked_EI[expert_S], 0)
+            act_SI = act_SI.masked_fill(is_masked_EI[expert_S.long()], 0)
 
         raw_SD = self._product(act_SI, "down_proj", offsets_E)
         if can_run(raw_SD, weight_TK) and not module.has_post_expert_norm:
             out_TD = fused.combined(raw_SD, down_bias, row_TK, expert_TK, weight_TK, self.n_local)
         else:
-            raw_SD = raw_SD if down_bias is None else raw_SD + down_bias[expert_S]
+            raw_SD = raw_SD if down_bias is None else raw_SD + down_bias[expert_S.long()]
             out_SD = module.post_expert_norm(raw_SD) if module.has_post_expert_norm else raw_SD
             weight_S = weight_TK.masked_fill(expert_TK >= self.n_local, 0).flatten()[order_S]
             out_TD = (out_SD * weight_S.unsqueeze(-1))[row_S].view(n_tokens, top_k, -1).sum(dim=1)
@@ -167,6 +168,8 @@ class StackedExperts:
             expert_TK,
             weight_TK,
             row_TK=row_TK,
+            order_S=order_S,
+            from_S=from_S,
             act_SI=act_SI,
             raw_SD=raw_SD if module.has_post_expert_norm else None,
             up_S=up_S if keep_gate else None,
@@ -226,3 +229,10 @@ class StackedExperts:
         """The readout in front of the norm that follows an expert, whose input was `raw_SD`."""
         raw_SD = raw_SD.float()
         return readout_SD * channel_scale(self.module.post_expert_norm(raw_SD), raw_SD)
+
+
+def _sorted(expert_S: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Expert ids in ascending order, and where each of them was; equal ones stay in order."""
+    if expert_S.is_cuda and n_experts <= 256:
+        expert_S = expert_S.to(torch.uint8)  # sorted in one pass where int64 takes eight
+    return expert_S.sort(stable=True)

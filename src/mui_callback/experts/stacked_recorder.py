@@ -20,6 +20,8 @@ from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.pairs import Pairs
 from mui_callback.experts.tail import Tail
+from mui_callback.fused import experts as fused
+from mui_callback.fused.available import can_run
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_of_row
 from mui_callback.scoring.rows import Contributions
 from mui_callback.settings import Activation
@@ -32,15 +34,18 @@ if TYPE_CHECKING:
 class RoutedRows:
     """What the experts did with each (token, expert) pair, sorted by expert.
 
-    ``row_TK`` says which row the k-th expert of a token is; ``act_SI`` are the activations that feed the down
-    projection, ``up_S`` what they are made of, where that was asked for; ``raw_SD`` is the experts' output before the
-    norm that follows it, where there is one; ``down`` and ``down_bias`` are the down projection as it was in this
-    forward (adapters make it anew each time, expert parallelism puts the part of this process there).
+    ``row_TK`` says which row the k-th expert of a token is, ``order_S`` which of the T·K pairs a row is and ``from_S``
+    of which token; ``act_SI`` are the activations that feed the down projection, ``up_S`` what they are made of, where
+    that was asked for; ``raw_SD`` is the experts' output before the norm that follows it, where there is one; ``down``
+    and ``down_bias`` are the down projection as it was in this forward (adapters make it anew each time, expert
+    parallelism puts the part of this process there).
     """
 
     expert_TK: Tensor
     weight_TK: Tensor
     row_TK: Tensor
+    order_S: Tensor
+    from_S: Tensor
     act_SI: Tensor
     up_S: Tensor | None
     raw_SD: Tensor | None
@@ -144,7 +149,7 @@ class StackedRecorder:
         """See `Recorder`."""
         rows, place_R, token_R = self._read(tokens)
         n_local, top_k = self.experts.n_local, rows.expert_TK.shape[1]
-        pairs = Pairs.of(place_R, rows.expert_TK, rows.weight_TK, rows.row_TK, n_local)
+        pairs = self._pairs(rows, place_R, tokens)
         weight_P, rank_P = pairs.weight_P, pairs.rank_P
         token_P = token_R[pairs.from_P] if tokens.first or not self.knows_order else pairs.from_P
         readout_RD, scale_R = self._readouts(place_R, readout_RD)
@@ -173,6 +178,24 @@ class StackedRecorder:
             first_expert=self.first.expert,
             first_neuron=self.first.neuron,
         )
+
+    def _pairs(self, rows: RoutedRows, place_R: Tensor, tokens: ScoredTokens) -> Pairs:
+        n_local = self.experts.n_local
+        if not self.knows_order or not can_run(rows.order_S, rows.weight_TK, place_R):
+            return Pairs.of(place_R, rows.expert_TK, rows.weight_TK, rows.row_TK, n_local)
+        found = fused.pairs(
+            *(
+                rows.order_S,
+                tokens.is_scored_T[rows.from_S].cumsum(0),
+                tokens.numbers(),
+                rows.expert_TK,
+                rows.weight_TK,
+            ),
+            n_pairs=len(place_R) * rows.expert_TK.shape[1],
+            n_local=n_local,
+            first=tokens.first,
+        )
+        return Pairs(*found)
 
     def _readouts(self, place_R: Tensor, readout_RD: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Cut.readouts_of`."""

@@ -1,7 +1,7 @@
 """What surrounds the matrix products of experts, in one pass each.
 
-Shapes: T tokens, K experts of a token, S rows of a token in an expert, I neurons of an expert, D width of its output,
-E experts, R tokens that are looked at, P = R·K.
+Shapes: T tokens, K experts of a token, S = T·K rows of a token in an expert, I neurons of an expert, D width of its
+output, E experts, P rows of scored tokens.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ def gated(gate: Gate, up_S2: Tensor, bias_E2: Tensor | None, expert_S: Tensor) -
         bias_E2: ``[E, 2·I]``.
         expert_S: int64 ``[S]``, for the bias.
     """
-    triton_experts = _kernels()
     (n_rows, n_columns), width = up_S2.shape, up_S2.shape[1] // 2
     act_SI = up_S2.new_empty(n_rows, n_columns // 2)
     with torch.cuda.device(up_S2.device):
-        triton_experts.gated[(n_rows, -(-width // _BLOCK))](
+        _kernels().gated[(n_rows, -(-width // _BLOCK))](
             *(up_S2, bias_E2, expert_S, act_SI, width, up_S2.stride(0), gate.alpha, gate.limit),
             HAS_BIAS=bias_E2 is not None,
             IS_INTERLEAVED=gate.is_interleaved,
@@ -64,11 +63,10 @@ def combined(
         weight_TK: of any floating-point type.
         n_local: E.
     """
-    triton_experts = _kernels()
     (n_tokens, top_k), width = row_TK.shape, raw_SD.shape[1]
     out_TD = raw_SD.new_empty(n_tokens, width)
     with torch.cuda.device(raw_SD.device):
-        triton_experts.combined[(n_tokens, -(-width // _BLOCK))](
+        _kernels().combined[(n_tokens, -(-width // _BLOCK))](
             *(raw_SD, bias_ED, row_TK, expert_TK.contiguous(), weight_TK.contiguous(), out_TD, width, n_local),
             HAS_BIAS=bias_ED is not None,
             TOP_K=top_k,
@@ -78,19 +76,36 @@ def combined(
 
 
 def pairs(
-    order_P: Tensor, position_R: Tensor, expert_TK: Tensor, weight_TK: Tensor, row_TK: Tensor, n_local: int
+    order_S: Tensor,
+    n_scored_S: Tensor,
+    number_T: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    *,
+    n_pairs: int,
+    n_local: int,
+    first: int,
 ) -> tuple[Tensor, ...]:
-    """See `mui_callback.experts.pairs.Pairs`."""
-    triton_experts = _kernels()
-    n_pairs, top_k = len(order_P), expert_TK.shape[1]
-    from_P, expert_P, row_P, rank_P = order_P.new_empty(4, n_pairs).unbind(0)
-    weight_P = torch.empty(n_pairs, dtype=torch.float32, device=order_P.device)
-    is_row_P = torch.empty(n_pairs, dtype=torch.bool, device=order_P.device)
-    with torch.cuda.device(order_P.device):
-        triton_experts.pairs[(-(-n_pairs // _PAIRS),)](
-            *(order_P, position_R, expert_TK.contiguous(), weight_TK.contiguous(), row_TK),
-            *(from_P, expert_P, weight_P, row_P, rank_P, is_row_P, n_pairs, n_local),
-            TOP_K=top_k,
+    """The fields of `mui_callback.experts.pairs.Pairs`, of the rows of scored tokens among all, sorted by expert.
+
+    Args:
+        order_S: which pair of T · K each row is, int64.
+        n_scored_S: how many rows up to each, itself included, are of scored tokens, int64.
+        number_T: number of the scored token, int64; -1 where none is scored.
+        expert_TK: experts of each token, int64; those of `n_local` and more are none.
+        weight_TK: routing weights, of any floating-point type.
+        n_pairs: P.
+        n_local: E.
+        first: the number of the first token that is scored.
+    """
+    from_P, expert_P, row_P, rank_P = order_S.new_empty(4, n_pairs).unbind(0)
+    weight_P = torch.empty(n_pairs, dtype=torch.float32, device=order_S.device)
+    is_row_P = torch.empty(n_pairs, dtype=torch.bool, device=order_S.device)
+    with torch.cuda.device(order_S.device):
+        _kernels().pairs[(-(-len(order_S) // _PAIRS),)](
+            *(order_S, n_scored_S, number_T, expert_TK.contiguous(), weight_TK.contiguous()),
+            *(from_P, expert_P, weight_P, row_P, rank_P, is_row_P, len(order_S), n_local, first),
+            TOP_K=expert_TK.shape[1],
             BLOCK=_PAIRS,
         )
     return from_P, expert_P, weight_P, row_P, rank_P, is_row_P

@@ -19,6 +19,8 @@ from mui_callback.fused.available import can_run
 
 _BLOCK = 1024
 """Neurons that are in registers at a time."""
+_SELECTED = 4096
+"""Scores that are."""
 _LOGITS = 4096
 """Logits that are."""
 
@@ -68,20 +70,34 @@ class Rows:
 
 @dataclass(frozen=True)
 class Found:
-    """What a scan writes; see `mui_callback.scoring.layer_rows.LayerRows`."""
+    """What one pass over the contributions of a layer finds.
+
+    Each scored token of a sample has a slot for each of its rows.
+    """
 
     highest_BPC: Tensor
+    """The highest finite contribution of each slot and, behind it, of each of its chunks, float32 ``[B, P, 1 + C]``;
+    minus infinity where there is none."""
     row_BP: Tensor
+    """Number of the row in each slot, those of all kinds of experts one after the other, int64; anything where there
+    is none."""
     use_RE2: Tensor
-    """With one expert more, for what is no row."""
+    """Σ|f| of each token in each expert, and how many rows it has there, float64 ``[R, E + 1, 2]``; the last expert is
+    for what is no row."""
     n_bad: Tensor
-    """int32 scalar."""
+    """How many are NaN or infinite, and do not count; int32 scalar."""
     n_ranks: int
+    """Slots of a token."""
 
     @property
-    def n_columns(self) -> int:
-        """P·C."""
-        return self.highest_BPC.shape[1] * self.highest_BPC.shape[2]
+    def n_slots(self) -> int:
+        """P."""
+        return self.row_BP.shape[1]
+
+    @property
+    def n_chunks(self) -> int:
+        """C."""
+        return self.highest_BPC.shape[2] - 1
 
 
 def scan(factors: Factors, rows: Rows, place_R: Tensor, chunk: int, found: Found) -> None:
@@ -95,13 +111,13 @@ def scan(factors: Factors, rows: Rows, place_R: Tensor, chunk: int, found: Found
         found: is written to.
     """
     n_rows, width = factors.projected_SI.shape
-    n_own, n_chunks = -(-width // chunk), found.highest_BPC.shape[2]
+    n_own = -(-width // chunk)
     block = min(max(1, _BLOCK // chunk), 1 << (n_own - 1).bit_length())
     with torch.cuda.device(factors.act.device):
         _kernels().scan[(n_rows,)](
             *(*factors.tensors, rows.token_S, rows.expert_S, rows.rank_S, place_R),
             *(found.highest_BPC, found.row_BP, found.use_RE2, found.n_bad),
-            *(width, n_chunks, found.n_ranks, found.use_RE2.shape[1] - 1, rows.first_row, rows.first_rank),
+            *(width, found.n_chunks, found.n_ranks, found.use_RE2.shape[1] - 1, rows.first_row, rows.first_rank),
             *factors.strides,
             **factors.flags,
             CHUNK=chunk,
@@ -118,8 +134,38 @@ def sums(factors: Factors) -> Tensor:
     return sum_S
 
 
+def highest_chunks(found: Found, k: int) -> Tensor:
+    """The k chunks of each sample with the highest scores, of equal ones the first, int64 ``[B, min(k, P·C)]``.
+
+    They are numbered slot by slot, ascending.
+    """
+    n_samples, n_slots, n_chunks = len(found.row_BP), found.n_slots, found.n_chunks
+    slots_Bk = None
+    if n_slots > k:
+        slots_Bk = _selected(found, None, n_slots, k)
+    else:
+        slots_Bk = torch.arange(n_slots, device=found.row_BP.device).expand(n_samples, -1).contiguous()
+    n_columns = slots_Bk.shape[1] * n_chunks
+    return _selected(found, slots_Bk, n_columns, min(k, n_columns))
+
+
+def _selected(found: Found, slots_BK: Tensor | None, n_columns: int, n_kept: int) -> Tensor:
+    n_samples = len(found.row_BP)
+    chosen_Bk = torch.empty(n_samples, n_kept, dtype=torch.int64, device=found.row_BP.device)
+    n_slots_kept = 0 if slots_BK is None else slots_BK.shape[1]
+    with torch.cuda.device(chosen_Bk.device):
+        _kernels().select[(n_samples,)](
+            *(found.highest_BPC, slots_BK, chosen_Bk, n_columns, n_kept),
+            *(found.n_slots, n_slots_kept, found.n_chunks),
+            HAS_SLOTS=slots_BK is not None,
+            BLOCK=min(_SELECTED, max(256, 1 << (n_columns - 1).bit_length())),
+            num_warps=8,
+        )
+    return chosen_Bk
+
+
 def finalists(
-    key_Bk: Tensor,
+    chosen_Bk: Tensor,
     parts: list[tuple[Factors, Rows, int, int]],
     n_neurons: int,
     chunk: int,
@@ -128,21 +174,21 @@ def finalists(
     """The contributions of chosen chunks, float32 ``[B, k, c]``, and the place of the first of each, int64 ``[B, k]``.
 
     Args:
-        key_Bk: which, as `order_keys` numbers them.
+        chosen_Bk: which, as `highest_chunks` numbers them.
         parts: the kinds of experts of the layer, each with the numbers of its first expert and neuron there.
         n_neurons: those of the layer.
         chunk: c.
         found: of the scans of all parts.
     """
-    (n_samples, n_kept), device = key_Bk.shape, key_Bk.device
+    (n_samples, n_kept), device = chosen_Bk.shape, chosen_Bk.device
     score_Bkc = torch.empty(n_samples, n_kept, chunk, dtype=torch.float32, device=device)
-    place_Bk = torch.empty_like(key_Bk)
+    place_Bk = torch.empty_like(chosen_Bk)
     with torch.cuda.device(device):
         for number, (factors, rows, first_expert, first_neuron) in enumerate(parts):
             n_rows, width = factors.projected_SI.shape
             _kernels().finalists[(n_samples * n_kept,)](
-                *(key_Bk, found.highest_BPC, found.row_BP, *factors.tensors, rows.expert_S, score_Bkc, place_Bk),
-                *(n_kept, found.n_columns, found.highest_BPC.shape[2], found.n_ranks, n_rows, rows.first_row),
+                *(chosen_Bk, found.highest_BPC, found.row_BP, *factors.tensors, rows.expert_S, score_Bkc, place_Bk),
+                *(n_kept, found.n_slots, found.n_chunks, found.n_ranks, n_rows, rows.first_row),
                 *(first_expert, first_neuron, n_neurons, width, *factors.strides),
                 **factors.flags,
                 IS_FIRST=number == 0,

@@ -86,40 +86,43 @@ def combined(
 @triton.jit  # type: ignore[untyped-decorator]
 def pairs(
     order: tl.tensor,
-    position: tl.tensor,
+    n_scored: tl.tensor,
+    number: tl.tensor,
     expert: tl.tensor,
     weight: tl.tensor,
-    row: tl.tensor,
-    from_S: tl.tensor,
-    expert_S: tl.tensor,
-    weight_S: tl.tensor,
-    row_S: tl.tensor,
-    rank_S: tl.tensor,
-    is_row_S: tl.tensor,
-    n_pairs: tl.tensor,
+    from_P: tl.tensor,
+    expert_P: tl.tensor,
+    weight_P: tl.tensor,
+    row_P: tl.tensor,
+    rank_P: tl.tensor,
+    is_row_P: tl.tensor,
+    n_rows: tl.tensor,
     n_local: tl.tensor,
+    first: tl.tensor,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program is BLOCK pairs of a token and an expert."""
-    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_there = number < n_pairs
-    pair = tl.load(order + number, mask=is_there, other=0)
+    """One program is BLOCK rows, of which those of scored tokens are written, in their order."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = row < n_rows
+    pair = tl.load(order + row, mask=is_row, other=0)
     token = pair // TOP_K
     k = pair % TOP_K
-    first = tl.load(position + token, mask=is_there, other=0) * TOP_K
-    own = tl.load(expert + first + k, mask=is_there, other=0)
+    scored = tl.load(number + token, mask=is_row, other=-1)
+    is_there = scored >= 0
+    own = tl.load(expert + pair, mask=is_there, other=0)
     rank = tl.zeros((BLOCK,), dtype=tl.int64)
     for other in tl.static_range(TOP_K):
-        expert_of_other = tl.load(expert + first + other, mask=is_there, other=0)
+        expert_of_other = tl.load(expert + token * TOP_K + other, mask=is_there, other=0)
         comes_before = (expert_of_other < own) | ((expert_of_other == own) & (other < k))
         rank += comes_before.to(tl.int64)
-    tl.store(from_S + number, token, mask=is_there)
-    tl.store(expert_S + number, tl.minimum(own, n_local - 1), mask=is_there)
-    tl.store(weight_S + number, tl.load(weight + first + k, mask=is_there, other=0.0).to(tl.float32), mask=is_there)
-    tl.store(row_S + number, tl.load(row + first + k, mask=is_there, other=0), mask=is_there)
-    tl.store(rank_S + number, rank, mask=is_there)
-    tl.store(is_row_S + number, own < n_local, mask=is_there)
+    place = tl.load(n_scored + row, mask=is_there, other=1) - 1
+    tl.store(from_P + place, scored - first, mask=is_there)
+    tl.store(expert_P + place, tl.minimum(own, n_local - 1), mask=is_there)
+    tl.store(weight_P + place, tl.load(weight + pair, mask=is_there, other=0.0).to(tl.float32), mask=is_there)
+    tl.store(row_P + place, row, mask=is_there)
+    tl.store(rank_P + place, rank, mask=is_there)
+    tl.store(is_row_P + place, own < n_local, mask=is_there)
 
 
 def try_out(one: Tensor) -> None:
@@ -128,4 +131,4 @@ def try_out(one: Tensor) -> None:
     gated[(1, 1)](one.new_ones(2), None, None, out, 1, 2, 1.0, 1.0, False, False, 16)
     combined[(1, 1)](one, None, number, number, one, out, 1, 1, False, 1, 16)
     outs = (number.clone(), number.clone(), out, number.clone(), number.clone(), one.bool())
-    pairs[(1,)](number, number, number, one, number, *outs, 1, 1, 1, 16)
+    pairs[(1,)](number, number + 1, number, number, one, *outs, 1, 1, 0, 1, 16)

@@ -58,7 +58,9 @@ def scan(
     of_token = tl.load(token + row)
     slot = tl.load(place + of_token) * n_ranks + first_rank + tl.load(rank + row)
     tl.store(row_of_slot + slot, first_row + row)
+    first_of_slot = highest + slot * (n_chunks + 1)
     total = 0.0
+    highest_of_row = float("-inf")
     bad = 0
     for first in range(0, width, BLOCK * CHUNK):
         chunks = first // CHUNK + tl.arange(0, BLOCK)
@@ -72,7 +74,9 @@ def scan(
         total += tl.sum(tl.sum(tl.where(is_entry, tl.abs(f), 0.0), axis=1), axis=0)
         bad += tl.sum(tl.sum((is_there & ~is_finite).to(tl.int32), axis=1), axis=0)
         best = tl.max(tl.where(is_entry, f, float("-inf")), axis=1)
-        tl.store(highest + slot * n_chunks + chunks, best, mask=chunks * CHUNK < width)
+        tl.store(first_of_slot + 1 + chunks, best, mask=chunks * CHUNK < width)
+        highest_of_row = tl.maximum(highest_of_row, tl.max(best, axis=0))
+    tl.store(first_of_slot, highest_of_row)
     of_use = (of_token * (n_experts + 1) + number) * 2
     tl.store(use + of_use, total)
     tl.store(use + of_use + 1, 1.0)
@@ -119,8 +123,91 @@ def sums(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _ordered(score: tl.tensor) -> tl.tensor:
+    """Numbers of 32 bits in the order of the scores; both zeros are equal."""
+    bits = (score + 0.0).to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scores(
+    of_sample: tl.tensor,
+    slots: tl.tensor,
+    columns: tl.tensor,
+    n_columns: tl.tensor,
+    n_chunks: tl.tensor,
+    HAS_SLOTS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The highest scores of slots, or of the chunks of chosen slots, and the numbers of these."""
+    is_there = columns < n_columns
+    if HAS_SLOTS:
+        slot = tl.load(slots + columns // n_chunks, mask=is_there, other=0)
+        chunk = columns % n_chunks
+        score = tl.load(of_sample + slot * (n_chunks + 1) + 1 + chunk, mask=is_there, other=float("-inf"))
+        number = slot * n_chunks + chunk
+    else:
+        number = columns.to(tl.int64)
+        score = tl.load(of_sample + number * (n_chunks + 1), mask=is_there, other=float("-inf"))
+    return score, number
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def select(
+    highest: tl.tensor,
+    slots: tl.tensor,
+    chosen: tl.tensor,
+    n_columns: tl.tensor,
+    n_kept: tl.tensor,
+    n_slots: tl.tensor,
+    n_slots_kept: tl.tensor,
+    n_chunks: tl.tensor,
+    HAS_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program finds the highest of one sample, of equal ones the first, and leaves them in their order.
+
+    The lowest of them is found digit by digit.
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    of_sample = highest + sample * n_slots * (n_chunks + 1)
+    own_slots = slots
+    if HAS_SLOTS:
+        own_slots = slots + sample * n_slots_kept
+    digits = tl.arange(0, 256)
+    lowest = tl.zeros((), dtype=tl.uint32)
+    n_wanted = n_kept
+    for shift in tl.static_range(24, -1, -8):
+        counts = tl.zeros((256,), dtype=tl.int32)
+        for first in range(0, n_columns, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            score, _ = _scores(of_sample, own_slots, columns, n_columns, n_chunks, HAS_SLOTS)
+            key = _ordered(score)
+            counts_too = columns < n_columns
+            if shift < 24:
+                counts_too = counts_too & ((key >> (shift + 8)) == (lowest >> (shift + 8)))
+            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=counts_too)
+        n_from = tl.cumsum(counts, axis=0, reverse=True)
+        digit = tl.max(tl.where(n_from >= n_wanted, digits, 0), axis=0)
+        n_wanted -= tl.sum(tl.where(digits > digit, counts, 0), axis=0)
+        lowest = lowest | (digit.to(tl.uint32) << shift)
+    n_before = 0
+    n_equal_before = 0
+    for first in range(0, n_columns, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        score, number = _scores(of_sample, own_slots, columns, n_columns, n_chunks, HAS_SLOTS)
+        key = _ordered(score)
+        is_equal = ((key == lowest) & (columns < n_columns)).to(tl.int32)
+        is_taken_equal = (is_equal > 0) & (n_equal_before + tl.cumsum(is_equal, axis=0) <= n_wanted)
+        is_taken = (((key > lowest) & (columns < n_columns)) | is_taken_equal).to(tl.int32)
+        place = n_before + tl.cumsum(is_taken, axis=0) - 1
+        tl.store(chosen + sample * n_kept + place, number, mask=is_taken > 0)
+        n_before += tl.sum(is_taken, axis=0)
+        n_equal_before += tl.sum(is_equal, axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def finalists(
-    key: tl.tensor,
+    chosen: tl.tensor,
     highest: tl.tensor,
     row_of_slot: tl.tensor,
     act: tl.tensor,
@@ -132,7 +219,7 @@ def finalists(
     score: tl.tensor,
     place: tl.tensor,
     n_kept: tl.tensor,
-    n_columns: tl.tensor,
+    n_slots: tl.tensor,
     n_chunks: tl.tensor,
     n_ranks: tl.tensor,
     n_rows: tl.tensor,
@@ -153,11 +240,12 @@ def finalists(
     what stands for no chunk."""
     number = tl.program_id(0).to(tl.int64)
     sample = number // n_kept
-    column = 0xFFFFFFFF - (tl.load(key + number) & 0xFFFFFFFF)
+    column = tl.load(chosen + number)
     offsets = tl.arange(0, CHUNK)
-    is_chunk = tl.load(highest + sample * n_columns + column) > float("-inf")
     slot = column // n_chunks
-    row = tl.load(row_of_slot + sample * (n_columns // n_chunks) + slot, mask=is_chunk, other=-1) - first_row
+    of_slot = sample * n_slots + slot
+    is_chunk = tl.load(highest + of_slot * (n_chunks + 1) + 1 + column % n_chunks) > float("-inf")
+    row = tl.load(row_of_slot + of_slot, mask=is_chunk, other=-1) - first_row
     is_here = is_chunk & (row >= 0) & (row < n_rows)
     row = tl.where(is_here, row, 0)
     factor = 1.0
@@ -233,8 +321,11 @@ def try_out(one: Tensor) -> None:
     order_keys[(1,)](one, number.clone(), 1, 1, 1024)
     predictions[(1,)](one, number, one.clone(), one.bool(), 1, 1, 1024)
     sums[(1,)](one, None, one, None, None, one.clone(), 1, 1, 1, False, False, False, 16)
-    outs = (one.clone(), number.clone(), one.new_zeros(4).double(), one.int())
+    two = one.new_ones(2)
+    select[(1,)](two, None, number.clone(), 1, 1, 1, 1, 1, False, 16)
+    select[(1,)](two, number, number.clone(), 1, 1, 1, 1, 1, True, 16)
+    outs = (two.clone(), number.clone(), one.new_zeros(4).double(), one.int())
     row = (one, None, one, None, None)
     scan[(1,)](*row, number, number, number, number, *outs, 1, 1, 1, 1, 0, 0, 1, 1, False, False, False, 64, 1)
     found, sizes = (one.new_zeros(64), number.clone()), (1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1)
-    finalists[(1,)](number + 0xFFFFFFFF, one, number, *row, number, *found, *sizes, False, False, False, True, 64)
+    finalists[(1,)](number, two, number, *row, number, *found, *sizes, False, False, False, True, 64)

@@ -199,8 +199,9 @@ class _LayerCapture:
     def _leave(self, scope: nn.Module, args: Any, out: Any) -> Any:
         if not self.is_open:
             return None
+        is_recorded = not self.reader.is_followed
         self._close(self._hidden_states(out), is_output=self.layer.scope_is_moe)
-        return tree_map_only(Tensor, Tensor.detach, out)
+        return tree_map_only(Tensor, Tensor.detach, out) if is_recorded else None
 
     def _hidden_states(self, out: Any) -> Tensor | None:
         """Of all that a module returns, the first tensor that was made of its experts' outputs."""

@@ -39,14 +39,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
     sums = {name: checksum(parameter) for name, parameter in _rewritten_parameters(model)}
     states = [_ObjectState(config) for config in _configs(model)]
     modules = [_ModuleState(module) for module in model.modules()]
-    with ExitStack() as restoring:  # each of them, whatever the others raise; modules first
+    with ExitStack() as restoring:  # each of them, whatever the others raise; attributes first
         # Casts of weights made under no_grad have no history. Older versions of torch reuse them, to train with, in
         # an autocast that surrounds all of this.
         restoring.callback(torch.clear_autocast_cache)
-        for held in (*modules, *states):
-            restoring.callback(held.restore_contents)
-        for held in (*modules, *states):
-            restoring.callback(held.restore_attributes)
+        restoring.callback(_call_all, [held.restore_contents for held in (*states, *modules)])
+        restoring.callback(_call_all, [held.restore_attributes for held in (*states, *modules)])
         with ExitStack() as stack:
             stack.enter_context(random_state_kept())
             stack.enter_context(torch.inference_mode(False))
@@ -114,6 +112,9 @@ def _rewritten_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
                 yield f"{path}.{name}" if path else name, parameter
 
 
+_WITHOUT_CONTENT = (bool, int, float, str, nn.Parameter, nn.Module)
+
+
 class _ObjectState:
     """The attributes of an object, and copies of those that can be written to in place."""
 
@@ -132,9 +133,7 @@ class _ObjectState:
                 attributes[name] = value
 
     def restore_contents(self) -> None:
-        with ExitStack() as stack:
-            for restore in self.contents:
-                stack.callback(restore)
+        _call_all(self.contents)
 
 
 class _ModuleState(_ObjectState):
@@ -152,6 +151,8 @@ def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | N
 
     Parameters, modules and other objects that a container holds are put back as they are, not copied.
     """
+    if value is None or isinstance(value, _WITHOUT_CONTENT):  # most of what there is
+        return None
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
     if isinstance(value, Tensor):
@@ -162,7 +163,27 @@ def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | N
         is_copied = value.flags.writeable and not isinstance(value, np.memmap)
         return partial(np.copyto, value, value.copy()) if is_copied else None
     if isinstance(value, list | dict | set | deque) and not any(value is holder for holder in holders):
-        return _Container(value, holders).restore
+        return _Container(value, holders).restore if value else partial(_empty, value)
+    return None
+
+
+def _empty(container: Any) -> None:
+    if container:
+        container.clear()
+
+
+def _call_all(actions: Iterable[Callable[[], Any]]) -> None:
+    """Each of them, whatever the others raise; the first exception is raised when all were called."""
+    errors = [error for action in actions if (error := _raised_by(action)) is not None]
+    if errors:
+        raise errors[0]
+
+
+def _raised_by(action: Callable[[], Any]) -> BaseException | None:
+    try:
+        action()
+    except BaseException as error:  # an interrupt does not stop it either
+        return error
     return None
 
 

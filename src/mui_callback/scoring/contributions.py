@@ -80,6 +80,11 @@ class ScoredTokens(Responses):
         return self._numbers
 
     @cached_property
+    def is_scored_T(self) -> Tensor:
+        """Whether there is one, bool ``[B · T]``."""
+        return self.numbers() >= 0
+
+    @cached_property
     def _numbers(self) -> Tensor:
         n_positions, device = self.n_rows * self.length, self.position_R.device
         numbers = torch.full((n_positions,), -1, dtype=torch.int64, device=device)

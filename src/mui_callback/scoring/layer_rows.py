@@ -28,17 +28,9 @@ class LayerRows:
 
     parts: tuple[ExpertScores, ...]
     """By kind of experts, in the order of their neurons."""
-    n_ranks: int
-    """Rows that a token has at most."""
-    highest_BPC: Tensor
-    """The highest finite contribution of each chunk, float32; `NOTHING` where there is none."""
-    row_BP: Tensor
-    """Number of the row in each slot, those of all kinds one after the other, int64; anything where there is none."""
-    use_RE2: Tensor
-    """Σ|f| of each token in each expert, and how many rows it has there, float64 ``[R, E + 1, 2]``; the last expert is
-    for what is no row."""
-    n_not_finite: Tensor
-    """How many are NaN or infinite, and do not count; integer scalar."""
+    found: Found
+    is_fused: bool
+    """Whether there are kernels for all of them."""
 
     @classmethod
     def of(cls, parts: Sequence[ExpertScores], tokens: Responses, n_experts: int) -> LayerRows:
@@ -51,26 +43,28 @@ class LayerRows:
         """
         device, n_ranks = tokens.row_R.device, sum(part.rows_per_token for part in parts)
         n_slots, n_chunks = tokens.n_orders * n_ranks, max(part.rows.n_chunks for part in parts)
-        are_fused = all(part.rows.is_fused or not part.rows.n_rows for part in parts) and device.type == "cuda"
+        with_rows = [(part, rows) for part, rows in _numbered(parts) if part.rows.n_rows]
+        is_fused = bool(with_rows) and all(part.rows.is_fused for part, _ in with_rows)
+        make = torch.empty if is_fused else torch.zeros
         found = Found(
-            torch.full((tokens.n_rows, n_slots, n_chunks), NOTHING, dtype=torch.float32, device=device),
-            torch.zeros(tokens.n_rows, n_slots, dtype=torch.int64, device=device),
+            torch.full((tokens.n_rows, n_slots, 1 + n_chunks), NOTHING, dtype=torch.float32, device=device),
+            make(tokens.n_rows, n_slots, dtype=torch.int64, device=device),
             torch.zeros(len(tokens.row_R), n_experts + 1, 2, dtype=torch.float64, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
             n_ranks,
         )
-        for part, rows in _numbered(parts):
-            if part.rows.n_rows and are_fused:
+        for part, rows in with_rows:
+            if is_fused:
                 scores.scan(part.rows.factors, rows, tokens.place_R, CHUNK, found)
-            elif part.rows.n_rows:
+            else:
                 _scan(part, rows, tokens.place_R, found)
-        return cls(tuple(parts), n_ranks, found.highest_BPC, found.row_BP, found.use_RE2, found.n_bad)
+        return cls(tuple(parts), found, is_fused)
 
     @property
     def highest_B(self) -> Tensor:
         """The highest contribution of each sample, float32 ``[B]``; `NOTHING` if there is none."""
-        nothing = self.highest_BPC.new_full((len(self.highest_BPC), 1), NOTHING)
-        return torch.cat([self.highest_BPC.flatten(1), nothing], dim=1).amax(1)
+        highest_BP = self.found.highest_BPC[..., 0]
+        return torch.nn.functional.pad(highest_BP, (0, 1), value=NOTHING).amax(1)  # there may be no slots
 
     def finalists(self, k: int, n_neurons: int) -> Finalists:
         """The chunks in which the k highest entries of each sample are.
@@ -79,19 +73,18 @@ class LayerRows:
             k: entries.
             n_neurons: those of the layer.
         """
-        highest_BM = self.highest_BPC.flatten(1)
-        with_rows = [(part, rows) for part, rows in _numbered(self.parts) if part.rows.n_rows]
-        if scores.can_order(highest_BM) and with_rows and all(part.rows.is_fused for part, _ in with_rows):
-            key_Bk = scores.order_keys(highest_BM).topk(min(k, highest_BM.shape[1]), dim=1).values
-            found = Found(self.highest_BPC, self.row_BP, self.use_RE2, self.n_not_finite, self.n_ranks)
+        if self.is_fused:
+            with_rows = [(part, rows) for part, rows in _numbered(self.parts) if part.rows.n_rows]
             of_kinds = [(part.rows.factors, rows, part.first_expert, part.first_neuron) for part, rows in with_rows]
-            return Finalists(*scores.finalists(key_Bk, of_kinds, n_neurons, CHUNK, found))
-        chosen_Bk, n_chunks = ordered_topk(highest_BM, k), self.highest_BPC.shape[2]
+            chosen_Bk = scores.highest_chunks(self.found, k)
+            return Finalists(*scores.finalists(chosen_Bk, of_kinds, n_neurons, CHUNK, self.found))
+        highest_BM, n_chunks = self.found.highest_BPC[..., 1:].flatten(1), self.found.n_chunks
+        chosen_Bk = ordered_topk(highest_BM, k)
         slot_Bk, chunk_Bk = chosen_Bk // n_chunks, chosen_Bk % n_chunks
-        score_Mc, neuron_M = self.of_chunks(self.row_BP.gather(1, slot_Bk).flatten(), chunk_Bk.flatten())
+        score_Mc, neuron_M = self.of_chunks(self.found.row_BP.gather(1, slot_Bk).flatten(), chunk_Bk.flatten())
         is_missing_Bk = highest_BM.gather(1, chosen_Bk) == NOTHING
         score_Bkc = score_Mc.view(*chosen_Bk.shape, CHUNK).masked_fill_(is_missing_Bk[..., None], NOTHING)
-        return Finalists(score_Bkc, slot_Bk // self.n_ranks * n_neurons + neuron_M.view_as(chosen_Bk))
+        return Finalists(score_Bkc, slot_Bk // self.found.n_ranks * n_neurons + neuron_M.view_as(chosen_Bk))
 
     def of_chunks(self, row_M: Tensor, chunk_M: Tensor) -> tuple[Tensor, Tensor]:
         """The contributions of some chunks, float32 ``[M, c]``, and the neuron of the first of each, int64 ``[M]``.
@@ -124,11 +117,9 @@ def _scan(part: ExpertScores, rows: Rows, place_R: Tensor, found: Found) -> None
     """See `mui_callback.fused.scores.scan`."""
     summary, is_row_S = part.rows.summary(), part.rows.is_row_S
     slot_S = place_R[part.token_S] * found.n_ranks + (part.rank_S + rows.first_rank)
-    n_chunks, n_experts = found.highest_BPC.shape[2], found.use_RE2.shape[1] - 1
-    highest_SC = summary.highest_SC
-    if part.rows.n_chunks < n_chunks:
-        highest_SC = torch.nn.functional.pad(highest_SC, (0, n_chunks - part.rows.n_chunks), value=NOTHING)
-    found.highest_BPC.view(-1, n_chunks)[slot_S] = highest_SC
+    n_chunks, n_experts = part.rows.n_chunks, found.use_RE2.shape[1] - 1
+    highest_XC = found.highest_BPC.view(-1, 1 + found.n_chunks)
+    highest_XC[slot_S, : 1 + n_chunks] = torch.cat([summary.highest_SC.amax(1, keepdim=True), summary.highest_SC], 1)
     found.row_BP.view(-1)[slot_S] = torch.arange(part.rows.n_rows, device=slot_S.device) + rows.first_row
     expert_S = part.expert_S if is_row_S is None else part.expert_S.where(is_row_S, n_experts)
     # a token has one row in an expert, so these are written and not added

@@ -47,8 +47,10 @@ def neurons_above(rows: LayerRows, n_neurons: int, threshold_B: Tensor) -> Neuro
 
     How many there are is asked of the device, which waits for it.
     """
-    sample_M, slot_M, chunk_M = torch.nonzero(rows.highest_BPC >= threshold_B[:, None, None], as_tuple=True)
-    score_Mc, neuron_M = rows.of_chunks(rows.row_BP[sample_M, slot_M], chunk_M)
+    sample_M, slot_M, chunk_M = torch.nonzero(
+        rows.found.highest_BPC[..., 1:] >= threshold_B[:, None, None], as_tuple=True
+    )
+    score_Mc, neuron_M = rows.of_chunks(rows.found.row_BP[sample_M, slot_M], chunk_M)
     is_above_Mc = score_Mc >= threshold_B[sample_M][:, None]
     key_Mc = (sample_M * n_neurons + neuron_M)[:, None] + torch.arange(CHUNK, device=neuron_M.device)
     return highest_of_each(key_Mc[is_above_Mc], score_Mc[is_above_Mc], n_neurons)
