@@ -107,11 +107,12 @@ def write(results: Mapping[str, Any], out: Path | None) -> None:
 
 def table(columns: list[str], rows: list[list[object]]) -> str:
     """In Markdown."""
-    lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """In three digits."""
     if value is None:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
