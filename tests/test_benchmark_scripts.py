@@ -54,3 +54,11 @@ def test_three_tasks(tmp_path: Path) -> None:
     for result in found["results"]:
         assert result["report"]["samples"] == 12
         assert 0 <= result["choices"]["padding"] < 1
+
+
+def test_training_with_the_callback_and_without(tmp_path: Path) -> None:
+    found, _ = run(tmp_path, "training.py", "--steps", "12", "--batch", "2x16")
+    assert found["summary"]["same_loss"]
+    assert found["summary"]["probed"] == [[0, 12]]
+    assert [len(runs) for runs in found["runs"].values()] == [1, 1]
+    assert {"ratio", "tokens_per_second", "first_probe_of_the_process_seconds"} <= found["summary"].keys()

@@ -27,12 +27,15 @@ def common_arguments(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of PyTorch on the host; default: its own")
     parser.add_argument("--tiny", action="store_true", help="small models, to see that the script runs")
     parser.add_argument("--out", type=Path, help="a JSON file of everything")
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Where models are made, and in what."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
     name = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu"), getattr(torch, name)
 
