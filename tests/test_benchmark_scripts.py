@@ -20,7 +20,8 @@ def run(tmp_path: Path, script: str, *options: str) -> tuple[dict[str, Any], str
     out = tmp_path / "out.json"
     command = [sys.executable, SCRIPTS / script, "--tiny", "--device", "cpu", "--repeats", "1", "--out", out, *options]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parents[1] / "src")}
-    process = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True)
+    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     found = json.loads(out.read_text())
     assert found["machine"]["command"].startswith("python ")
     return found, process.stdout
@@ -62,3 +63,12 @@ def test_training_with_the_callback_and_without(tmp_path: Path) -> None:
     assert found["summary"]["probed"] == [[0, 12]]
     assert [len(runs) for runs in found["runs"].values()] == [1, 1]
     assert {"ratio", "tokens_per_second", "first_probe_of_the_process_seconds"} <= found["summary"].keys()
+
+
+def test_growth(tmp_path: Path) -> None:
+    found, said = run(tmp_path, "growth.py", "--doublings", "1", "--ranks", "2")
+    factors = ["samples", "length", "layers", "experts", "width", "tasks", "ranks"]
+    assert [(row["factor"], row["times"]) for row in found["rows"]] == [(f, n) for f in factors for n in (1, 2)]
+    assert all(row["probe_growth"] == 1 for row in found["rows"] if row["times"] == 1)
+    assert [row["sent_bytes"] > 0 for row in found["rows"][-2:]] == [False, True]
+    assert said.endswith(" |\n")

@@ -82,6 +82,13 @@ def peak_bytes(action: Action, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
+def extra_bytes(action: Action, device: torch.device) -> int | None:
+    """The same without those that were there before."""
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    peak = peak_bytes(action, device)
+    return None if peak is None else peak - before
+
+
 def machine() -> dict[str, Any]:
     """Where and with what something was measured."""
     installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
