@@ -107,7 +107,7 @@ def measure(bench: Bench, batch: BatchShape) -> dict[str, Any]:
     assert [one.input_ids.shape for one in batches] == [(batch.rows, batch.length)] * n
     plain = partial(forward_all, bench.model, batches, device)
     probes = {k: bench.probe(samples[: k * batch.rows], batch) for k in (1, n, n + 1)}
-    cold = seconds_of(probes[n].measure, device)
+    first = seconds_of(probes[n].measure, device)
     actions: dict[str, Action] = {"plain": plain, **{f"probe_{k}": probe.measure for k, probe in probes.items()}}
     seconds = interleaved(actions, bench.args.repeats, device)
     report = probes[n].measure()
@@ -115,7 +115,7 @@ def measure(bench: Bench, batch: BatchShape) -> dict[str, Any]:
         "shape": bench.shape.name,
         "batch": str(batch),
         **times(medians(seconds), n, batch),
-        "cold_seconds": cold,
+        "first_pass_seconds": first,
         "memory": memory(plain, probes[n].measure, device),
         "report": check_report(report, samples[: n * batch.rows], next(bench.model.parameters()).dtype),
         **({} if bench.args.times_only else {"counts": counts(bench, batches, probes, n)}),
@@ -213,7 +213,7 @@ def measure_tasks(bench: Bench) -> dict[str, Any]:
     batch_tokens = probe.settings.batch_tokens
     batches = [batch for part in (samples, choices) for batch in make_batches(part, batch_tokens)]
     plain = partial(forward_all, bench.model, batches, device)
-    cold = seconds_of(probe.measure, device)
+    first = seconds_of(probe.measure, device)
     seconds = medians(interleaved({"plain": plain, "probe": probe.measure}, args.repeats, device))
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     return {
@@ -224,7 +224,7 @@ def measure_tasks(bench: Bench) -> dict[str, Any]:
         "ratio": seconds["probe"] / seconds["plain"],
         "probe_tokens_per_second": tokens / seconds["probe"],
         "pass_seconds": seconds["probe"],
-        "cold_seconds": cold,
+        "first_pass_seconds": first,
         "samples": padding(samples, batch_tokens),
         "choices": padding(choices, batch_tokens),
         "memory": memory(plain, probe.measure, device),
@@ -240,14 +240,14 @@ def say(result: dict[str, Any]) -> None:
 
 
 def say_tasks(result: dict[str, Any]) -> None:
-    samples, choices = result["samples"], result["choices"]
-    print(
-        f"{result['shape']}: {result['pass_seconds']:.3f} s for a pass over {result['report']['samples']} samples "
-        f"(the first: {result['cold_seconds']:.3f} s), {result['ratio']:.2f} times plain forwards of the same batches; "
-        f"padding {samples['padding']:.1%} of {samples['positions']} positions in {samples['batches']} batches, "
-        f"of choices {choices['padding']:.1%} of {choices['positions']} in {choices['batches']}",
-        flush=True,
-    )
+    words = [
+        f"{result['shape']}: a pass over {result['report']['samples']} samples {result['pass_seconds']:.3f} s "
+        f"(the first one {result['first_pass_seconds']:.3f} s), {result['ratio']:.2f} times plain forwards"
+    ]
+    for what in ("samples", "choices"):
+        found = result[what]
+        words.append(f"{what}: {found['padding']:.1%} of {found['positions']} positions are padding")
+    print("; ".join(words), flush=True)
 
 
 # All of them

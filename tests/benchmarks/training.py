@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import wraps
+from itertools import pairwise
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -59,6 +60,8 @@ class Trained:
 
     seconds: float
     """Of the loop, from its first event to its last."""
+    step_seconds: float
+    """Median over the steps, from the beginning of one to that of the next."""
     loss: float
     """Mean over all steps, nats a token."""
     probed: list[int] = field(default_factory=list)
@@ -101,6 +104,7 @@ def train(args: argparse.Namespace, *, steps: int, watched: bool) -> Trained:
     probed = [point.step for point in memory.points]
     return Trained(
         seconds=last.ended - first.began,
+        step_seconds=median(after - before for before, after in pairwise(first.steps)),
         loss=loss,
         probed=probed,
         probe_seconds=[report.seconds for report in reports if report is not None],
@@ -149,14 +153,18 @@ def rows(args: argparse.Namespace, vocab: int, n: int, *, seed: int) -> list[dic
 
 
 class _Clock(TrainerCallback):
-    """When a training began and ended, for an idle device."""
+    """When a training began and ended, for an idle device, and when its steps began, on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.steps: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         synchronize(self.device)
         self.began = time.perf_counter()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.steps.append(time.perf_counter())
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         synchronize(self.device)
@@ -213,6 +221,8 @@ def summary(args: argparse.Namespace, found: dict[str, list[Trained]]) -> dict[s
         "tokens_per_second": {"without": tokens / plain, "with": tokens / whole},
         "ratio": whole / plain,
         "ratio_without_beginning_and_end": between / plain,
+        "ratio_of_median_steps": median(run.step_seconds for run in watched)
+        / median(run.step_seconds for run in without),
         "share_in_probes": median(sum(run.probe_seconds) / run.seconds for run in watched),
         "overhead_as_logged": median(run.overhead or 0.0 for run in watched),
         "first_probe_of_the_process_seconds": watched[0].probe_seconds[0],
@@ -239,7 +249,15 @@ def main() -> None:
     runs = {name: [asdict(run) for run in runs] for name, runs in found.items()}
     write({"machine": machine(), "options": options, "summary": sums, "runs": runs}, args.out)
     speed = sums["tokens_per_second"]
-    columns = ["", "tokens/s without", "tokens/s with", "time with / without", "without beginning and end", "as logged"]
+    columns = [
+        "",
+        "tokens/s without",
+        "tokens/s with",
+        "time with / without",
+        "without beginning and end",
+        "of median steps",
+        "as logged",
+    ]
     columns += ["probes", "first probe s", "later probes s", "µs a step without a probe", "spread"]
     name = f"{args.shape}{f', {args.layers} layers' if args.layers else ''}, {args.batch}, {args.steps} steps"
     row = [
@@ -249,7 +267,8 @@ def main() -> None:
         f"{sums['ratio']:.4f}",
         f"{sums['ratio_without_beginning_and_end']:.4f}",
     ]
-    row += [f"{sums['overhead_as_logged']:.4f}", len(sums["probed"][0]), sums["first_probe_of_the_process_seconds"]]
+    row += [f"{sums['ratio_of_median_steps']:.4f}", f"{sums['overhead_as_logged']:.4f}"]
+    row += [len(sums["probed"][0]), sums["first_probe_of_the_process_seconds"]]
     row += [sums["warm_probe_seconds"], 1e6 * sums["seconds_a_step_without_a_probe"]]
     print(table(columns, [[*row, f"{max(sums['spread'].values()):.4f}"]]))
     assert args.device == "cuda" or sums["same_loss"], "the callback changed the training"
