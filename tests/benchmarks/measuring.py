@@ -27,12 +27,15 @@ def common_arguments(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of PyTorch on the host; default: its own")
     parser.add_argument("--tiny", action="store_true", help="small models, to see that the script runs")
     parser.add_argument("--out", type=Path, help="a JSON file of everything")
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Where models are made, and in what."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
     name = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu"), getattr(torch, name)
 
@@ -79,6 +82,13 @@ def peak_bytes(action: Action, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
+def extra_bytes(action: Action, device: torch.device) -> int | None:
+    """The same without those that were there before."""
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    peak = peak_bytes(action, device)
+    return None if peak is None else peak - before
+
+
 def machine() -> dict[str, Any]:
     """Where and with what something was measured."""
     installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
@@ -107,11 +117,12 @@ def write(results: Mapping[str, Any], out: Path | None) -> None:
 
 def table(columns: list[str], rows: list[list[object]]) -> str:
     """In Markdown."""
-    lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """In three digits."""
     if value is None:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -6,7 +6,10 @@
 The plain forward is one without gradients, with transformers' own ``grouped_mm`` experts and the logits of every
 position, without a cache of keys and values, as the probe has none. A pass has several batches (``--batches-per-pass``)
 of one shape; the first of each also checks the conservation identity, so what further ones cost is said apart (steady).
-Before anything is timed, the probe is compared with plain loops on the first two layers of the shape.
+Before anything is timed, the probe is compared with plain loops on two layers of the shape.
+
+``--tasks`` measures a whole ``measure()`` at its defaults instead: three tasks with the lengths of GSM8K, ARC and
+HumanEval, 200 samples each.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from counted import difference, dispatched, launches, profiled, synchronizations
 from drawn import draw_samples, forward_all
 from measuring import (
     Action,
+    cell,
     common_arguments,
     device_and_dtype,
     interleaved,
@@ -37,6 +41,7 @@ from measuring import (
 )
 from naive_probe import check
 from shapes import SHAPES, BatchShape, Shape, build, floor
+from tasks import draw_tasks, padding, samples_of
 
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.probe.batches import Batch, make_batches
@@ -56,6 +61,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--attention", help="for the plain forward and the probe; default: that of the shape")
     parser.add_argument("--tokens", choices=("uniform", "zipf"), default="uniform")
     parser.add_argument("--scored", choices=("all", "response"), default="all", help="response: the last quarter")
+    parser.add_argument("--tasks", action="store_true", help="three tasks at default settings, see above")
+    parser.add_argument("--samples", type=int, default=200, help="with --tasks: samples of each")
     parser.add_argument("--times-only", action="store_true", help="count no operators, waits and launches")
     parser.add_argument("--no-check", action="store_true", help="no comparison with loops")
     parser.add_argument("--profile", action="store_true", help="show what a pass spends time in")
@@ -100,7 +107,7 @@ def measure(bench: Bench, batch: BatchShape) -> dict[str, Any]:
     assert [one.input_ids.shape for one in batches] == [(batch.rows, batch.length)] * n
     plain = partial(forward_all, bench.model, batches, device)
     probes = {k: bench.probe(samples[: k * batch.rows], batch) for k in (1, n, n + 1)}
-    cold = seconds_of(probes[n].measure, device)
+    first = seconds_of(probes[n].measure, device)
     actions: dict[str, Action] = {"plain": plain, **{f"probe_{k}": probe.measure for k, probe in probes.items()}}
     seconds = interleaved(actions, bench.args.repeats, device)
     report = probes[n].measure()
@@ -108,7 +115,7 @@ def measure(bench: Bench, batch: BatchShape) -> dict[str, Any]:
         "shape": bench.shape.name,
         "batch": str(batch),
         **times(medians(seconds), n, batch),
-        "cold_seconds": cold,
+        "first_pass_seconds": first,
         "memory": memory(plain, probes[n].measure, device),
         "report": check_report(report, samples[: n * batch.rows], next(bench.model.parameters()).dtype),
         **({} if bench.args.times_only else {"counts": counts(bench, batches, probes, n)}),
@@ -191,10 +198,62 @@ def check_report(report: MUIReport, samples: Sequence[TokenSample], dtype: torch
     return found
 
 
+# Three tasks
+
+
+def measure_tasks(bench: Bench) -> dict[str, Any]:
+    """Seconds of one `measure()` at its defaults, and of plain forwards of the same batches."""
+    args, device = bench.args, bench.device
+    rng = np.random.default_rng(args.seed)
+    config = bench.model.config
+    probe_set = draw_tasks(rng, config.vocab_size, args.samples, args.tokens, config.max_position_embeddings)
+    probe = MUIProbe(bench.model, probe_set, dense=bench.shape.dense)
+    samples = samples_of(probe_set)
+    choices = [choice for sample in samples for choice in sample.choices]
+    batch_tokens = probe.settings.batch_tokens
+    batches = [batch for part in (samples, choices) for batch in make_batches(part, batch_tokens)]
+    plain = partial(forward_all, bench.model, batches, device)
+    first = seconds_of(probe.measure, device)
+    seconds = medians(interleaved({"plain": plain, "probe": probe.measure}, args.repeats, device))
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    return {
+        "shape": bench.shape.name,
+        "batch": f"tasks at {batch_tokens} positions",
+        "plain_ms": 1e3 * seconds["plain"] / len(batches),
+        "probe_ms": 1e3 * seconds["probe"] / len(batches),
+        "ratio": seconds["probe"] / seconds["plain"],
+        "probe_tokens_per_second": tokens / seconds["probe"],
+        "pass_seconds": seconds["probe"],
+        "first_pass_seconds": first,
+        "samples": padding(samples, batch_tokens),
+        "choices": padding(choices, batch_tokens),
+        "memory": memory(plain, probe.measure, device),
+        "report": check_report(probe.measure(), samples, next(bench.model.parameters()).dtype),
+    }
+
+
+def say(result: dict[str, Any]) -> None:
+    """What is known of a batch shape, as soon as it is."""
+    values = zip(COLUMNS, line(result), strict=True)
+    words = [f"{name} {cell(value)}" for name, value in values if value is not None]
+    print(", ".join([*words, *filter(None, [result.get("error")])]), flush=True)
+
+
+def say_tasks(result: dict[str, Any]) -> None:
+    words = [
+        f"{result['shape']}: a pass over {result['report']['samples']} samples {result['pass_seconds']:.3f} s "
+        f"(the first one {result['first_pass_seconds']:.3f} s), {result['ratio']:.2f} times plain forwards"
+    ]
+    for what in ("samples", "choices"):
+        found = result[what]
+        words.append(f"{what}: {found['padding']:.1%} of {found['positions']} positions are padding")
+    print("; ".join(words), flush=True)
+
+
 # All of them
 
 
-def checked(args: argparse.Namespace, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def checked(args: argparse.Namespace, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Compare the probe with loops on two layers of a shape."""
     model = build(
         shape.config(tiny=args.tiny, layers=2), device, dtype, attention=args.attention or shape.attention, seed=1
@@ -212,8 +271,10 @@ def run_shape(args: argparse.Namespace, shape: Shape) -> Iterator[dict[str, Any]
     attention = args.attention or shape.attention
     about: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "attention": attention}
     if not args.no_check:
-        about["against_loops"] = checked(args, shape, device, dtype)
-        print(f"{shape.name}: as the loops of two layers have it: {about['against_loops']}", flush=True)
+        found = about["against_loops"] = checked(args, shape, device, dtype)
+        print(
+            f"{shape.name}: {'as' if found['agrees'] else 'NOT AS'} loops over two layers have it: {found}", flush=True
+        )
         release(device)
     model = build(shape.config(tiny=args.tiny, layers=args.layers), device, dtype, attention=attention)
     bench = Bench(args, shape, device, model)
@@ -223,6 +284,11 @@ def run_shape(args: argparse.Namespace, shape: Shape) -> Iterator[dict[str, Any]
         f"{' (cut)' if args.layers else ''}, {attention} attention, grouped_mm experts, no cache",
         flush=True,
     )
+    if args.tasks:
+        result = measure_tasks(bench)
+        say_tasks(result)
+        yield {**result, **about}
+        return
     batches = tuple(map(BatchShape.parse, args.batches.split(","))) if args.batches else ()
     for batch in batches or shape.default_batches(tiny=args.tiny):
         try:
@@ -276,7 +342,7 @@ def line(result: dict[str, Any]) -> list[object]:
 
 COLUMNS = [
     *("shape", "batch", "plain ms", "probe ms", "ratio", "first batch ms", "steady ms", "steady ratio"),
-    *("probe tokens/s", "extra GiB", "host waits plain", "probe", "operators a layer plain", "probe"),
+    *("tokens/s", "extra GiB", "waits (plain)", "waits (probe)", "operators a layer (plain)", "(probe)"),
 ]
 
 
@@ -290,10 +356,12 @@ def main() -> None:
     for name in args.shapes.split(","):
         for result in run_shape(args, SHAPES[name]):
             results.append(result)
-            print(table(COLUMNS, [line(result)]), flush=True)
+            say(result)
             write(everything, args.out)
         release(device_and_dtype(args)[0])
     print(f"\n{table(COLUMNS, [line(result) for result in results])}")
+    wrong = [result["shape"] for result in results if not result.get("against_loops", {"agrees": True})["agrees"]]
+    assert not wrong, f"not what loops find: {wrong}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from measuring import table
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -334,3 +335,21 @@ def _pairs(config: PreTrainedConfig, batch: BatchShape) -> Iterator[int]:
 
 def _is_probed(name: str, *, dense: bool) -> bool:
     return "down_proj" in name and (dense or "expert" in name)
+
+
+def floors() -> str:
+    """What every shape costs at least, for the README of the benchmarks; all tokens but the first are scored."""
+    rows: list[list[object]] = []
+    for shape in SHAPES.values():
+        for batch in shape.default_batches():
+            cost = floor(shape, batch, batch.rows * (batch.length - 1))
+            parts = (cost.experts, cost.rest, cost.head, cost.plain, cost.extra)
+            flops = [part.flops / 1e12 for part in parts]
+            share = f"{cost.extra.flops / cost.plain.flops:.1%}"
+            rows.append([shape.name, batch, *flops, share, cost.plain.bytes / 1e9, cost.extra.bytes / 1e9])
+    columns = ["shape", "batch", "experts TFLOP", "rest", "head", "plain", "extra", "of plain", "plain GB", "extra GB"]
+    return table(columns, rows)
+
+
+if __name__ == "__main__":
+    print(floors())
