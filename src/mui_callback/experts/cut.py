@@ -74,6 +74,6 @@ class Cut:
 
 def add_inner(sum_R: Tensor, token_S: Tensor, value_SD: Tensor, readout_SD: Tensor) -> None:
     """Add ⟨value, readout⟩ of each row to the sum of its token; rows of token -1 are left out."""
-    is_row_S = token_S >= 0
-    inner_S = (value_SD.detach().float() * readout_SD.float()).sum(-1).to(sum_R.dtype)
-    sum_R.index_add_(0, token_S[is_row_S], inner_S[is_row_S])
+    if len(sum_R):
+        inner_S = (value_SD.detach().float() * readout_SD.float()).sum(-1).to(sum_R.dtype)
+        sum_R.index_add_(0, token_S.clamp(min=0), inner_S.where(token_S >= 0, 0))

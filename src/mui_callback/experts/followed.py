@@ -23,7 +23,7 @@ from mui_callback.experts.dispatch import Sent
 from mui_callback.experts.down import Product
 from mui_callback.experts.host_copy import HostCopy
 from mui_callback.scoring.contributions import rank_of_pair
-from mui_callback.scoring.rows import Contributions, joined
+from mui_callback.scoring.rows import Contributions
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,15 @@ class FollowedRows:
         self._readout_RD = readout_RD
         self._n_local = n_local
         self._first_down = first_down
-        self._products: list[tuple[slice, Tensor, Tensor]] = []
-        """Which pairs each of them had, their activations and what these are multiplied with."""
+        self._reached: list[slice] = []
+        """Which pairs each product had."""
+        self._act: Tensor | None = None
+        self._projected: Tensor | None = None
+        """Activations of all pairs and what these are multiplied with, ``[P, I]`` each; filled by the products."""
+        self._whole: Contributions | None = None
+        """The contributions of all pairs, where one product had them; its activations are not copied."""
+        self._version = 0
+        """How often these had been written to."""
         self._biases: list[tuple[slice, Tensor]] = []
 
     @cached_property
@@ -104,15 +111,24 @@ class FollowedRows:
             raise ProbeError(f"expected rows of {pairs.stop - pairs.start} tokens in expert {first}, got none")
         if product.weight is None:
             raise ProbeError("expected down projections that are plain products, as in the first batch")
-        place_P = self._pairs.in_expert_P[pairs]
-        if product.expert_S is not None:
-            experts = torch.arange(n_experts, device=place_P.device)
-            place_P = place_P + torch.searchsorted(product.expert_S, experts)[self._pairs.expert_P[pairs]]
-        place_P = place_P.clamp(max=len(act_SI) - 1)  # a GPU that reads behind the end is lost for training too
-        projected_PI = product.projected(self._readout_RD[self._pairs.token_P[pairs]], place_P)
-        self._products.append((pairs, act_SI[place_P], projected_PI))
+        self._reached.append(pairs)
         if product.bias is not None:
             self._biases.append((pairs, product.bias))
+        place_P, readout_PD = self._pairs.in_expert_P[pairs], self._readout_RD[self._pairs.token_P[pairs]]
+        if product.expert_S is not None:
+            first_L = torch.searchsorted(product.expert_S, torch.arange(n_experts, device=place_P.device))
+            place_P = place_P + first_L[self._pairs.expert_P[pairs]]
+        place_P = place_P.clamp(max=len(act_SI) - 1)  # a GPU that reads behind the end is lost for training too
+        if pairs.stop - pairs.start == self._bounds[-1] and product.expert_S is not None:
+            projected_PI = product.projected(readout_PD, place_P)
+            self._whole = Contributions(act_SI, projected_PI, self._pairs.weight_P, act_row_S=place_P)
+            self._version = act_SI._version
+            return
+        if self._act is None or self._projected is None:
+            self._act = act_SI.new_empty(self._bounds[-1], act_SI.shape[1])
+            self._projected = product.weight.new_empty(self._act.shape)
+        torch.index_select(act_SI, 0, place_P, out=self._act[pairs])
+        self._projected[pairs] = product.projected(readout_PD, place_P)
 
     def rows(self, width: int) -> tuple[CalledRows, Contributions]:
         """All of them, after the last product.
@@ -123,17 +139,20 @@ class FollowedRows:
         Raises:
             ProbeError: experts did not run, or ran twice.
         """
-        products = sorted(self._products, key=lambda product: product[0].start)
-        reached = [(pairs.start, pairs.stop) for pairs, _, _ in products]
+        reached = sorted((pairs.start, pairs.stop) for pairs in self._reached)
         if [*(start for start, _ in reached), self._bounds[-1]] != [0, *(stop for _, stop in reached)]:
             raise ProbeError(
                 f"expected each of {self._n_local} experts to run once on what was sent to it, "
                 f"{self._bounds[-1]} pairs in all, got products with the pairs {reached}"
             )
+        if self._whole is not None and self._whole.act._version != self._version:
+            raise ProbeError("expected activations that stay as they are until the end of their layer")
+        return self._pairs.rows(self._first_down), self._whole or self._filled(width)
+
+    def _filled(self, width: int) -> Contributions:
         none = self._readout_RD.new_zeros(0, width)
-        act_PI = joined([act for _, act, _ in products] or [none])
-        projected_PI = joined([projected for _, _, projected in products] or [none])
-        return self._pairs.rows(self._first_down), Contributions(act_PI, projected_PI, self._pairs.weight_P)
+        act_PI, projected_PI = (none if part is None else part for part in (self._act, self._projected))
+        return Contributions(act_PI, projected_PI, self._pairs.weight_P)
 
     def add_biases(self, unmade_R: Tensor) -> None:
         """Add ⟨output bias, readout⟩ of the experts of each token to float64 ``[R]``."""

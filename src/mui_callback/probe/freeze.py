@@ -112,7 +112,8 @@ def _rewritten_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
                 yield f"{path}.{name}" if path else name, parameter
 
 
-_WITHOUT_CONTENT = (bool, int, float, str, nn.Parameter, nn.Module)
+_WITHOUT_CONTENT = frozenset({type(None), bool, int, float, str, nn.Parameter})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
 class _ObjectState:
@@ -151,8 +152,11 @@ def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | N
 
     Parameters, modules and other objects that a container holds are put back as they are, not copied.
     """
-    if value is None or isinstance(value, _WITHOUT_CONTENT):  # most of what there is
+    kind = type(value)
+    if kind in _WITHOUT_CONTENT or issubclass(kind, nn.Module):  # most of what there is
         return None
+    if kind in _CONTAINERS and not value:
+        return partial(_empty, value)
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
     if isinstance(value, Tensor):
@@ -163,7 +167,7 @@ def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | N
         is_copied = value.flags.writeable and not isinstance(value, np.memmap)
         return partial(np.copyto, value, value.copy()) if is_copied else None
     if isinstance(value, list | dict | set | deque) and not any(value is holder for holder in holders):
-        return _Container(value, holders).restore if value else partial(_empty, value)
+        return _Container(value, holders).restore
     return None
 
 
