@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mui_callback.scoring.contributions import ExpertScores
+from mui_callback.scoring.contributions import ExpertScores, Responses
 from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.rows import CHUNK, Contributions
 
@@ -19,14 +19,16 @@ VALUES = [-3.0, -2.0, -0.5, -1.0, math.nan, math.inf]
 
 
 @st.composite
-def kinds(draw: st.DrawFn) -> tuple[list[ExpertScores], list[np.ndarray]]:
+def kinds(draw: st.DrawFn) -> tuple[list[ExpertScores], Responses, list[np.ndarray]]:
     """Kinds of experts, some without rows, and the contributions of each; NaN in what is no row."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    widths = draw(st.lists(st.sampled_from([1, 63, 64, 65, 130, 200]), min_size=1, max_size=4))
-    parts, naive = [], []
-    for width in widths:
-        n_tokens, n_experts = draw(st.sampled_from([(0, 1), (1, 1), (3, 2)]))
-        pairs = rng.permutation([(t, e) for t in range(n_tokens) for e in range(n_experts)]).reshape(-1, 2)
+    lengths = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    n_tokens, parts, naive, n_experts, n_neurons = sum(lengths), [], [], 0, 0
+    for width in draw(st.lists(st.sampled_from([1, 63, 64, 65, 130, 200]), min_size=1, max_size=4)):
+        n = draw(st.integers(1, 2))
+        share = draw(st.sampled_from([0.0, 0.7, 1.0]))
+        pairs = [(t, e) for t in range(n_tokens) for e in range(n) if rng.random() < share]
+        pairs = rng.permutation(pairs).reshape(-1, 2).astype(np.int64)
         act = rng.choice(VALUES, (len(pairs), width), p=[0.3, 0.25, 0.2, 0.2, 0.03, 0.02])
         projected = rng.choice([0.5, 2.0], act.shape)
         weight = rng.choice([0.25, 1.0], len(pairs)) if draw(st.booleans()) else None
@@ -40,50 +42,69 @@ def kinds(draw: st.DrawFn) -> tuple[list[ExpertScores], list[np.ndarray]]:
             None if is_row is None else torch.from_numpy(is_row),
         )
         token, expert = torch.from_numpy(pairs).unbind(1)
-        parts.append(ExpertScores(rows, token, expert + 10 * len(parts), expert * width, expert, n_experts))
-    return parts, naive
+        parts.append(ExpertScores(rows, token, expert + n_experts, expert, n, n_experts, n_neurons))
+        n_experts, n_neurons = n_experts + n, n_neurons + n * width
+    responses = Responses(
+        row_R=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+        order_R=torch.tensor([order for length in lengths for order in range(length)]),
+        n_rows=len(lengths),
+        n_orders=max(lengths),
+    )
+    return parts, responses, naive
 
 
 @given(kinds())
 @settings(max_examples=80, deadline=None)
-def test_rows_behind_one_another_are_those_of_each_kind(made: tuple[list[ExpertScores], list[np.ndarray]]) -> None:
-    parts, naive = made
-    rows = LayerRows.of(parts)
-    assert rows.n_rows == len(rows.token_S) == sum(map(len, naive))
-    assert rows.n_chunks == max(math.ceil(part.rows.width / CHUNK) for part in parts)
-    is_row = [
-        np.ones(len(f), bool) if part.rows.is_row_S is None else part.rows.is_row_S.numpy()
-        for part, f in zip(parts, naive, strict=True)
-    ]
-    if rows.is_row_S is None:
-        assert all(part.rows.is_row_S is None for part in parts)
-    else:
-        assert rows.is_row_S.tolist() == np.concatenate(is_row).tolist()
-    n_bad = sum(int((~np.isfinite(f[counts])).sum()) for f, counts in zip(naive, is_row, strict=True))
-    assert int(rows.n_not_finite) == n_bad
-
-    number = 0
+def test_what_is_found_of_a_layer_is_what_a_loop_finds(
+    made: tuple[list[ExpertScores], Responses, list[np.ndarray]],
+) -> None:
+    parts, responses, naive = made
+    n_experts = max(part.first_expert + part.rows_per_token for part in parts)
+    rows = LayerRows.of(parts, responses, n_experts)
+    n_ranks, n_chunks = sum(part.rows_per_token for part in parts), max(part.rows.n_chunks for part in parts)
+    n_slots = responses.n_orders * n_ranks
+    highest = np.full((responses.n_rows, n_slots, 1 + n_chunks), -math.inf)
+    use = np.zeros((len(responses.row_R), n_experts, 2))
+    n_bad, number = 0, 0
     for part, f in zip(parts, naive, strict=True):
         for s, one in enumerate(f):
+            token, expert = int(part.token_S[s]), int(part.expert_S[s])
+            sample, order = int(responses.row_R[token]), int(responses.order_R[token])
+            counts = part.rows.is_row_S is None or bool(part.rows.is_row_S[s])
             entries = [float(value) if math.isfinite(value) else -math.inf for value in one]
-            entries += [-math.inf] * (CHUNK * rows.n_chunks - len(entries))
+            n_bad += counts * entries.count(-math.inf)
+            use[token, expert] += counts * np.array([sum(abs(e) for e in entries if e > -math.inf), 1])
             chunks = [entries[start : start + CHUNK] for start in range(0, len(entries), CHUNK)]
-            assert rows.highest_SC[number].tolist() == [max(chunk) for chunk in chunks]
-            found = rows.of_chunks(torch.full((rows.n_chunks,), number), torch.arange(rows.n_chunks))
-            assert found.tolist() == chunks
-            assert float(rows.mass_S[number]) == pytest.approx(sum(abs(e) for e in entries if e > -math.inf))
-            for name in ("token_S", "expert_S", "first_neuron_S"):
-                assert getattr(rows, name)[number] == getattr(part, name)[s]
+            slot = order * n_ranks + expert  # each token has as many slots as there are experts, in their order
+            highest[sample, slot, : 1 + len(chunks)] = [max(entries), *map(max, chunks)]
+            assert int(rows.found.row_BP[sample, slot]) == number
+            score, neuron = rows.of_chunks(torch.full((n_chunks,), number), torch.arange(n_chunks))
+            padded = [*entries, *[-math.inf] * (CHUNK * n_chunks - len(entries))]
+            assert score.flatten().tolist() == padded
+            first = part.first_neuron + (expert - part.first_expert) * part.rows.width
+            assert neuron.tolist() == [first + CHUNK * chunk for chunk in range(n_chunks)]
             number += 1
+    assert np.array_equal(rows.found.highest_BPC.numpy(), highest)
+    assert rows.highest_B.tolist() == highest.max((1, 2)).tolist()
+    assert rows.found.use_RE2[:, :-1].numpy() == pytest.approx(use)
+    assert int(rows.found.n_bad) == n_bad
 
 
-@given(kinds())
-@settings(max_examples=40, deadline=None)
-def test_the_rows_of_a_token_are_ordered_by_kind_and_expert(made: tuple[list[ExpertScores], list[np.ndarray]]) -> None:
-    rows = LayerRows.of(made[0])
-    assert not len(rows.rank_S) or 0 <= int(rows.rank_S.min()) <= int(rows.rank_S.max()) < rows.rows_per_token
-    for token in rows.token_S.unique().tolist():
-        of_token = rows.token_S == token
-        ranks, experts = rows.rank_S[of_token].tolist(), rows.expert_S[of_token].tolist()
-        assert len(set(ranks)) == len(ranks)
-        assert [e for _, e in sorted(zip(ranks, experts, strict=True))] == sorted(experts)
+@given(kinds(), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_the_finalists_hold_the_highest_entries(
+    made: tuple[list[ExpertScores], Responses, list[np.ndarray]], k: int
+) -> None:
+    parts, responses, naive = made
+    n_neurons = max(part.first_neuron + part.rows_per_token * part.rows.width for part in parts)
+    found = LayerRows.of(parts, responses, 99).finalists(k, n_neurons).entries(k)
+    entries: list[list[tuple[float, int]]] = [[] for _ in range(responses.n_rows)]
+    for part, f in zip(parts, naive, strict=True):
+        for token, expert, one in zip(part.token_S.tolist(), part.expert_S.tolist(), f, strict=True):
+            first = int(responses.order_R[token]) * n_neurons + part.first_neuron
+            first += (expert - part.first_expert) * part.rows.width
+            entries[int(responses.row_R[token])] += [(v, first + j) for j, v in enumerate(one) if math.isfinite(v)]
+    for sample, own in enumerate(entries):
+        best = sorted(own, key=lambda entry: (-entry[0], entry[1]))[:k]
+        assert found.score[sample].tolist() == [v for v, _ in best] + [-math.inf] * (k - len(best))
+        assert found.place[sample, : len(best)].tolist() == [place for _, place in best]

@@ -14,7 +14,7 @@ from mui_callback.experts.codewords import codewords, read_codewords
 from mui_callback.rules import Rule
 from mui_callback.scoring import rows as rows_module
 from mui_callback.scoring.rows import Contributions
-from mui_callback.scoring.topk import Candidates, merge_candidates, ordered_topk, top_entries
+from mui_callback.scoring.topk import Candidates, merge_candidates, ordered_topk
 
 # Few distinct values, so that ties are the rule; both zeros, which are equal; entries that do not count.
 scores = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 2.0**127, float("-inf")])
@@ -35,37 +35,6 @@ def test_ordered_topk_is_a_stable_sort(rows: list[list[float]], k: int) -> None:
     found = ordered_topk(torch.tensor(rows), k)
     for row, indices in zip(rows, found.tolist(), strict=True):
         assert indices == sorted(range(7), key=lambda i: (-row[i], i))[:k]
-
-
-@given(st.data())
-@settings(max_examples=80, deadline=None)
-def test_top_entries_equal_a_sort_of_everything(data: st.DataObject) -> None:
-    n_samples, n_slots = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
-    width, k = data.draw(st.sampled_from([1, 3, 64, 65, 150])), data.draw(st.integers(1, 7))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    rows = [(b, p) for b in range(n_samples) for p in range(n_slots) if rng.random() < 0.8]
-    rng.shuffle(rows)
-    values = rng.choice([-2.0, -1.0, 0.0, 0.5, 1.0, -np.inf], size=(len(rows), width)).astype(np.float32)
-    contributions = Contributions(torch.from_numpy(values), torch.ones(len(rows), width))
-    found = top_entries(
-        contributions,
-        contributions.summary().highest_SC,
-        torch.tensor([b for b, _ in rows], dtype=torch.int64),
-        torch.tensor([p for _, p in rows], dtype=torch.int64),
-        torch.tensor([1000 * p for _, p in rows], dtype=torch.int64),
-        n_samples=n_samples,
-        n_slots=n_slots,
-        k=k,
-    )
-    assert found.score.shape == found.place.shape == (n_samples, k)
-    for sample in range(n_samples):
-        entries = [
-            (float(value), 1000 * p + w)
-            for (b, p), row in zip(rows, values, strict=True)
-            if b == sample
-            for w, value in enumerate(row)
-        ]
-        assert listed(found, sample) == best(entries, k)
 
 
 @given(st.lists(st.lists(scores, min_size=0, max_size=6), min_size=1, max_size=4), st.integers(1, 8))
@@ -105,11 +74,16 @@ def rows_of(data: st.DataObject) -> tuple[Contributions, np.ndarray]:
                 f = act[s, j] * projected[s, j] * (1.0 if weight is None else weight[s])
             if is_row is None or is_row[s]:
                 naive[s, j] = f
+    act_row = rng.permutation(n_rows + 3)[:n_rows] if data.draw(st.booleans()) else None
+    if act_row is not None:  # among rows of others
+        own, act = act, np.full((n_rows + 3, width), 7.0)
+        act[act_row] = own
     contributions = Contributions(
         torch.from_numpy(act).float(),
         torch.from_numpy(projected).bfloat16(),
         None if weight is None else torch.from_numpy(weight).float(),
         None if is_row is None else torch.from_numpy(is_row),
+        None if act_row is None else torch.from_numpy(act_row),
     )
     return contributions, naive
 

@@ -19,7 +19,7 @@ from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.scoring.key_marks import KeyMarks
 from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.rows import NOTHING, Contributions
-from mui_callback.scoring.select import NeuronScores, highest_entries, neurons_above, thresholds
+from mui_callback.scoring.select import NeuronScores, neurons_above, thresholds
 from mui_callback.scoring.topk import Candidates
 from naive_rules import naive_entries
 
@@ -98,9 +98,10 @@ class Made:
             ),
             token_S=torch.tensor([t for t, _ in rows], dtype=torch.int64),
             expert_S=torch.tensor([e for _, e in rows], dtype=torch.int64),
-            first_neuron_S=torch.tensor([experts[e][1] for _, e in rows], dtype=torch.int64),
             rank_S=torch.tensor(rank, dtype=torch.int64),
             rows_per_token=len(group),
+            first_expert=group[0],
+            first_neuron=experts[group[0]][1],
         )
 
 
@@ -193,12 +194,12 @@ def test_mass_and_rows_are_those_of_a_loop(made: Made) -> None:
 @settings(max_examples=60, deadline=None)
 def test_entries_and_neurons_of_a_layer_are_those_of_a_sort(made: Made, k: int, lowest: float) -> None:
     samples, shape = list(range(len(made.length_N))), made.layout.layers[0]
-    rows, responses = LayerRows.of(made.layer(0, samples).parts), made.responses(samples)
+    rows = LayerRows.of(made.layer(0, samples).parts, made.responses(samples), shape.n_experts)
     first = np.cumsum([0, *shape.widths])
-    found = highest_entries(rows, responses, shape.n_neurons, k)
+    found = rows.finalists(k, shape.n_neurons).entries(k)
     threshold_B = torch.full((len(samples),), lowest)
     threshold_B[0] = math.inf  # of a sample that has no highest score
-    above = neurons_above(rows, responses, shape.n_neurons, threshold_B)
+    above = neurons_above(rows, shape.n_neurons, threshold_B)
     pairs = list(zip(above.sample_M.tolist(), above.neuron_M.tolist(), above.score_M.tolist(), strict=True))
     assert pairs == sorted(pairs)
     for sample in samples:

@@ -143,23 +143,14 @@ class StackedExperts:
         row_S[order_S] = numbers(len(order_S), order_S.dtype, order_S.device)
         row_TK = row_S.view(n_tokens, top_k)
 
-        up_name, _ = self._weight_names()
-        up_S = self._product(x_TD[from_S], up_name, offsets_E)
-        up_bias, down_bias = self._bias(up_name), self._bias("down_proj")
-        gate = known_gate(module) if can_run(up_S) and not keep_gate else None
-        if gate is not None:
-            act_SI = fused.gated(gate, up_S, up_bias, expert_S)
-        else:
-            up_S = up_S if up_bias is None else up_S + up_bias[expert_S.long()]
-            act_SI = module._apply_gate(up_S) if module.has_gate else module.act_fn(up_S)
+        act_SI, up_S = self._activations(x_TD[from_S], expert_S, offsets_E, keep_gate=keep_gate)
         if is_masked_EI is not None:
             act_SI = act_SI.masked_fill(is_masked_EI[expert_S.long()], 0)
-
-        raw_SD = self._product(act_SI, "down_proj", offsets_E)
+        raw_SD, bias = self._product(act_SI, "down_proj", offsets_E), self._bias("down_proj")
         if can_run(raw_SD, weight_TK) and not module.has_post_expert_norm:
-            out_TD = fused.combined(raw_SD, down_bias, row_TK, expert_TK, weight_TK, self.n_local)
+            out_TD = fused.combined(raw_SD, bias, row_TK, expert_TK, weight_TK, self.n_local)
         else:
-            raw_SD = raw_SD if down_bias is None else raw_SD + down_bias[expert_S.long()]
+            raw_SD = raw_SD if bias is None else raw_SD + bias[expert_S.long()]
             out_SD = module.post_expert_norm(raw_SD) if module.has_post_expert_norm else raw_SD
             weight_S = weight_TK.masked_fill(expert_TK >= self.n_local, 0).flatten()[order_S]
             out_TD = (out_SD * weight_S.unsqueeze(-1))[row_S].view(n_tokens, top_k, -1).sum(dim=1)
@@ -172,11 +163,24 @@ class StackedExperts:
             from_S=from_S,
             act_SI=act_SI,
             raw_SD=raw_SD if module.has_post_expert_norm else None,
-            up_S=up_S if keep_gate else None,
+            up_S=up_S,
             down=module.down_proj.detach(),
-            down_bias=None if down_bias is None else down_bias.detach(),
+            down_bias=None if bias is None else bias.detach(),
         )
         return out_TD.to(x_TD.dtype), rows
+
+    def _activations(
+        self, x_SD: Tensor, expert_S: Tensor, offsets_E: Tensor, *, keep_gate: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[S, I]``, and what they are made of, if that is to be kept."""
+        module, (name, _) = self.module, self._weight_names()
+        up_S, bias = self._product(x_SD, name, offsets_E), self._bias(name)
+        gate = known_gate(module) if can_run(up_S) and not keep_gate else None
+        if gate is not None:
+            return fused.gated(gate, up_S, bias, expert_S), None
+        up_S = up_S if bias is None else up_S + bias[expert_S.long()]
+        act_SI = module._apply_gate(up_S) if module.has_gate else module.act_fn(up_S)
+        return act_SI, up_S if keep_gate else None
 
     def gate(self, rows: RoutedRows) -> Tensor:
         """act(x·W_g) of rows that were run with `keep_gate`, ``[S, I]``.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from torch import nn
@@ -159,10 +160,13 @@ class _Running:
             self.capacities.counted(is_token_T, counts.add_dropped),
         ):
             logits_RV = self.head.logits(now.inputs, now.readout_RD if is_first else None)
-        batch_counts.finish()
         if shards.counts:
-            _, error = attempt(lambda: batch_counts.add_predictions(*token_losses(logits_RV, tokens.target_R)))
+            losses, error = attempt(partial(token_losses, logits_RV, tokens.target_R))
             self.of.reading.note(error)
+            if losses is not None:
+                batch_counts.add_predictions(*losses)
+        del logits_RV  # the largest of all, and ranking takes memory of its own
+        batch_counts.finish()
 
 
 @contextmanager
