@@ -35,12 +35,17 @@ class Layer:
         self.tokens = [token.where(token < n_tokens, -1) for token in self.tokens]  # an expert has a token once
         n_L = torch.tensor(n_rows)
         self.came = Arrivals(n_L.cumsum(0) - n_L, n_L, torch.cat(self.tokens), torch.rand(sum(n_rows)))
+        self.has_met = True
 
     @property
     def n_scored(self) -> HostCopy:
         return HostCopy(torch.stack([(token_S >= 0).sum() for token_S in self.tokens]))
 
+    def meet(self) -> None:
+        self.has_met = True
+
     def arrivals(self) -> Arrivals:
+        assert self.has_met
         return self.came
 
     def followed(self) -> FollowedRows:
@@ -91,12 +96,14 @@ LAYERS = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
-@given(LAYERS, st.randoms())
-def test_one_product_of_each_expert_in_any_order(layer: Layer, random: object) -> None:
-    followed, experts = layer.followed(), list(range(len(layer.weights)))
+@given(LAYERS, st.randoms(), st.booleans())
+def test_one_product_of_each_expert_in_any_order(layer: Layer, random: object, has_met: bool) -> None:
+    followed, experts, layer.has_met = layer.followed(), list(range(len(layer.weights))), has_met
     random.shuffle(experts)  # type: ignore[attr-defined]
     for expert in experts:
         followed.add(expert, layer.product(expert), layer.acts[expert])
+    followed.meet()
+    followed.add_waiting()
     assert_those_of_the_loop(layer, followed)
     unmade_R = torch.zeros(len(layer.readout_RD), dtype=torch.float64)
     followed.add_biases(unmade_R)
@@ -104,14 +111,17 @@ def test_one_product_of_each_expert_in_any_order(layer: Layer, random: object) -
 
 
 @settings(max_examples=60, deadline=None)
-@given(LAYERS, st.integers(0, 3))
-def test_one_product_of_all_experts_whose_rows_are_padded(layer: Layer, n_padded: int) -> None:
+@given(LAYERS, st.integers(0, 3), st.booleans())
+def test_one_product_of_all_experts_whose_rows_are_padded(layer: Layer, n_padded: int, has_met: bool) -> None:
+    layer.has_met = has_met
     act_SI = torch.cat([torch.nn.functional.pad(act, (0, 0, 0, n_padded)) for act in layer.acts])
     expert_S = torch.arange(len(layer.acts)).repeat_interleave(torch.tensor([len(a) + n_padded for a in layer.acts]))
     weight_EDI = torch.stack(layer.weights)
     product = Product(act_SI, act_SI.new_zeros(len(act_SI), D), None, expert_S=expert_S, weight=weight_EDI)
     followed = layer.followed()
     followed.add(0, product, act_SI)
+    followed.meet()
+    followed.add_waiting()
     assert_those_of_the_loop(layer, followed)
 
 
@@ -129,6 +139,20 @@ def test_each_expert_runs_once(layer: Layer, experts: list[int]) -> None:
         followed.add(expert, layer.product(expert), layer.acts[expert])
     with pytest.raises(ProbeError, match=r"expected each of 3 experts to run once .* got products with the pairs \["):
         followed.rows(WIDTH)
+
+
+@pytest.mark.parametrize("has_met", [False, True])
+def test_activations_that_are_written_to_are_told(layer: Layer, has_met: bool) -> None:
+    layer.has_met = has_met
+    act_SI, experts = torch.cat(layer.acts), torch.arange(len(layer.acts))
+    expert_S = experts.repeat_interleave(torch.tensor([len(act) for act in layer.acts]))
+    product = Product(act_SI, act_SI @ layer.weights[0].T, None, expert_S=expert_S, weight=torch.stack(layer.weights))
+    followed = layer.followed()
+    followed.add(0, product, act_SI)
+    act_SI.mul_(2)
+    followed.meet()
+    with pytest.raises(ProbeError, match="activations that nobody writes to"):
+        followed.add_waiting()
 
 
 def test_a_product_of_no_rows_or_no_plain_one_is_told(layer: Layer) -> None:

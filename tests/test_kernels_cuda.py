@@ -9,9 +9,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from mui_callback.experts.pairs import Pairs
+from mui_callback.fused import available, scores
+from mui_callback.fused import experts as fused
+from mui_callback.fused.experts import Gate
 from mui_callback.probe.head import token_losses
-from mui_callback.scoring import kernels
-from mui_callback.scoring.rows import CHUNK, Contributions
+from mui_callback.scoring.contributions import ExpertScores, Responses
+from mui_callback.scoring.layer_rows import LayerRows
+from mui_callback.scoring.rows import Contributions
 from mui_callback.scoring.topk import ordered_topk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -24,78 +29,158 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @contextmanager
 def without_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "can_run", lambda *tensors: False)
-        patch.setattr(kernels, "can_order", lambda *tensors: False)
-        patch.setattr(kernels, "can_predict", lambda *tensors: False)
+        patch.setattr(available, "runs_on", lambda device: False)
         yield
 
 
-def rows_of(
-    dtype: torch.dtype, width: int, *, is_weighted: bool, is_masked: bool, n_rows: int = 37, seed: int = 0
-) -> Contributions:
-    """Rows with NaN, infinity and zeros in all that makes them, one all of NaN, in memory with gaps between them."""
-    random = torch.Generator().manual_seed(seed)
+Sizes = tuple[int, int, int]
+"""Width of an expert, experts, and how many of them a token has."""
+
+
+def responses_of(lengths: list[int]) -> Responses:
+    return Responses(
+        row_R=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(DEVICE),
+        order_R=torch.tensor([order for length in lengths for order in range(length)], device=DEVICE),
+        n_rows=len(lengths),
+        n_orders=max(lengths),
+    )
+
+
+def part_of(
+    sizes: Sizes, n_tokens: int, first: tuple[int, int], random: torch.Generator, dtype: torch.dtype, *, is_plain: bool
+) -> ExpertScores:
+    """Rows with NaN, infinity and zeros in all that makes them, in memory with gaps between them; plain ones are in
+    order and without weights."""
+    width, n_experts, top_k = sizes
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random)
 
-    act, projected = drawn(n_rows, width + 3), drawn(n_rows, width)
+    chosen = torch.stack([torch.randperm(n_experts, generator=random)[:top_k] for _ in range(n_tokens)])
+    rank, expert, token = chosen.argsort(1).argsort(1), chosen, torch.arange(n_tokens)[:, None].expand_as(chosen)
+    n_rows = chosen.numel()
+    order = torch.randperm(n_rows, generator=random)
+    act, projected, weight = drawn(n_rows + 7, width + 3), drawn(n_rows, width), drawn(n_rows)
     for special in (math.nan, math.inf, -math.inf, 0.0):
         act[torch.rand(act.shape, generator=random) < 0.02] = special
         projected[torch.rand(projected.shape, generator=random) < 0.02] = special
     act[5] = math.nan
-    projected[6] = -projected[6].abs()
-    act[6] = act[6].abs() + 1  # all below zero, or not finite
-    weight = drawn(n_rows)
-    weight[7], weight[8] = math.inf, math.nan
-    is_row = (torch.rand(n_rows, generator=random) < 0.7).to(DEVICE) if is_masked else None
-    of_rows = weight.to(DEVICE) if is_weighted else None
-    return Contributions(act.to(DEVICE, dtype)[:, :width], projected.to(DEVICE, dtype), of_rows, is_row)
+    weight[0], weight[1] = math.inf, math.nan
+    act_row = torch.randperm(n_rows + 7, generator=random)[:n_rows].to(DEVICE)
+    is_row = (torch.rand(n_rows, generator=random) < 0.7).to(DEVICE)
+    act = act.to(DEVICE, dtype)[:, :width]
+    rows = (
+        Contributions(act[:n_rows], projected.to(DEVICE, dtype))
+        if is_plain
+        else Contributions(act, projected.to(DEVICE), weight.to(DEVICE), is_row, act_row)
+    )
+    token, expert, rank = (numbers.flatten()[order].to(DEVICE) for numbers in (token, expert, rank))
+    return ExpertScores(rows, token, expert + first[0], rank, top_k, *first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("is_weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("is_masked", [False, True], ids=["all", "masked"])
-def test_summary_and_chunks_are_those_of_the_operators(
-    dtype: torch.dtype, width: int, is_weighted: bool, is_masked: bool
-) -> None:
-    rows = rows_of(dtype, width, is_weighted=is_weighted, is_masked=is_masked)
-    assert kernels.can_run(rows.act_SI, rows.projected_SI)
-    row_M = torch.arange(rows.n_rows, device=DEVICE).repeat_interleave(rows.n_chunks + 1)
-    chunk_M = torch.arange(rows.n_chunks + 1, device=DEVICE).repeat(
-        rows.n_rows
-    )  # one behind the last, as of wider rows
-    fused, chunks, sums = rows.summary(), rows.of_chunks(row_M, chunk_M), rows.sums()
+@pytest.mark.parametrize("k", [1, 9, 200])
+def test_a_layer_is_as_the_operators_find_it(dtype: torch.dtype, width: int, k: int) -> None:
+    responses, random = responses_of([3, 5, 1, 4]), torch.Generator().manual_seed(width)
+    parts = [
+        part_of((width, 6, 3), 13, (0, 0), random, dtype, is_plain=False),
+        part_of((100, 2, 2), 13, (6, 6 * width), random, dtype, is_plain=True),
+    ]
+    n_neurons = 6 * width + 200
+    found = LayerRows.of(parts, responses, 8)
+    assert found.is_fused
+    entries, sums = found.finalists(k, n_neurons).entries(k), [part.rows.sums() for part in parts]
     with without_kernels():
-        plain, expected, expected_sums = rows.summary(), rows.of_chunks(row_M, chunk_M), rows.sums()
-    assert sums.dtype == expected_sums.dtype == torch.float64
-    assert ((sums - expected_sums).abs() <= 1e-5 * plain.mass_S).all()
-    assert torch.equal(fused.highest_SC, plain.highest_SC)
-    assert int(fused.n_not_finite) == int(plain.n_not_finite) > 0
-    assert fused.mass_S.dtype == plain.mass_S.dtype == torch.float32
-    torch.testing.assert_close(fused.mass_S, plain.mass_S, rtol=1e-5, atol=0)
-    assert chunks.shape == (len(row_M), CHUNK)
-    assert torch.equal(chunks, expected)
+        plain = LayerRows.of(parts, responses, 8)
+        assert not plain.is_fused
+        expected, expected_sums = plain.finalists(k, n_neurons).entries(k), [part.rows.sums() for part in parts]
+    assert torch.equal(found.found.highest_BPC, plain.found.highest_BPC)
+    torch.testing.assert_close(found.found.use_RE2, plain.found.use_RE2, rtol=1e-5, atol=0)
+    assert int(found.found.n_bad) == int(plain.found.n_bad) > 0
+    assert torch.equal(entries.score, expected.score)
+    is_entry = expected.score > -math.inf
+    assert is_entry.any()
+    assert torch.equal(entries.place[is_entry], expected.place[is_entry])
+    for part, own, other in zip(parts, sums, expected_sums, strict=True):
+        assert own.dtype == other.dtype == torch.float64
+        with without_kernels():
+            assert ((own - other).abs() <= 1e-5 * part.rows.summary().mass_S).all()
 
 
-def test_mixed_precision_is_multiplied_in_float32() -> None:
-    act = rows_of(torch.bfloat16, 200, is_weighted=True, is_masked=False)
-    projected = rows_of(torch.float32, 200, is_weighted=False, is_masked=False, seed=1)
-    rows = Contributions(act.act_SI, projected.projected_SI, act.weight_S)
-    fused = rows.summary()
-    with without_kernels():
-        plain = rows.summary()
-    assert torch.equal(fused.highest_SC, plain.highest_SC)
-    torch.testing.assert_close(fused.mass_S, plain.mass_S, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("n_slots", [1, 5, 700, 9000])
+@pytest.mark.parametrize("k", [1, 7, 300])
+def test_chunks_are_chosen_as_a_sort_does(n_slots: int, k: int) -> None:
+    values = torch.tensor([-math.inf, -2.5, -0.0, 0.0, 1e-40, 1.0, 2.0**127], device=DEVICE)
+    random = torch.Generator(device=DEVICE).manual_seed(0)
+    score = values[torch.randint(len(values), (3, n_slots, 2), generator=random, device=DEVICE)]
+    score[0] = torch.randn(n_slots, 2, generator=random, device=DEVICE)
+    highest = torch.cat([score.amax(-1, keepdim=True), score], dim=-1)
+    nothing = torch.zeros(3, n_slots, dtype=torch.int64, device=DEVICE)
+    found = scores.highest_chunks(scores.Found(highest, nothing, nothing, nothing, 1), k)
+    for row, chosen in zip(score.flatten(1).tolist(), found.tolist(), strict=True):
+        best = sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+        assert chosen == sorted(chosen)
+        assert [i for i in chosen if row[i] > -math.inf] == sorted(i for i in best if row[i] > -math.inf)
 
 
-def test_no_rows_and_no_chunks() -> None:
-    rows = rows_of(torch.float32, 64, is_weighted=False, is_masked=False)
-    none = Contributions(rows.act_SI[:0], rows.projected_SI[:0])
-    assert none.summary().highest_SC.shape == (0, 1)
-    nothing = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    assert rows.of_chunks(nothing, nothing).shape == (0, CHUNK)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", [Gate(), Gate(is_interleaved=True, alpha=1.702, limit=1.5)], ids=["silu", "gpt-oss"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_activations_are_those_of_the_model(dtype: torch.dtype, gate: Gate, has_bias: bool) -> None:
+    random = torch.Generator(device=DEVICE).manual_seed(0)
+    up = (2 * torch.randn(37, 2 * 1100, generator=random, device=DEVICE)).to(dtype)
+    bias = torch.randn(4, 2 * 1100, generator=random, device=DEVICE).to(dtype) if has_bias else None
+    expert = torch.randint(4, (37,), generator=random, device=DEVICE)
+    up[3, 8], up[4, 9] = math.nan, math.inf
+    found = fused.gated(gate, up, bias, expert.to(torch.uint8))
+    x = up.double() if bias is None else (up + bias[expert]).double()
+    if gate.is_interleaved:
+        g, u = x[:, ::2].clamp(max=gate.limit), x[:, 1::2].clamp(-gate.limit, gate.limit)
+        expected = (u + 1) * g * torch.sigmoid(gate.alpha * g)
+    else:
+        expected = torch.nn.functional.silu(x[:, :1100]) * x[:, 1100:]
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-6 if dtype == torch.float32 else 0.02, atol=1e-6, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_outputs_and_pairs_are_those_of_the_operators(dtype: torch.dtype, has_bias: bool) -> None:
+    """Ids of as many as there are experts and more stand for none."""
+    n_tokens, top_k, n_local, width = 50, 4, 6, 1100
+    random = torch.Generator().manual_seed(0)
+    expert_TK = torch.stack([torch.randperm(n_local + 3, generator=random)[:top_k] for _ in range(n_tokens)]).to(DEVICE)
+    weight_TK = torch.rand(n_tokens, top_k, generator=random).to(DEVICE, dtype)
+    expert_S, order_S = expert_TK.flatten().clamp(max=n_local - 1).sort(stable=True)
+    row_TK = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(200, device=DEVICE)).view_as(expert_TK)
+    raw_SD = torch.randn(200, width, generator=random).to(DEVICE, dtype)
+    bias = torch.randn(n_local, width, generator=random).to(DEVICE, dtype) if has_bias else None
+    found = fused.combined(raw_SD, bias, row_TK, expert_TK, weight_TK, n_local)
+    out_SD = raw_SD.double() if bias is None else raw_SD.double() + bias[expert_S].double()
+    weight_SK = weight_TK.double().masked_fill(expert_TK >= n_local, 0)
+    expected = (out_SD[row_TK] * weight_SK[..., None]).sum(1)
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-5, equal_nan=True
+    )
+
+    position_R = torch.randperm(n_tokens, generator=random)[:20].sort().values.to(DEVICE)
+    number_T = torch.full((n_tokens,), -1, device=DEVICE)
+    number_T[position_R] = 5 + torch.arange(20, device=DEVICE)
+    n_scored_S = (number_T >= 0)[order_S // top_k].cumsum(0)
+    pairs = Pairs(
+        *fused.pairs(order_S, n_scored_S, number_T, expert_TK, weight_TK, n_pairs=80, n_local=n_local, first=5)
+    )
+    by_pair = Pairs.of(position_R, expert_TK, weight_TK, row_TK, n_local)
+    assert (pairs.expert_P.diff() >= 0).all()
+
+    def listed(one: Pairs) -> list[tuple[float, ...]]:
+        fields = (one.from_P, one.rank_P, one.expert_P, one.weight_P, one.row_P, one.is_row_P)
+        return sorted(zip(*(field.tolist() for field in fields), strict=True))
+
+    assert listed(pairs) == listed(by_pair)
 
 
 @pytest.mark.parametrize("n_columns", [1, 5, 1024, 3000])
@@ -104,7 +189,7 @@ def test_the_highest_in_order_are_those_of_the_operators(n_columns: int, k: int)
     values = torch.tensor([-math.inf, -2.5, -0.0, 0.0, 1e-40, 1.0, 2.0**127], device=DEVICE)
     random = torch.Generator(device=DEVICE).manual_seed(0)
     score = values[torch.randint(len(values), (6, n_columns), generator=random, device=DEVICE)]
-    assert kernels.can_order(score)
+    assert scores.can_order(score)
     found = ordered_topk(score, k)
     with without_kernels():
         assert torch.equal(found, ordered_topk(score, k))
@@ -126,7 +211,7 @@ def test_losses_and_first_choices_are_those_of_the_operators(dtype: torch.dtype,
     logits[2, : n_logits // 2], logits[3, -1], logits[4, 0] = -math.inf, math.inf, math.nan
     target[:20] = logits[:20].argmax(-1)
     target[5], target[6] = 0, n_logits - 1
-    assert kernels.can_predict(logits) == (layout != "columns apart" or n_logits == 1)
+    assert scores.can_predict(logits) == (layout != "columns apart" or n_logits == 1)
     loss, is_correct = token_losses(logits, target)
     with without_kernels():
         expected, is_expected = token_losses(logits, target)

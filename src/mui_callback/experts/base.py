@@ -115,6 +115,10 @@ class Recorder(Protocol):
     def is_followed(self) -> bool:
         """Whether nothing of the present forward pass is recorded, as all that is wanted was announced."""
 
+    def meet(self) -> None:
+        """Whatever the processes that share the experts tell each other once they have left the layer; all of them make
+        this call."""
+
     def follow(self, tokens: ScoredTokens) -> None:
         """Set the token of each row, of one that knows the order, without asking the tail."""
 

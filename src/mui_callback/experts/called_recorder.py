@@ -140,6 +140,10 @@ class CalledRecorder:
         n_positions = tokens.n_rows * tokens.length
         return all(call.cut.n_rows == n_positions * call.product.n_experts for call in [*self.calls, *self.passed])
 
+    def meet(self) -> None:
+        """See `Recorder`."""
+        self.follower.meet()
+
     def follow(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
         number_T = tokens.numbers()

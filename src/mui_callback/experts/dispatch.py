@@ -53,6 +53,14 @@ class Sent(Protocol):
     def n_scored(self) -> HostCopy:
         """Pairs of a scored token that come to each expert of this process, ``[L]``."""
 
+    @property
+    def has_met(self) -> bool:
+        """Whether `arrivals` can be asked for."""
+
+    def meet(self) -> None:
+        """Whatever has to be exchanged for `arrivals`. All processes make this call, once they have left the layer: by
+        then nobody waits for what the host wants to know."""
+
     def arrivals(self) -> Arrivals:
         """All that comes; nothing is exchanged for it."""
 
@@ -77,7 +85,7 @@ class Dispatch(Protocol):
     def send(self, number_T: Tensor, peers: Peers, n_local: int) -> Sent:
         """Tell the others what goes to their experts. All processes make this call.
 
-        It delays the layer by a wait for the device that the layer makes as well, and the fewest operators after it.
+        It delays the layer by the fewest operators, and never waits for the device.
 
         Args:
             number_T: number of the scored token of each position of this process, -1 where there is none.
@@ -143,6 +151,10 @@ class SentToSlots:
     came_PLC2: Tensor
     """Number and weight of what is in each place, float64; -1 and 0 where nothing is."""
     n_scored: HostCopy
+    has_met = True
+
+    def meet(self) -> None:
+        """See `Sent`: the places are known, so all is sent at once."""
 
     def arrivals(self) -> Arrivals:
         """See `Sent`."""
@@ -161,34 +173,49 @@ class SortedDispatch(_Watched):
         return isinstance(self.choices, tuple) and len(self.choices) >= 3
 
     def send(self, number_T: Tensor, peers: Peers, n_local: int) -> SentSorted:
-        """See `Dispatch`. The host waits for the number of pairs, as that of the layer does."""
+        """See `Dispatch`. How many pairs go where is sent at once, the pairs when that is known."""
         weight_TK, expert_TK = self.choices[0], self.choices[1]
         expert_X, order_X = expert_TK.flatten().long().sort(stable=True)
         number_X, weight_X = number_T[order_X // expert_TK.shape[1]], weight_TK.detach().flatten()[order_X]
-        sent_X2 = torch.stack([number_X.double(), weight_X.double()], dim=1)
+        pair_X2 = torch.stack([number_X.double(), weight_X.double()], dim=1)
         bounds = torch.searchsorted(expert_X, torch.arange(peers.n * n_local + 1, device=number_T.device))
         n_before = torch.nn.functional.pad((number_X >= 0).cumsum(0), (1, 0))
         n_of_expert = torch.stack([bounds.diff(), n_before[bounds].diff()], dim=1)  # all, and scored ones
         came_PL2 = peers.exchange(n_of_expert, [n_local] * peers.n, [n_local] * peers.n).view(peers.n, n_local, 2)
         n_out, n_in = n_of_expert[:, 0].view(peers.n, n_local).sum(1), came_PL2[..., 0].sum(1)
-        n_scored = HostCopy(came_PL2[..., 1].sum(0))
-        sizes = torch.cat([n_out, n_in]).tolist()
-        came_N2 = peers.exchange(sent_X2, sizes[: peers.n], sizes[peers.n :])
-        return SentSorted(came_N2, came_PL2[..., 0], n_scored)
+        sizes, n_scored = HostCopy(torch.cat([n_out, n_in])), HostCopy(came_PL2[..., 1].sum(0))
+        return SentSorted(pair_X2, came_PL2[..., 0], sizes, n_scored, peers)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SentSorted:
     """See `Sent`."""
 
-    came_N2: Tensor
-    """Number and weight of each pair, by sender and expert, float64."""
+    pair_X2: Tensor
+    """Number and weight of each pair that goes out, by receiver and expert, float64."""
     came_PL: Tensor
-    """How many there are of each."""
+    """How many come of each."""
+    sizes: HostCopy
+    """How many go to each process, and how many come from it."""
     n_scored: HostCopy
+    peers: Peers
+    came_N2: Tensor | None = None
+    """Number and weight of each pair that came, by sender and expert, float64."""
+
+    @property
+    def has_met(self) -> bool:
+        """See `Sent`."""
+        return self.came_N2 is not None
+
+    def meet(self) -> None:
+        """See `Sent`."""
+        if self.came_N2 is None:
+            sizes = self.sizes.get()
+            self.came_N2 = self.peers.exchange(self.pair_X2, sizes[: self.peers.n], sizes[self.peers.n :])
 
     def arrivals(self) -> Arrivals:
         """See `Sent`."""
+        assert self.came_N2 is not None
         # from blocks by sender and expert to blocks by expert and sender
         n_LP = self.came_PL.T.flatten()
         from_LP = _starts(self.came_PL.flatten()).view_as(self.came_PL).T.flatten()

@@ -1,7 +1,6 @@
-"""Rows that a dispatch has announced, multiplied while the experts run.
+"""Rows that a dispatch has announced, multiplied while the experts run, or when it is known which they are.
 
-Nothing has to be asked of the tail for them, so nothing is recorded, and of an expert's activations no more is kept
-than the rows of scored tokens.
+Nothing has to be asked of the tail for them, so nothing is recorded.
 
 Shapes: R scored tokens that meet, N pairs of a token and an expert of this process, P those of a scored token, L
 experts of this process, S rows of a product, I neurons of an expert, D width.
@@ -9,7 +8,7 @@ experts of this process, S rows of a product, I neurons of an expert, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -70,8 +69,10 @@ class FollowedRows:
         """Activations of all pairs and what these are multiplied with, ``[P, I]`` each; filled by the products."""
         self._whole: Contributions | None = None
         """The contributions of all pairs, where one product had them; its activations are not copied."""
-        self._version = 0
-        """How often these had been written to."""
+        self._waiting: list[tuple[int, Product, Tensor]] = []
+        """Products whose pairs are not known yet."""
+        self._kept: list[tuple[Tensor, int]] = []
+        """Activations that are not copied, and how often they had been written to."""
         self._biases: list[tuple[slice, Tensor]] = []
 
     @cached_property
@@ -103,6 +104,10 @@ class FollowedRows:
         Raises:
             ProbeError: it is not one of the announced ones.
         """
+        if not self._sent.has_met:
+            self._waiting.append((first, replace(product, out=act_SI[:0]), act_SI))
+            self._kept.append((act_SI, act_SI._version))
+            return
         n_experts = self._n_local if product.expert_S is not None else 1
         pairs = slice(self._bounds[first], self._bounds[first + n_experts])
         if pairs.stop == pairs.start:
@@ -122,13 +127,29 @@ class FollowedRows:
         if pairs.stop - pairs.start == self._bounds[-1] and product.expert_S is not None:
             projected_PI = product.projected(readout_PD, place_P)
             self._whole = Contributions(act_SI, projected_PI, self._pairs.weight_P, act_row_S=place_P)
-            self._version = act_SI._version
+            self._kept.append((act_SI, act_SI._version))
             return
         if self._act is None or self._projected is None:
             self._act = act_SI.new_empty(self._bounds[-1], act_SI.shape[1])
             self._projected = product.weight.new_empty(self._act.shape)
         torch.index_select(act_SI, 0, place_P, out=self._act[pairs])
         self._projected[pairs] = product.projected(readout_PD, place_P)
+
+    def meet(self) -> None:
+        """After the last product; see `Sent.meet`."""
+        self._sent.meet()
+
+    def add_waiting(self) -> None:
+        """Multiply the rows of the products that had to wait.
+
+        Raises:
+            ProbeError: see `add`, or their activations have changed since.
+        """
+        if any(act_SI._version != version for act_SI, version in self._kept):
+            raise ProbeError("expected activations that nobody writes to until the end of their layer")
+        waiting, self._waiting = self._waiting, []
+        for first, product, act_SI in waiting:
+            self.add(first, product, act_SI)
 
     def rows(self, width: int) -> tuple[CalledRows, Contributions]:
         """All of them, after the last product.
@@ -145,8 +166,6 @@ class FollowedRows:
                 f"expected each of {self._n_local} experts to run once on what was sent to it, "
                 f"{self._bounds[-1]} pairs in all, got products with the pairs {reached}"
             )
-        if self._whole is not None and self._whole.act._version != self._version:
-            raise ProbeError("expected activations that stay as they are until the end of their layer")
         return self._pairs.rows(self._first_down), self._whole or self._filled(width)
 
     def _filled(self, width: int) -> Contributions:

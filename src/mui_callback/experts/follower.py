@@ -81,6 +81,20 @@ class DispatchFollower:
         _, error = attempt(lambda: self._take(expert - self.first_down, product, gate, activation))
         self._error = self._error or error
 
+    def meet(self) -> None:
+        """After the last product; all processes make this call. What goes wrong after they have met is raised by
+        `rows`."""
+        if self._rows is not None:
+            self._rows.meet()
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                _, error = attempt(self._rows.add_waiting)
+            self._error = self._error or error
+
+    @property
+    def _device(self) -> torch.device:
+        assert self._announced is not None
+        return self._announced[1].device
+
     def rows(self, width: int) -> tuple[CalledRows, Contributions]:
         """All that came, after the last product; see `FollowedRows.rows`.
 
@@ -103,7 +117,9 @@ class DispatchFollower:
             tokens: the scored tokens.
         """
         if self.spread.dispatch is not None and self.spread.dispatch.has_run:
-            came = self._sent(tokens).arrivals()
+            sent = self._sent(tokens)
+            sent.meet()
+            came = sent.arrivals()
             is_wrong = self._is_wrong(came, calls)
             self.spread.peers.highest(is_wrong)
             self.is_trusted = not bool(is_wrong)

@@ -129,6 +129,9 @@ class StackedRecorder:
         """See `Recorder`: the rows of the output are known, or asked of the tail."""
         self.is_announced = True
 
+    def meet(self) -> None:
+        """See `Recorder`: there is nothing to tell."""
+
     def follow(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
         if self.cut is None:

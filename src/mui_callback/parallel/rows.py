@@ -40,7 +40,7 @@ def rows_of(weight: Tensor, wanted: Sequence[Rows], rank: int, device: torch.dev
         UnsupportedModelError: the matrix is spread in a way that is not known.
     """
     if not is_apart(weight):
-        return weight.detach()[torch.from_numpy(wanted[rank]).to(weight.device)]
+        return weight.detach()[torch.from_numpy(wanted[rank]).to(weight.device, non_blocking=True)]
     spread = _Spread.of(weight, device, traffic)
     return spread.rows([wanted[other] for other in spread.peers.ranks], wanted[rank])
 

@@ -108,6 +108,9 @@ class LayerReader:
         Raises:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
         """
+        with self._together():
+            for recorder in self.recorders:
+                recorder.meet()
         if check or not self.is_followed:
             self._check_output(out, readout_RD.shape[1], tokens)
         for recorder in self.recorders:
