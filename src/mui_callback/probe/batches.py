@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mui_callback.errors import ProbeSetError
+from mui_callback.probe.packing import packed
 from mui_callback.probe.samples import BoolArray, IntArray, TokenChoice, TokenSample, fail
 
 
@@ -57,8 +58,8 @@ class Batch:
 def make_batches(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int) -> list[Batch]:
     """Batch sequences of similar length.
 
-    Sequences are sorted by length, an encoder's included (ties by index), and packed greedily. One without
-    a scored token has nothing to score and is in no batch.
+    Sequences are sorted by length, an encoder's included (ties by index), and cut into few batches of little
+    padding, see `packed`. One without a scored token has nothing to score and is in no batch.
 
     Args:
         sequences: The sequences to batch, as `encode` makes them.
@@ -96,18 +97,9 @@ def make_rounds(
 def _packs(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int, n_shards: int) -> list[list[int]]:
     """The sequences of each round."""
     scored = [index for index, sequence in enumerate(sequences) if sequence.scored.any()]
-    packs: list[list[int]] = []
-    widths: tuple[int, ...] = ()
-    for index in sorted(scored, key=lambda index: sum(_lengths(sequences[index]))):
-        lengths = _lengths(sequences[index])
-        widest = tuple(map(max, widths, lengths))
-        if packs and -(-(len(packs[-1]) + 1) // n_shards) * sum(widest) <= batch_tokens:
-            packs[-1].append(index)
-            widths = widest
-        else:
-            packs.append([index])
-            widths = lengths
-    return packs
+    scored.sort(key=lambda index: sum(_lengths(sequences[index])))
+    rounds = packed([_lengths(sequences[index]) for index in scored], batch_tokens, n_shards)
+    return [[scored[place] for place in pack] for pack in rounds]
 
 
 def _deal(sequences: Sequence[TokenSample | TokenChoice], pack: list[int], n_shards: int) -> tuple[Batch, ...]:
