@@ -1,7 +1,7 @@
 """From token samples to padded batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -92,6 +92,36 @@ def make_rounds(
     if batch_tokens < 1:
         fail("batch_tokens", "1 or more tokens", batch_tokens)
     return [_deal(sequences, pack, n_shards) for pack in _packs(sequences, batch_tokens, n_shards)]
+
+
+def one_batch(sequences: Sequence[TokenSample | TokenChoice], numbers: Sequence[int]) -> Batch:
+    """A batch of some sequences, in this order; each has a scored token.
+
+    Raises:
+        ProbeSetError: See `make_batches`.
+    """
+    return _deal(sequences, list(numbers), 1)[0]
+
+
+def only(batch: Batch, rows_B: IntArray) -> Batch:
+    """Some rows of a batch.
+
+    Args:
+        batch: Without an encoder.
+        rows_B: int64, the rows, ascending.
+    """
+    kept_R = np.isin(batch.row, rows_B)
+    row_R, length = np.searchsorted(rows_B, batch.row[kept_R]), batch.input_ids.shape[1]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[rows_B],
+        attention_mask=batch.attention_mask[rows_B],
+        sample=batch.sample[rows_B],
+        flat_position=row_R * length + batch.flat_position[kept_R] % length,
+        row=row_R,
+        order=batch.order[kept_R],
+        target=batch.target[kept_R],
+    )
 
 
 def _packs(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int, n_shards: int) -> list[list[int]]:

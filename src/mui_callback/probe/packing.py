@@ -11,24 +11,27 @@ import numpy as np
 
 from mui_callback.probe.samples import IntArray
 
-_PADDING = 0.1
+PADDING = 0.1
 """Share of the positions that may be padding."""
 _NOTHING = 256
 """Positions of padding, in all batches of a shard together, that are not worth another pass."""
 
 
-def packed(lengths: Sequence[tuple[int, int]], batch_tokens: int, n_shards: int) -> list[range]:
+def packed(
+    lengths: Sequence[tuple[int, int]], batch_tokens: int, n_shards: int, padding: float = PADDING
+) -> list[range]:
     """Cut sequences that are sorted by length into rounds.
 
     A round has a batch for each shard, all of one shape. Rows that some of them lack for it are padding, too. For each
     price of a round, in positions of a batch, there is a cheapest way to cut. Prices are `batch_tokens` and what is
-    left when a quarter is taken off again and again; the first way that has less than a tenth of padding is the one of
+    left when a quarter is taken off again and again; the first way that has little enough padding is the one of
     the fewest rounds. If none has, it is the last, which has the least padding.
 
     Args:
         lengths: tokens of each sequence, and of its encoder; ascending by their sum.
         batch_tokens: the most positions of a batch, 1 or more; a batch of one row may have more.
         n_shards: batches of a round, 1 or more.
+        padding: share of the positions that may be padding.
 
     Returns:
         The numbers of the sequences of each round, in order.
@@ -43,7 +46,7 @@ def packed(lengths: Sequence[tuple[int, int]], batch_tokens: int, n_shards: int)
     for begin_N in _cheapest(length_N2, np.array(prices), batch_tokens, n_shards):
         rounds = _rounds(begin_N)
         n_positions = n_shards * sum(_batch_size(length_N2[pack], n_shards) for pack in rounds)
-        if n_positions - n_tokens < max(_PADDING * n_positions, _NOTHING * n_shards):
+        if n_positions - n_tokens < max(padding * n_positions, _NOTHING * n_shards):
             break
     return rounds
 
