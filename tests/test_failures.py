@@ -77,7 +77,7 @@ def test_out_of_memory_halves_the_batch_until_it_fits(without: Trained, tmp_path
     assert all("MUI: out of memory in a probe; going on with batches of" in message for message in said)
     assert "can't allocate memory" in said[0]
     # Nobody tries the large ones again.
-    assert [size for size in sizes if size > whole // 3] == sizes[:2]
+    assert sum(size > whole // 3 for size in sizes) == len(said)
     # What is measured does not depend on it.
     report = MUIProbe(make_model(), probe_set()).measure()
     first = watch.memory.points[0].report

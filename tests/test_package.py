@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,20 @@ def test_import_is_cheap() -> None:
     program = f"import mui_callback, sys; print([name for name in {HEAVY!r} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_it_adds_nothing_to_the_import_of_transformers() -> None:
+    """Whatever else is loaded with it: neither by the import, nor by a plugin that is found by its entry point."""
+
+    def loaded(program: str) -> set[str]:
+        program += "; import sys; print(*sys.modules, sep='\\n')"
+        shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        return set(shown.stdout.split())
+
+    alone, both = loaded("import transformers"), loaded("import mui_callback; import transformers")
+    assert "transformers" in alone
+    assert both - alone == {"mui_callback", "mui_callback.version"}
+    assert {point.group for point in distribution("mui-callback").entry_points} == {"console_scripts"}
 
 
 def test_the_core_needs_no_trainer_and_no_tracker() -> None:

@@ -19,9 +19,10 @@ from mui_callback.metrics.performance import choice_is_right
 from mui_callback.metrics.resampling import ratio_of_sums
 from mui_callback.metrics.utilization import FloatArray
 from mui_callback.parallel.replicas import check_same
+from mui_callback.parallel.shards import Shards
 from mui_callback.parallel.weights import common_device
-from mui_callback.probe.batches import make_rounds
-from mui_callback.probe.device_batch import to_device
+from mui_callback.probe.choice_plan import ChoicePlan
+from mui_callback.probe.choice_runs import ChoiceRuns, PromptSharing
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.model_config import context_length, decoder_start
@@ -68,6 +69,7 @@ class ChoiceBenchmark:
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self._encoded: dict[tuple[int | None, ...], EncodedProbeSet] = {}
+        self._prompts = PromptSharing(is_possible=False)
 
     def run(self, model: nn.Module, step: int, sharing: Sharing) -> BenchmarkResult:
         """One pass over the choices.
@@ -80,9 +82,12 @@ class ChoiceBenchmark:
         described = {"set of samples of a benchmark": [self.probe_set.fingerprint, self.max_length]}
         check_same(sharing.processes, sharing.processes.rank, described)
         encoded = sharing.together(lambda: self._encode(model))
+        prompts = PromptSharing.of(model, sharing.shards)
+        if prompts.is_possible != self._prompts.is_possible:
+            self._prompts = prompts
         loss = sharing.together(
             lambda: self._losses(model, encoded, sharing),
-            with_less_memory=lambda: self._halve_batches(encoded, sharing.shards.n),
+            with_less_memory=lambda: self._halve_batches(encoded, sharing.shards),
         )
         sharing.shards.world.add(loss)
         return self._scores(encoded, loss.cpu().numpy())
@@ -101,18 +106,18 @@ class ChoiceBenchmark:
         shards, device = sharing.shards, common_device(model)
         head = LanguageModelHead(model)
         loss_C = torch.zeros(len(encoded.choices), dtype=torch.float64, device=device)
-        for batches in make_rounds(encoded.choices, self.batch_tokens, shards.n):
-            if batches[shards.own].is_stand_in and not shards.in_step:
-                continue
-            inputs = to_device(batches[shards.own], device)
-            logits_RV = head.logits(inputs)
+        runs = ChoiceRuns(head, self._prompts, device)
+        for inputs, logits_RV in runs.run(self._plan(encoded, shards).parts[shards.own]):
             if shards.counts:
                 loss_R, _ = token_losses(logits_RV, inputs.tokens.target_R)
                 loss_C.index_add_(0, inputs.sample_B[inputs.tokens.row_R], loss_R.double())
         return loss_C
 
-    def _halve_batches(self, encoded: EncodedProbeSet, n_shards: int) -> bool:
-        batches = chain.from_iterable(make_rounds(encoded.choices, self.batch_tokens, n_shards))
+    def _plan(self, encoded: EncodedProbeSet, shards: Shards) -> ChoicePlan:
+        return ChoicePlan.of(encoded, self.batch_tokens, shards, share=self._prompts.is_possible)
+
+    def _halve_batches(self, encoded: EncodedProbeSet, shards: Shards) -> bool:
+        batches = self._plan(encoded, shards).in_full()
         largest = max((batch.n_positions for batch in batches if len(batch.sample) > 1), default=1)
         if largest > 1:
             self.batch_tokens = largest // 2

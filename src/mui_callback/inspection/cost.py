@@ -9,7 +9,10 @@ from torch import nn
 
 from mui_callback.experts.layer import ExpertLayer
 from mui_callback.inspection.describe import LayerDescription
+from mui_callback.parallel.shards import Shards
 from mui_callback.probe.batches import Batch, make_batches
+from mui_callback.probe.choice_plan import ChoicePlan
+from mui_callback.probe.choice_runs import PromptSharing
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.head import LanguageModelHead
 from mui_callback.probe.model_config import context_length, decoder_start
@@ -65,8 +68,10 @@ def cost_of(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which samples are cut is said when they are probed
         encoded = encode(probe_set, tokenizer or _bytes, max_length, decoder_start=start)
-    batches, choice_batches = (make_batches(some, settings.batch_tokens) for some in (encoded.samples, encoded.choices))
-    return probe_cost(model, layers, described, encoded, batches, choice_batches, settings.parsed_rules[0])
+    batches = make_batches(encoded.samples, settings.batch_tokens)
+    share = PromptSharing.of(model, Shards()).is_possible
+    choices = ChoicePlan.of(encoded, settings.batch_tokens, Shards(), share=share)
+    return probe_cost(model, layers, described, encoded, batches, [*choices.passes()], settings.parsed_rules[0])
 
 
 def probe_cost(
@@ -86,13 +91,11 @@ def probe_cost(
         described: their description.
         encoded: the probe set.
         batches: its samples in batches.
-        choice_batches: the choices of its samples in batches; they run forward only.
+        choice_batches: the choices of its samples, and prompts of theirs, in batches; they run forward only.
         rule: which contributions make key neurons.
     """
     everything = [*batches, *choice_batches]
-    positions = sum(
-        batch.input_ids.size + (0 if batch.encoder_ids is None else batch.encoder_ids.size) for batch in everything
-    )
+    positions = sum(batch.n_positions for batch in everything)
     scored = sum(len(batch.target) for batch in batches)
     widths = [(row.top_k or 1) * row.shape.routed_width + sum(row.shape.shared_widths) for row in described]
     entries = {

@@ -1,11 +1,12 @@
 """From token samples to padded batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mui_callback.errors import ProbeSetError
+from mui_callback.probe.packing import packed
 from mui_callback.probe.samples import BoolArray, IntArray, TokenChoice, TokenSample, fail
 
 
@@ -57,8 +58,8 @@ class Batch:
 def make_batches(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int) -> list[Batch]:
     """Batch sequences of similar length.
 
-    Sequences are sorted by length, an encoder's included (ties by index), and packed greedily. One without
-    a scored token has nothing to score and is in no batch.
+    Sequences are sorted by length, an encoder's included (ties by index), and cut into few batches of little
+    padding, see `packed`. One without a scored token has nothing to score and is in no batch.
 
     Args:
         sequences: The sequences to batch, as `encode` makes them.
@@ -93,21 +94,42 @@ def make_rounds(
     return [_deal(sequences, pack, n_shards) for pack in _packs(sequences, batch_tokens, n_shards)]
 
 
+def one_batch(sequences: Sequence[TokenSample | TokenChoice], numbers: Sequence[int]) -> Batch:
+    """A batch of some sequences, in this order; each has a scored token.
+
+    Raises:
+        ProbeSetError: See `make_batches`.
+    """
+    return _deal(sequences, list(numbers), 1)[0]
+
+
+def only(batch: Batch, rows_B: IntArray) -> Batch:
+    """Some rows of a batch.
+
+    Args:
+        batch: Without an encoder.
+        rows_B: int64, the rows, ascending.
+    """
+    kept_R = np.isin(batch.row, rows_B)
+    row_R, length = np.searchsorted(rows_B, batch.row[kept_R]), batch.input_ids.shape[1]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[rows_B],
+        attention_mask=batch.attention_mask[rows_B],
+        sample=batch.sample[rows_B],
+        flat_position=row_R * length + batch.flat_position[kept_R] % length,
+        row=row_R,
+        order=batch.order[kept_R],
+        target=batch.target[kept_R],
+    )
+
+
 def _packs(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int, n_shards: int) -> list[list[int]]:
     """The sequences of each round."""
     scored = [index for index, sequence in enumerate(sequences) if sequence.scored.any()]
-    packs: list[list[int]] = []
-    widths: tuple[int, ...] = ()
-    for index in sorted(scored, key=lambda index: sum(_lengths(sequences[index]))):
-        lengths = _lengths(sequences[index])
-        widest = tuple(map(max, widths, lengths))
-        if packs and -(-(len(packs[-1]) + 1) // n_shards) * sum(widest) <= batch_tokens:
-            packs[-1].append(index)
-            widths = widest
-        else:
-            packs.append([index])
-            widths = lengths
-    return packs
+    scored.sort(key=lambda index: sum(_lengths(sequences[index])))
+    rounds = packed([_lengths(sequences[index]) for index in scored], batch_tokens, n_shards)
+    return [[scored[place] for place in pack] for pack in rounds]
 
 
 def _deal(sequences: Sequence[TokenSample | TokenChoice], pack: list[int], n_shards: int) -> tuple[Batch, ...]:

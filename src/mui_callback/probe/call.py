@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mui_callback.errors import ProbeError
 
 _OPTIONS = {"use_cache": False, "output_router_logits": False, "return_dict": True}
-"""Asked of models that know them."""
+"""Asked of models that know them, unless the inputs say otherwise."""
 
 
 class ModelCall:
@@ -31,13 +31,13 @@ class ModelCall:
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         self.takes_any = takes_any and hasattr(config, "model_type")
 
-    def __call__(self, inputs: dict[str, Tensor]) -> Any:
+    def __call__(self, inputs: dict[str, Any]) -> Any:
         """The output of the model; a mask that it does not take is left out, since samples are padded on the right.
 
         Raises:
             ProbeError: it is no model that takes token ids.
         """
-        known = {name: value for name, value in {**inputs, **_OPTIONS}.items() if self.takes_any or name in self.names}
+        known = {name: value for name, value in {**_OPTIONS, **inputs}.items() if self.takes_any or name in self.names}
         if "input_ids" in known:
             return self.model(**known)
         if len(inputs) > 2:

@@ -30,7 +30,7 @@ class DeviceBatch:
     tokens: ScoredTokens
 
     @property
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> dict[str, Any]:
         """What the model is called with, under the names that transformers has for it."""
         if self.encoder_ids is None or self.encoder_mask is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}

@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from mui_callback.probe.samples import (
     fail,
     integers,
 )
+from mui_callback.probe.token_cache import remembered
 
 Tokenizer = Callable[[str], Sequence[int] | Mapping[str, Any]]
 """A function from a text to token ids; or to a mapping of "input_ids", as transformers' tokenizers are."""
@@ -58,7 +60,7 @@ def encode(
     vocab_size: int | None = None,
     decoder_start: int | None = None,
 ) -> EncodedProbeSet:
-    """Tokenise a probe set.
+    """Tokenise a probe set; with a fast tokenizer of transformers once on this machine, see `token_cache`.
 
     A sample's tokens are those of prompt + response. Its response tokens are the ones after the longest
     common prefix with the tokens of the prompt alone, so a token that spans the boundary is a response
@@ -91,25 +93,26 @@ def encode(
         fail("max_length", "None or 2 or more tokens", max_length)
     samples: list[TokenSample] = []
     too_long: list[str] = []
-    for sample in (sample for task in probe_set.tasks.values() for sample in task):
-        tokens = sample
-        if isinstance(tokens, ProbeSample):
-            tokens = tokenize(tokens, tokenizer, encoder_decoder=decoder_start is not None)
-        if decoder_start is not None:
-            tokens = _start_decoder(tokens, decoder_start)
-        elif any(sequence.encoder_ids is not None for sequence in _sequences(tokens)):
-            raise ProbeSetError(
-                f"{tokens.where}: expected prompt and response in one sequence, as the model is not an"
-                " encoder-decoder, got `encoder_ids` (or a row whose `labels` are not as long as its `input_ids`)"
-            )
-        if vocab_size is not None:
-            _check_vocabulary(tokens, vocab_size)
-        longest = max(map(len, _parts(tokens)))
-        if max_length is not None and longest > max_length:
-            too_long.append(f"{tokens.where}: {longest} tokens > {max_length}")
-            tokens = _truncate(tokens, max_length)
-        _check_choices(tokens)
-        samples.append(tokens)
+    with remembered(tokenizer, probe_set) as asked:
+        for sample in chain.from_iterable(probe_set.tasks.values()):
+            tokens = sample
+            if isinstance(tokens, ProbeSample):
+                tokens = tokenize(tokens, asked, encoder_decoder=decoder_start is not None)
+            if decoder_start is not None:
+                tokens = _start_decoder(tokens, decoder_start)
+            elif any(sequence.encoder_ids is not None for sequence in _sequences(tokens)):
+                raise ProbeSetError(
+                    f"{tokens.where}: expected prompt and response in one sequence, as the model is not an"
+                    " encoder-decoder, got `encoder_ids` (or a row whose `labels` are not as long as its `input_ids`)"
+                )
+            if vocab_size is not None:
+                _check_vocabulary(tokens, vocab_size)
+            longest = max(map(len, _parts(tokens)))
+            if max_length is not None and longest > max_length:
+                too_long.append(f"{tokens.where}: {longest} tokens > {max_length}")
+                tokens = _truncate(tokens, max_length)
+            _check_choices(tokens)
+            samples.append(tokens)
     if too_long:
         shown = "\n".join(too_long[:3] + ["..."] * (len(too_long) > 3))
         counts = f"{len(too_long)} of {len(samples)} probe samples"

@@ -101,6 +101,11 @@ class LanguageModelHead:
             f"vocabulary], got {tuple(logits.shape)}."
         )
 
+    def cache(self, inputs: DeviceBatch) -> Any:
+        """Run the model for what later positions need of these, its ``past_key_values``; None if it returns none."""
+        with self._keep_only(inputs.tokens, None):
+            return getattr(self._call(inputs.model_inputs), "past_key_values", None)
+
     @contextmanager
     def _keep_only(self, tokens: ScoredTokens, readout_RD: Tensor | None) -> Iterator[None]:
         bias: list[Tensor] = []

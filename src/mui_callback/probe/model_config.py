@@ -48,3 +48,8 @@ def decoder_start(model: nn.Module) -> int | None:
             f"got {token!r}"
         )
     return token
+
+
+def has_16_bits(model: nn.Module) -> bool:
+    """Whether any of its weights are in 16 bits or fewer, so that its results are as coarse."""
+    return any(p.dtype.itemsize < 4 for p in model.parameters() if p.dtype.is_floating_point)

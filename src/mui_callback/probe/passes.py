@@ -23,10 +23,12 @@ from mui_callback.parallel.shards import Shards
 from mui_callback.parallel.weights import common_device, engines_at_rest
 from mui_callback.probe.batches import Batch
 from mui_callback.probe.capture import Reading, instrument
-from mui_callback.probe.device_batch import to_device
+from mui_callback.probe.choice_plan import ChoicePlan, Part
+from mui_callback.probe.choice_runs import ChoiceRuns, PromptSharing
 from mui_callback.probe.encode import EncodedProbeSet
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead, token_losses
+from mui_callback.probe.model_config import has_16_bits
 from mui_callback.probe.rounds import Round
 from mui_callback.probe.score_layer import LayerReader
 from mui_callback.scoring.device_counts import DeviceCounts
@@ -63,6 +65,7 @@ class ProbePass:
         shards: which of them are whose.
         settings: how it is made.
         reading: reads the layers.
+        sharing: whether prompts are run once for all of their choices.
     """
 
     model: nn.Module
@@ -72,13 +75,14 @@ class ProbePass:
     shards: Shards
     settings: ProbeSettings
     reading: Reading
+    sharing: PromptSharing
 
-    def run(self, rounds: Rounds, choice_rounds: Rounds, on_batch: OnBatch | None = None) -> Passed:
+    def run(self, rounds: Rounds, choices: ChoicePlan, on_batch: OnBatch | None = None) -> Passed:
         """What this process counts.
 
         Args:
             rounds: batches of samples.
-            choice_rounds: batches of their choices.
+            choices: their choices.
             on_batch: see `OnBatch`.
 
         Raises:
@@ -98,17 +102,17 @@ class ProbePass:
                 device=common_device(self.model),
             )
             told = count(1)
-            n_rounds = len(rounds) + len(choice_rounds)
+            n_rounds = len(rounds) + len([*choices.in_full(self.shards.own)])
             running = _Running(
                 self, head, counts, capacities, lambda: on_batch(next(told), n_rounds) if on_batch else None
             )
             with nobody_left_waiting(self.shards):
                 running.samples(rounds)
-                running.choices(choice_rounds)
+                running.choices(choices.parts[self.shards.own])
             if self.reading.error is not None:
                 raise self.reading.error
             counts.head_error.copy_(head.error)
-            return Passed(counts, head.is_coarse or _has_16_bits(self.model), self.reading.readers)
+            return Passed(counts, head.is_coarse or has_16_bits(self.model), self.reading.readers)
 
 
 @dataclass(frozen=True)
@@ -130,16 +134,14 @@ class _Running:
                     self._read(batches, is_first=number == 0)
                 self.tell()
 
-    def choices(self, rounds: Rounds) -> None:
+    def choices(self, parts: Sequence[Part]) -> None:
         """Only the losses are wanted."""
         shards, counts = self.of.shards, self.counts
-        for batches in rounds:
-            if self._takes_part(batches):
-                inputs = to_device(batches[shards.own], counts.device)
-                logits_RV = self.head.logits(inputs)
-                if shards.counts:
-                    loss_R, _ = token_losses(logits_RV, inputs.tokens.target_R)
-                    counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
+        runs = ChoiceRuns(self.head, self.of.sharing, counts.device)
+        for inputs, logits_RV in runs.run(parts):
+            if shards.counts:
+                loss_R, _ = token_losses(logits_RV, inputs.tokens.target_R)
+                counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
             self.tell()
 
     def _takes_part(self, batches: tuple[Batch, ...]) -> bool:
@@ -185,7 +187,3 @@ def nobody_left_waiting(shards: Shards) -> Iterator[None]:
                 f"tensors, so that the others wait for it in vain and nothing can go on ({described(error)})."
             ) from error
         raise
-
-
-def _has_16_bits(model: nn.Module) -> bool:
-    return any(p.dtype.itemsize < 4 for p in model.parameters() if p.dtype.is_floating_point)

@@ -23,6 +23,8 @@ from mui_callback.parallel.weights import common_device, is_spread
 from mui_callback.probe.ablation import AblationReport, What, ablate
 from mui_callback.probe.batches import make_rounds
 from mui_callback.probe.capture import Reading
+from mui_callback.probe.choice_plan import ChoicePlan
+from mui_callback.probe.choice_runs import PromptSharing
 from mui_callback.probe.encode import Tokenizer, encode
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead
@@ -109,7 +111,7 @@ class MUIProbe:
 
     def halve_batches(self) -> bool:
         """Go on with batches of half the size, so that a pass needs less memory; False if each is a single sample."""
-        batches = [batch for rounds in (self._rounds, self._choice_rounds) for batch in chain.from_iterable(rounds)]
+        batches = chain(chain.from_iterable(self._rounds), self._choices.in_full())
         largest = max((batch.n_positions for batch in batches if len(batch.sample) > 1), default=1)
         if largest > 1:
             self._make_batches(largest // 2)
@@ -157,7 +159,7 @@ class MUIProbe:
 
     def _outcome(self, processes: Processes, start: float, sent: int) -> Outcome:
         """See `try_measure`, of one pass."""
-        passed, error = attempt(lambda: self._one_pass(self._rounds, self._choice_rounds, self._learned.take))
+        passed, error = attempt(lambda: self._one_pass(self._rounds, self._choices, self._learned.take))
         if isinstance(error, InterruptedPassError):
             raise error
         failures = processes.gather_failures(error)
@@ -272,7 +274,7 @@ class MUIProbe:
             ProbeError: the experts did not run in a way that can be read at all.
         """
         first = self._rounds[:1]
-        passed = self._one_pass(first, [], lambda device: self._learned.anew())
+        passed = self._one_pass(first, ChoicePlan.none(self._shards), lambda device: self._learned.anew())
         n_tokens = sum(len(batch.target) for batch in chain.from_iterable(first))
         explained = ROUNDING if passed.is_coarse else ROUNDING_OF_FLOAT32
         counts = passed.counts.to_host()
@@ -294,6 +296,7 @@ class MUIProbe:
     def _use(self, shards: Shards) -> None:
         self._shards = shards
         self._learned = Learned(self._new_readers, self._device)
+        self._sharing = PromptSharing.of(self.model, shards)
         self._make_batches(self.settings.batch_tokens)
 
     def _alone_if_models_differ(self, processes: Processes) -> None:
@@ -325,12 +328,14 @@ class MUIProbe:
         return self._shards.traffic.sent + sum(layer.peers.traffic.sent for layer in self.layers)
 
     def _one_pass(
-        self, rounds: Rounds, choice_rounds: Rounds, readers: Callable[[torch.device], Sequence[LayerReader]]
+        self, rounds: Rounds, choices: ChoicePlan, readers: Callable[[torch.device], Sequence[LayerReader]]
     ) -> Passed:
         self._device = common_device(self.model)
         reading = Reading(readers(self._device))
-        one = ProbePass(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings, reading)
-        return one.run(rounds, choice_rounds, self.on_batch)
+        one = ProbePass(
+            self.model, self.layers, self.layout, self._encoded, self._shards, self.settings, reading, self._sharing
+        )
+        return one.run(rounds, choices, self.on_batch)
 
     def _new_readers(self) -> tuple[LayerReader, ...]:
         """Who know nothing yet.
@@ -345,4 +350,4 @@ class MUIProbe:
     def _make_batches(self, batch_tokens: int) -> None:
         self.settings = replace(self.settings, batch_tokens=batch_tokens)
         self._rounds = make_rounds(self._encoded.samples, batch_tokens, self._shards.n)
-        self._choice_rounds = make_rounds(self._encoded.choices, batch_tokens, self._shards.n)
+        self._choices = ChoicePlan.of(self._encoded, batch_tokens, self._shards, share=self._sharing.is_possible)
