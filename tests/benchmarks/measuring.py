@@ -9,7 +9,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -91,13 +90,12 @@ def extra_bytes(action: Action, device: torch.device) -> int | None:
 
 def machine() -> dict[str, Any]:
     """Where and with what something was measured."""
-    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
     return {
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: installed.get(name) for name in PACKAGES},
+        **{name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES},
         "command": shlex.join(["python", *sys.argv]),
     }
 

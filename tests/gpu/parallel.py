@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=512, help="samples in which every token is scored")
     parser.add_argument("--min-length", type=int, default=256)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--batch-tokens", type=int, default=32768)
+    parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--top-fraction", type=float, default=0.001)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -316,11 +315,12 @@ def compare(first: MUIReport, second: MUIReport) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
     return {
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "python": sys.version.split()[0],
-        **{name: installed.get(name) for name in ("torch", "transformers", "deepspeed")},
+        **{
+            name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "transformers", "deepspeed")
+        },
     }
 
 

@@ -22,12 +22,10 @@ def can_run(*tensors: Tensor) -> bool:
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels can be compiled for a device, and run there."""
     try:
-        from mui_callback.fused import triton_experts, triton_scores
+        from mui_callback.fused import triton_scores
 
-        one = torch.ones(1, 1, device=device)
         with torch.cuda.device(device):
-            triton_scores.try_out(one)
-            triton_experts.try_out(one)
+            triton_scores.try_out(torch.ones(1, 1, device=device))
     except Exception as error:  # whatever a compiler or a driver raises
         logger.info("MUI: no fused kernels on %s, slower operators do the same (%s)", device, error)
         return False

@@ -19,7 +19,7 @@ from mui_callback.fused.available import can_run
 
 _BLOCK = 1024
 """Neurons that are in registers at a time."""
-_SELECTED = 4096
+_SELECTED = 2048
 """Scores that are."""
 _LOGITS = 4096
 """Logits that are."""
@@ -158,7 +158,7 @@ def _selected(found: Found, slots_BK: Tensor | None, n_columns: int, n_kept: int
             *(found.highest_BPC, slots_BK, chosen_Bk, n_columns, n_kept),
             *(found.n_slots, n_slots_kept, found.n_chunks),
             HAS_SLOTS=slots_BK is not None,
-            BLOCK=min(_SELECTED, max(256, 1 << (n_columns - 1).bit_length())),
+            BLOCK=_SELECTED,
             num_warps=8,
         )
     return chosen_Bk

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -52,7 +51,7 @@ def gated(
     tl.store(act + row * width + columns, product.to(kind), mask=is_there)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n_local"])  # type: ignore[untyped-decorator]
 def combined(
     raw: tl.tensor,
     bias: tl.tensor,
@@ -83,7 +82,7 @@ def combined(
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=is_there)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n_rows", "n_local", "first"])  # type: ignore[untyped-decorator]
 def pairs(
     order: tl.tensor,
     n_scored: tl.tensor,
@@ -123,12 +122,3 @@ def pairs(
     tl.store(row_P + place, row, mask=is_there)
     tl.store(rank_P + place, rank, mask=is_there)
     tl.store(is_row_P + place, own < n_local, mask=is_there)
-
-
-def try_out(one: Tensor) -> None:
-    """Run each on one neuron; raises whatever does not work."""
-    number, out = one.long() * 0, one.clone()
-    gated[(1, 1)](one.new_ones(2), None, None, out, 1, 2, 1.0, 1.0, False, False, 16)
-    combined[(1, 1)](one, None, number, number, one, out, 1, 1, False, 1, 16)
-    outs = (number.clone(), number.clone(), out, number.clone(), number.clone(), one.bool())
-    pairs[(1,)](number, number + 1, number, number, one, *outs, 1, 1, 0, 1, 16)

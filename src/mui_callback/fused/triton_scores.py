@@ -1,4 +1,7 @@
-"""The source of the kernels; imported where Triton is there."""
+"""The source of the kernels; imported where Triton is there.
+
+Numbers that differ from batch to batch are not specialized: a kernel would be compiled anew in the middle of a pass.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ def _products(a: tl.tensor, p: tl.tensor, weight: tl.tensor) -> tl.tensor:
     return a.to(tl.float32) * p.to(tl.float32) * weight
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n_chunks", "n_ranks", "n_experts", "first_row", "first_rank"])  # type: ignore[untyped-decorator]
 def scan(
     act: tl.tensor,
     act_row: tl.tensor,
@@ -151,7 +154,7 @@ def _scores(
     return score, number
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n_columns", "n_kept", "n_slots", "n_slots_kept", "n_chunks"])  # type: ignore[untyped-decorator]
 def select(
     highest: tl.tensor,
     slots: tl.tensor,
@@ -205,7 +208,19 @@ def select(
         n_equal_before += tl.sum(is_equal, axis=0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(
+    do_not_specialize=[
+        "n_kept",
+        "n_slots",
+        "n_chunks",
+        "n_ranks",
+        "n_rows",
+        "first_row",
+        "first_expert",
+        "first_neuron",
+        "n_neurons",
+    ]
+)  # type: ignore[untyped-decorator]
 def finalists(
     chosen: tl.tensor,
     highest: tl.tensor,
@@ -272,7 +287,7 @@ def finalists(
     tl.store(place + number, found_at, mask=n_written > 0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n_scores", "n_columns"])  # type: ignore[untyped-decorator]
 def order_keys(
     score: tl.tensor, key: tl.tensor, n_scores: tl.tensor, n_columns: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
@@ -316,16 +331,8 @@ def predictions(
 
 
 def try_out(one: Tensor) -> None:
-    """Run each on one neuron; raises whatever does not work."""
-    number = one.long() * 0
-    order_keys[(1,)](one, number.clone(), 1, 1, 1024)
-    predictions[(1,)](one, number, one.clone(), one.bool(), 1, 1, 1024)
-    sums[(1,)](one, None, one, None, None, one.clone(), 1, 1, 1, False, False, False, 16)
-    two = one.new_ones(2)
-    select[(1,)](two, None, number.clone(), 1, 1, 1, 1, 1, False, 16)
-    select[(1,)](two, number, number.clone(), 1, 1, 1, 1, 1, True, 16)
-    outs = (two.clone(), number.clone(), one.new_zeros(4).double(), one.int())
-    row = (one, None, one, None, None)
-    scan[(1,)](*row, number, number, number, number, *outs, 1, 1, 1, 1, 0, 0, 1, 1, False, False, False, 64, 1)
-    found, sizes = (one.new_zeros(64), number.clone()), (1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1)
-    finalists[(1,)](number, two, number, *row, number, *found, *sizes, False, False, False, True, 64)
+    """Run what takes the newest version of Triton, as it is run later; raises whatever does not work."""
+    number, two = one.long() * 0, one.new_ones(2)
+    order_keys[(1,)](one, number.clone(), 1, 1, BLOCK=1024)
+    for slots in (None, number):
+        select[(1,)](two, slots, number.clone(), 1, 1, 1, 1, 1, HAS_SLOTS=slots is not None, BLOCK=2048, num_warps=8)
