@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from backend_training import SETTINGS, many
+from backend_training import SETTINGS as OF_BACKENDS
 from backends import BACKENDS
-from mui_callback import MUIProbe, MUIReport
+from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.errors import ProbeError
 from mui_callback.experts.called_recorder import CalledRecorder
 from mui_callback.experts.dispatch import Arrivals, SentSorted, SentToSlots
 from mui_callback.experts.followed import FollowedRows
 from mui_callback.experts.tail import Tail
 from mui_callback.scoring.device_counts import DeviceCounts
+from tiny_samples import make_samples
 
 
 def _another_token(came: Arrivals) -> Arrivals:
@@ -49,6 +50,14 @@ LIES: dict[str, Lie] = {
     "another weight": _another_weight,
     "fewer pairs": _fewer_pairs,
 }
+
+
+SETTINGS = {**OF_BACKENDS, "batch_tokens": 60}
+
+
+def reaching() -> ProbeSet:
+    """Samples of which the first batch reaches every expert; of one that is not reached, nothing is learned."""
+    return ProbeSet({"a": make_samples(7, (12,) * 9 + (11, 13, 20, 21))})
 
 
 @dataclass
@@ -87,14 +96,14 @@ def measure(
     model, found = BACKENDS[name].build().model, []
     for lie in lies:
         with _lying(LIES[lie] if lie is not None and rank == liar else None):
-            probe = MUIProbe(model, many(), **SETTINGS)
+            probe = MUIProbe(model, reaching(), **SETTINGS)
             found += [_told_by(probe) for _ in range(times)]
     return found
 
 
 def measure_with_a_lie_between(rank: int, directory: Path, *, name: str) -> list[Told]:
     """Measure three times; what came to one of two processes is said wrong the second time, when it is believed."""
-    probe = MUIProbe(BACKENDS[name].build().model, many(), **SETTINGS)
+    probe = MUIProbe(BACKENDS[name].build().model, reaching(), **SETTINGS)
     first = _told_by(probe)
     with _lying(_another_weight if rank == 0 else None):
         second = _told_by(probe)
@@ -103,7 +112,7 @@ def measure_with_a_lie_between(rank: int, directory: Path, *, name: str) -> list
 
 def measure_with_a_failure_between(rank: int, directory: Path, *, name: str) -> list[Told]:
     """Measure three times; the second time one of two processes has no memory left when all is counted."""
-    probe = MUIProbe(BACKENDS[name].build().model, many(), **SETTINGS)
+    probe = MUIProbe(BACKENDS[name].build().model, reaching(), **SETTINGS)
     first = _told_by(probe)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
@@ -119,7 +128,7 @@ def _no_memory(counts: DeviceCounts) -> None:
 
 def measure_in_another_precision(rank: int, directory: Path, *, name: str) -> list[Told]:
     """Without autocast, twice with it, and without it again."""
-    probe = MUIProbe(BACKENDS[name].build().model, many(), **SETTINGS)
+    probe = MUIProbe(BACKENDS[name].build().model, reaching(), **SETTINGS)
     before = _told_by(probe)
     with torch.autocast("cpu", torch.bfloat16):
         inside = [_told_by(probe), _told_by(probe)]

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from backend_training import SETTINGS, many
 from backends import BACKENDS
 from dispatch_probes import (
     LIES,
+    SETTINGS,
     measure,
     measure_in_another_precision,
     measure_with_a_failure_between,
     measure_with_a_lie_between,
+    reaching,
 )
 from distributed_training import launch
 from mui_callback import MUIProbe, MUIReport
@@ -27,7 +28,7 @@ TOLD = ("moe_k1", "moe_k2", "moe_k4", "autoep")
 @cache
 def alone(name: str) -> MUIReport:
     """The report of the same weights in one process."""
-    return MUIProbe(BACKENDS[name].reference(), many(), **SETTINGS).measure()
+    return MUIProbe(BACKENDS[name].reference(), reaching(), **SETTINGS).measure()
 
 
 @pytest.mark.parametrize("name", TOLD)

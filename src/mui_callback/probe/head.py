@@ -127,7 +127,7 @@ class LanguageModelHead:
                 hidden_RD, out_RV = hidden_RD[tokens.position_R], out_RV[tokens.position_R]
             if len(hidden_RD) != len(tokens.position_R):
                 return
-            expected_R = (hidden_RD.float() * readout_RD.float()).sum(-1)
+            expected_R = _inner(hidden_RD, readout_RD)
             for part_R in bias:
                 expected_R += part_R.float()
             self.error = relative_error(out_RV.gather(1, tokens.target_R[:, None])[:, 0].float(), expected_R)
@@ -140,6 +140,12 @@ class LanguageModelHead:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _inner(one_RD: Tensor, other_RD: Tensor) -> Tensor:
+    """Their inner products row by row, float32 ``[R]``; some rows at a time, for the logits take up memory already."""
+    pairs = zip(torch.split(one_RD, _ROWS_AT_ONCE), torch.split(other_RD, _ROWS_AT_ONCE), strict=True)
+    return torch.cat([(one.float() * other.float()).sum(-1) for one, other in pairs])
 
 
 def _find_head(model: nn.Module) -> nn.Module | None:
