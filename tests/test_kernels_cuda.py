@@ -130,8 +130,8 @@ def test_chunks_are_chosen_as_a_sort_does(n_slots: int, k: int) -> None:
 def test_activations_are_those_of_the_model(dtype: torch.dtype, gate: Gate, has_bias: bool) -> None:
     random = torch.Generator(device=DEVICE).manual_seed(0)
     up = (2 * torch.randn(37, 2 * 1100, generator=random, device=DEVICE)).to(dtype)
-    bias = torch.randn(4, 2 * 1100, generator=random, device=DEVICE).to(dtype) if has_bias else None
-    expert = torch.randint(4, (37,), generator=random, device=DEVICE)
+    bias = torch.randn(256, 2 * 1100, generator=random, device=DEVICE).to(dtype) if has_bias else None
+    expert = torch.randint(256, (37,), generator=random, device=DEVICE)
     up[3, 8], up[4, 9] = math.nan, math.inf
     found = fused.gated(gate, up, bias, expert.to(torch.uint8))
     x = up.double() if bias is None else (up + bias[expert]).double()

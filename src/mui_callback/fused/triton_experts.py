@@ -37,7 +37,7 @@ def gated(
     factor = tl.load(up + row * up_stride + of_factor, mask=is_there, other=0.0)
     kind = gate.dtype
     if HAS_BIAS:
-        first = tl.load(expert + row) * 2 * width
+        first = tl.load(expert + row).to(tl.int64) * 2 * width  # ids may have 8 bits
         gate = (gate + tl.load(bias + first + of_gate, mask=is_there, other=0.0)).to(kind)
         factor = (factor + tl.load(bias + first + of_factor, mask=is_there, other=0.0)).to(kind)
     gate = gate.to(tl.float32)
