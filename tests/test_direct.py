@@ -43,6 +43,7 @@ NOT_STRAIGHT: dict[str, Callable[[Tensor], Tensor]] = {
     "in part": lambda x: x[:3],
     "not at all": lambda x: OTHER * 1,
     "weighted beside": lambda x: x + 2 * x,
+    "by way of what is twice": lambda x: (y := x + OTHER) + y,
 }
 
 
@@ -60,6 +61,14 @@ def test_what_leads_straight_hands_on_what_it_is_sent(tail: Callable[[Tensor], T
 def test_what_does_not_is_told(tail: Callable[[Tensor], Tensor]) -> None:
     leaf = torch.randn(6, 4, requires_grad=True)
     assert not leads_straight(leaf, tail(leaf))
+
+
+def test_many_ways_are_not_walked_one_by_one() -> None:
+    leaf, out = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    for _ in range(2000):  # as many loops over experts add to the tokens of each
+        out = out + out.clone()
+    assert not leads_straight(leaf, out)
+    assert leads_straight(leaf, out + leaf)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -19,18 +20,41 @@ def leads_straight(leaf: Tensor, out: Tensor) -> bool:
     That is told by the operations that autograd recorded, whatever the values are. Transposed, such a tail hands on
     what it is sent.
     """
-    return out.numel() == leaf.numel() and _arrivals(out.grad_fn, leaf) == 1
+    if out.numel() != leaf.numel():
+        return False
+    n_arrivals = 0
+    seen: set[Any] = set()
+    others: list[Any] = []  # from where the leaf would come changed, or a second time
+    stack: list[Any] = [out.grad_fn]
+    while stack:
+        node = stack.pop()
+        if getattr(node, "variable", None) is leaf:
+            n_arrivals += 1
+        elif node is None:
+            continue
+        elif node in seen or not _hands_on(node):
+            others.append(node)
+        else:
+            seen.add(node)
+            stack += [before for before, _ in node.next_functions]
+    return n_arrivals == 1 and not _is_behind(leaf, others)
 
 
-def _arrivals(node: Any, leaf: Tensor) -> float:
-    """On how many ways the leaf comes to an operation as it is; not a number if on any other."""
-    if node is None:
-        return 0
-    if getattr(node, "variable", None) is leaf:
-        return 1
-    ways = [_arrivals(before, leaf) for before, _ in node.next_functions]
-    if not any(ways):
-        return 0
-    name = node.name()
-    is_sum = name == "AddBackward0" and (not ways[-1] or node._saved_alpha == 1)
-    return sum(ways) if is_sum or name in _RESHAPING else float("nan")
+def _hands_on(node: Any) -> bool:
+    """Whether an operation gives on each of its inputs as it is, added to the others."""
+    return node.name() in _RESHAPING or (node.name() == "AddBackward0" and node._saved_alpha == 1)
+
+
+def _is_behind(leaf: Tensor, nodes: Iterable[Any]) -> bool:
+    """Whether any of some operations depends on a leaf."""
+    seen: set[Any] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is leaf:
+            return True
+        seen.add(node)
+        stack += [before for before, _ in node.next_functions]
+    return False
