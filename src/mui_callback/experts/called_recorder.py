@@ -28,7 +28,7 @@ from mui_callback.experts.located import at_positions, at_tokens
 from mui_callback.experts.tail import Tail
 from mui_callback.forgiving import attempt
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens
-from mui_callback.scoring.rows import Contributions, joined
+from mui_callback.scoring.rows import Contributions, joined, rows_at
 from mui_callback.settings import Activation
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class CalledRecorder:
         act, projected, weights = [], [], []
         for number, call in enumerate(self.calls):
             place_P = found.of_call(number, first_rows[number])
-            act.append(activations(call.product, call.gate, activation)[place_P])
+            act.append(rows_at(activations(call.product, call.gate, activation), place_P))
             readout_PD, weight_P = call.cut.readouts_of(place_P, readout_RD)
             projected.append(call.product.projected(readout_PD, place_P))
             weights.append(weight_P)

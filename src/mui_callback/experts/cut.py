@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mui_callback.scoring.contributions import ScoredTokens
+from mui_callback.scoring.rows import rows_at
 
 
 @dataclass(eq=False)
@@ -60,8 +61,8 @@ class Cut:
             readout_RD: unembedding row of the target of each scored token.
         """
         if self.weight_S is not None and self.token_S is not None:
-            return readout_RD[self.token_S[place_P]], self.weight_S[place_P]
-        return self.readout_SD[place_P], None
+            return rows_at(readout_RD, self.token_S[place_P]), self.weight_S[place_P]
+        return rows_at(self.readout_SD, place_P), None
 
     def all_readouts(self, readout_RD: Tensor) -> Tensor:
         """The same for all rows, weighted; anything for rows that go to no scored token."""

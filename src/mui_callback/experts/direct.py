@@ -15,7 +15,7 @@ from mui_callback.experts.cut import add_inner
 from mui_callback.experts.down import Product
 from mui_callback.experts.located import rows_at_positions
 from mui_callback.scoring.contributions import ScoredTokens
-from mui_callback.scoring.rows import Contributions, joined
+from mui_callback.scoring.rows import Contributions, joined, rows_at
 
 
 class DirectRows:
@@ -57,7 +57,7 @@ class DirectRows:
             )
         self._experts.append(expert)
         self._factors.append(
-            (act_SI[self._tokens.position_R], product.projected(self._readout_RD, self._tokens.position_R))
+            (rows_at(act_SI, self._tokens.position_R), product.projected(self._readout_RD, self._tokens.position_R))
         )
         if product.bias is not None:
             self._biases.append(product.bias)

@@ -24,8 +24,8 @@ class Pairs:
     """Where the activations are, int64."""
     rank_P: Tensor
     """Number among the pairs of its row, by expert, int64."""
-    is_row_P: Tensor
-    """False where the router chose no expert of this process, bool."""
+    is_row_P: Tensor | None
+    """False where the router chose no expert of this process, bool; None if it is known that there is no such pair."""
 
     @classmethod
     def of(cls, place_R: Tensor, expert_TK: Tensor, weight_TK: Tensor, row_TK: Tensor, n_local: int) -> Pairs:
@@ -45,11 +45,12 @@ class Pairs:
         rank_RK = expert_RK.sort(dim=1, stable=True).indices.argsort(dim=1)
         from_P = order_P // top_k
         pair_P = place_R[from_P] * top_k + order_P % top_k
+        is_row_P = expert_P < n_local
         return cls(
             from_P,
             expert_P.clamp(max=n_local - 1),
             weight_TK.flatten()[pair_P].float(),
             row_TK.flatten()[pair_P],
             rank_RK.flatten()[order_P],
-            expert_P < n_local,
+            None if not is_row_P.is_cuda and bool(is_row_P.all()) else is_row_P,
         )

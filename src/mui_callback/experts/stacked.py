@@ -29,6 +29,7 @@ from mui_callback.experts.tail import Tail
 from mui_callback.fused import experts as fused
 from mui_callback.fused.available import can_run
 from mui_callback.parallel.weights import check_readable, whole_shape
+from mui_callback.scoring.rows import rows_at
 from mui_callback.settings import Activation
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -143,7 +144,7 @@ class StackedExperts:
         row_S[order_S] = numbers(len(order_S), order_S.dtype, order_S.device)
         row_TK = row_S.view(n_tokens, top_k)
 
-        act_SI, up_S = self._activations(x_TD[from_S], expert_S, offsets_E, keep_gate=keep_gate)
+        act_SI, up_S = self._activations(rows_at(x_TD, from_S), expert_S, offsets_E, keep_gate=keep_gate)
         if is_masked_EI is not None:
             act_SI = act_SI.masked_fill(is_masked_EI[expert_S.long()], 0)
         raw_SD, bias = self._product(act_SI, "down_proj", offsets_E), self._bias("down_proj")
@@ -153,7 +154,7 @@ class StackedExperts:
             raw_SD = raw_SD if bias is None else raw_SD + bias[expert_S.long()]
             out_SD = module.post_expert_norm(raw_SD) if module.has_post_expert_norm else raw_SD
             weight_S = weight_TK.masked_fill(expert_TK >= self.n_local, 0).flatten()[order_S]
-            out_TD = (out_SD * weight_S.unsqueeze(-1))[row_S].view(n_tokens, top_k, -1).sum(dim=1)
+            out_TD = rows_at(out_SD * weight_S.unsqueeze(-1), row_S).view(n_tokens, top_k, -1).sum(dim=1)
 
         rows = RoutedRows(
             expert_TK,

@@ -119,7 +119,8 @@ def _scan(part: ExpertScores, rows: Rows, place_R: Tensor, found: Found) -> None
     slot_S = place_R[part.token_S] * found.n_ranks + (part.rank_S + rows.first_rank)
     n_chunks, n_experts = part.rows.n_chunks, found.use_RE2.shape[1] - 1
     highest_XC = found.highest_BPC.view(-1, 1 + found.n_chunks)
-    highest_XC[slot_S, : 1 + n_chunks] = torch.cat([summary.highest_SC.amax(1, keepdim=True), summary.highest_SC], 1)
+    highest_SC = torch.cat([summary.highest_SC.amax(1, keepdim=True), summary.highest_SC], 1)
+    highest_XC[:, : 1 + n_chunks].index_copy_(0, slot_S, highest_SC)
     found.row_BP.view(-1)[slot_S] = torch.arange(part.rows.n_rows, device=slot_S.device) + rows.first_row
     expert_S = part.expert_S if is_row_S is None else part.expert_S.where(is_row_S, n_experts)
     # a token has one row in an expert, so these are written and not added
