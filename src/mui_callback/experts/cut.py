@@ -45,7 +45,7 @@ class Cut:
     def is_in_order(self, tokens: ScoredTokens) -> bool:
         """Whether the rows, once they are located, are the positions of the batch in order, once or several times."""
         assert self.token_S is not None
-        number_T = tokens.numbers()
+        number_T = tokens.number_T
         if len(self.token_S) % len(number_T) or not len(tokens.position_R):
             return False
         expected_S = number_T.repeat(len(self.token_S) // len(number_T))

@@ -137,7 +137,7 @@ class DispatchFollower:
     def _sent(self, tokens: ScoredTokens) -> Sent:
         """All processes make this call."""
         assert self.spread.dispatch is not None
-        return self.spread.dispatch.send(tokens.numbers(), self.spread.peers, self.n_local)
+        return self.spread.dispatch.send(tokens.number_T, self.spread.peers, self.n_local)
 
     def _is_wrong(self, came: Arrivals, calls: Sequence[Call]) -> Tensor:
         """How much of what is said to come is not what came, or cannot be followed; float32 scalar."""

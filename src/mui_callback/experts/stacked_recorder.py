@@ -136,7 +136,7 @@ class StackedRecorder:
         """See `Recorder`."""
         if self.cut is None:
             return
-        self.cut.token_S, self.cut.weight_S = tokens.numbers(), None
+        self.cut.token_S, self.cut.weight_S = tokens.number_T, None
 
     def learn(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
@@ -190,7 +190,7 @@ class StackedRecorder:
             *(
                 rows.order_S,
                 tokens.is_scored_T[rows.from_S].cumsum(0),
-                tokens.numbers(),
+                tokens.number_T,
                 rows.expert_TK,
                 rows.weight_TK,
             ),
