@@ -174,7 +174,7 @@ class BatchCounts:
             rows = LayerRows.of(scores.parts, responses, self.counts.layout.layers[layer].n_experts)
             use_B2 = torch.mm(responses.is_of_BR, rows.found.use_RE2.flatten(1))
             self.use[layer] = use_B2.view(responses.n_rows, *rows.found.use_RE2.shape[1:])[:, :-1]
-            self.n_not_finite.append(rows.found.n_bad)
+            self.n_not_finite.append(rows.found.n_not_finite)
             self._pend(layer, rows.finalists(k, n_neurons))
             if self.counts.topscore:
                 # where the highest score is negative, the loosest rule is the one with the highest ratio
