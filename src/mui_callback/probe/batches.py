@@ -14,6 +14,8 @@ from mui_callback.probe.samples import BoolArray, IntArray, TokenChoice, TokenSa
 class Batch:
     """B sequences, padded on the right with id 0 to T tokens, and the R tokens among them to score.
 
+    (Prompts that others follow are padded on the left, see `shared_prompts`.)
+
     Those of an encoder-decoder are its decoder's; its encoder's are padded in the same way to S tokens.
 
     Attributes:
