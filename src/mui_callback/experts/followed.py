@@ -58,6 +58,7 @@ class FollowedRows:
     """
 
     def __init__(self, sent: Sent, readout_RD: Tensor, n_local: int, first_down: int) -> None:
+        self.device = readout_RD.device
         self._sent = sent
         self._readout_RD = readout_RD
         self._n_local = n_local

@@ -86,14 +86,9 @@ class DispatchFollower:
         `rows`."""
         if self._rows is not None:
             self._rows.meet()
-            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(self._rows.device.type, enabled=False):
                 _, error = attempt(self._rows.add_waiting)
             self._error = self._error or error
-
-    @property
-    def _device(self) -> torch.device:
-        assert self._announced is not None
-        return self._announced[1].device
 
     def rows(self, width: int) -> tuple[CalledRows, Contributions]:
         """All that came, after the last product; see `FollowedRows.rows`.
