@@ -1,6 +1,6 @@
 """Samples with choices as a benchmark: how often the answer is the choice that the model finds most likely.
 
-Shapes: N samples, C choices of all samples, R scored tokens of a batch.
+Shapes: N samples, C choices of all samples, R scored tokens of a batch, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Where the tail of a layer begins (see `experts.tail`), and what is known of the rows there.
 
-Shapes: R scored tokens, S rows of one output (token and expert), P rows that go to scored tokens, D width.
+Shapes: T positions of the batch (flattened), R scored tokens, S rows of one output (token and expert), P rows that
+go to scored tokens, D width.
 """
 
 from __future__ import annotations

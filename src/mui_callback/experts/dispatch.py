@@ -6,7 +6,7 @@ pair of a token and an expert. What that gives is believed only if it is what th
 batch of a pass.
 
 Shapes: T positions of this process, K experts of a position, L experts of each process, P processes, C places of an
-expert for each process, N pairs that came to this process.
+expert for each process, S such places or rows of experts, X pairs that go out, N pairs that came to this process.
 """
 
 from __future__ import annotations

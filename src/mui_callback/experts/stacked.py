@@ -5,7 +5,7 @@ That is the layout of every model in transformers that uses `use_experts_impleme
 biases, a gate or a norm after the expert is written on the module, so one class serves all of these families.
 
 Shapes: T tokens, K experts of a token, S = T·K rows sorted by expert, E experts, I neurons of an expert,
-D width of the experts' input and output, P pairs of a scored token and an expert.
+D width of the experts' input and output, N inputs of a matrix, P pairs of a scored token and an expert.
 """
 
 from __future__ import annotations

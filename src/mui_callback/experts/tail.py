@@ -7,7 +7,7 @@ the *readout* in front of it, so that for any architecture
 
     G · ⟨W_d[:, j], W_head[y]⟩ = ⟨W_d[:, j], readout⟩.
 
-Shapes: T positions of the batch (flattened), R scored tokens, S rows of one output (token and expert), D width.
+Shapes: T positions of the batch (flattened), S rows of one output (token and expert), D width.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Adding up a probe pass on the device.
 
 Shapes: N samples of the probe, B samples of a batch, Q tasks, E experts (of a layer, or of all), k key entries of a
-sample, S rows of contributions, R scored tokens, C choices of all samples.
+sample, L layers, R scored tokens, C choices of all samples.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Each scored token of a sample has a slot for each of its rows, and each row has chunks of neurons. The k highest entries
 of a sample are in the k chunks with the highest maxima, so only those are multiplied again.
 
-Shapes: B samples, R scored tokens, S rows, P slots of a sample, C chunks of the widest rows, k chunks of a sample that
-are chosen, M chunks, c neurons of a chunk, E experts.
+Shapes: B samples, R scored tokens, S rows, P slots of a sample, X slots of all samples, C chunks of the widest rows, k
+chunks of a sample that are chosen, M chunks, c neurons of a chunk, E experts.
 """
 
 from __future__ import annotations
