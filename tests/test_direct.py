@@ -91,8 +91,8 @@ def cuts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         ("olmoe", 1, 0),
         ("gpt_oss", 1, 0),
         ("deepseek_v3", 2, 0),
-        ("qwen2_moe", 2, 1),
-    ],  # a gate weights its shared expert
+        ("qwen2_moe", 2, 1),  # a gate weights its shared expert
+    ],
 )
 def test_what_is_direct_is_recorded_in_the_first_batch_alone(
     family: str, n_first: int, n_later: int, cuts: Counter[str]

@@ -97,7 +97,7 @@ def test_a_layer_is_as_the_operators_find_it(dtype: torch.dtype, width: int, k: 
         expected, expected_sums = plain.finalists(k, n_neurons).entries(k), [part.rows.sums() for part in parts]
     assert torch.equal(found.found.highest_BPC, plain.found.highest_BPC)
     torch.testing.assert_close(found.found.use_RE2, plain.found.use_RE2, rtol=1e-5, atol=0)
-    assert int(found.found.n_bad) == int(plain.found.n_bad) > 0
+    assert int(found.found.n_not_finite) == int(plain.found.n_not_finite) > 0
     assert torch.equal(entries.score, expected.score)
     is_entry = expected.score > -math.inf
     assert is_entry.any()

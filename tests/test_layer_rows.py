@@ -87,7 +87,7 @@ def test_what_is_found_of_a_layer_is_what_a_loop_finds(
     assert np.array_equal(rows.found.highest_BPC.numpy(), highest)
     assert rows.highest_B.tolist() == highest.max((1, 2)).tolist()
     assert rows.found.use_RE2[:, :-1].numpy() == pytest.approx(use)
-    assert int(rows.found.n_bad) == n_bad
+    assert int(rows.found.n_not_finite) == n_bad
 
 
 @given(kinds(), st.integers(1, 9))

@@ -39,11 +39,10 @@ class Dispatched:
 
     def minus(self, other: Dispatched, n: int) -> dict[str, Any]:
         """What each of the `n` batches does that the other pass did not have."""
-        reads = {name: (count - other.reads[name]) / n for name, count in self.reads.items()}
         return {
             "operators": (self.operators - other.operators) / n,
             "host_reads": (self.host_reads - other.host_reads) / n,
-            "reads": {name: count for name, count in reads.items() if count},
+            "reads": difference(self.reads, other.reads, n),
         }
 
 

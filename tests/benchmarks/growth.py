@@ -37,6 +37,7 @@ from measuring import (
     write,
 )
 from shapes import build
+from tasks import samples_of
 from torch import distributed, multiprocessing
 from transformers import OlmoeConfig, PreTrainedModel
 
@@ -129,8 +130,7 @@ def model_of(args: argparse.Namespace, size: Size, device: torch.device) -> PreT
 def actions_of(args: argparse.Namespace, size: Size, device: torch.device) -> tuple[Action, Action]:
     """A plain forward of all batches, and a probe."""
     model, probe_set = model_of(args, size, device), probe_set_of(size, args.seed)
-    samples = [sample for task in probe_set.tasks.values() for sample in task if isinstance(sample, TokenSample)]
-    batches = make_batches(samples, args.batch_tokens)
+    batches = make_batches(samples_of(probe_set), args.batch_tokens)
     probe = MUIProbe(model, probe_set, batch_tokens=args.batch_tokens)
     return partial(forward_all, model, batches, device), probe.measure
 

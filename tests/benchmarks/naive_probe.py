@@ -1,7 +1,8 @@
 """What a probe has to find, as loops over samples, tokens and experts, from the formulas alone.
 
-Nothing of the package is used. The model runs its own eager experts; what they are given and how they are weighted is
-read there. Activations are rounded as the model rounds them, everything after that is in float64.
+Of the package, only the probe is used that they are compared with. The model runs its own eager experts; what they are
+given and how they are weighted is read there. Activations are rounded as the model rounds them, everything after that
+is in float64.
 """
 
 from __future__ import annotations

@@ -142,18 +142,17 @@ def times(seconds: dict[str, float], n: int, batch: BatchShape) -> dict[str, Any
 def memory(plain: Action, probe: Action, device: torch.device) -> dict[str, int | None]:
     """Bytes that are taken before, and most bytes in either; None on a CPU."""
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-    peaks = {"plain_peak": peak_bytes(plain, device), "probe_peak": peak_bytes(probe, device)}
-    values = list(peaks.values())
-    extra = None if None in values else values[1] - values[0]
-    return {"before": before, **peaks, "extra": extra}
+    plain_peak, probe_peak = peak_bytes(plain, device), peak_bytes(probe, device)
+    extra = None if plain_peak is None or probe_peak is None else probe_peak - plain_peak
+    return {"before": before, "plain_peak": plain_peak, "probe_peak": probe_peak, "extra": extra}
 
 
 def counts(bench: Bench, batches: Sequence[Batch], probes: dict[int, MUIProbe], n: int) -> dict[str, Any]:
     """Operators, waits for the device, bytes to the host and launches, in runs of their own."""
     device, layers = bench.device, bench.layers
     one, more = probes[1].measure, probes[n + 1].measure
-    plain = dispatched(partial(forward_all, bench.model, batches, device))
-    one_seen, seen = dispatched(one), dispatched(more)
+    forward = partial(forward_all, bench.model, batches, device)
+    plain, one_seen, seen = dispatched(forward), dispatched(one), dispatched(more)
     steady, on_cuda = seen.minus(one_seen, n), device.type == "cuda"
     found: dict[str, Any] = {
         "operators_per_batch": {"plain": plain.operators / n, "probe": steady["operators"]},
@@ -165,10 +164,9 @@ def counts(bench: Bench, batches: Sequence[Batch], probes: dict[int, MUIProbe], 
         "first_batch_operators": one_seen.operators,
     }
     if on_cuda:
-        action = partial(forward_all, bench.model, batches, device)
         waits = difference(synchronizations(more, device), synchronizations(one, device), n)
-        of_plain = difference(synchronizations(action, device), {}, n)
-        launched = [launches(action, device) or 0, (launches(more, device) or 0) - (launches(one, device) or 0)]
+        of_plain = difference(synchronizations(forward, device), {}, n)
+        launched = [launches(forward, device) or 0, (launches(more, device) or 0) - (launches(one, device) or 0)]
         found |= {
             "waits_per_batch": {"plain": sum(of_plain.values()), "probe": sum(waits.values())},
             "waits_at": {"plain": of_plain, "probe": waits},

@@ -78,6 +78,7 @@ def _joined(prompt: NDArray[np.int64], response: NDArray[np.int64]) -> _Tokens:
 
 
 def samples_of(probe_set: ProbeSet) -> list[TokenSample]:
+    """Those of all tasks."""
     return [sample for task in probe_set.tasks.values() for sample in task if isinstance(sample, TokenSample)]
 
 

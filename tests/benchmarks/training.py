@@ -231,13 +231,13 @@ def summary(args: argparse.Namespace, found: dict[str, list[Trained]]) -> dict[s
         "warm_probe_seconds": median(seconds for run in watched for seconds in run.probe_seconds[1:]),
         "probed": [run.probed for run in watched],
         "seconds_a_step_without_a_probe": median(run.other_seconds / n for run, n in zip(watched, others, strict=True)),
-        "spread": {name: max(map(_seconds, runs)) / min(map(_seconds, runs)) - 1 for name, runs in found.items()},
+        "spread": {name: _spread([run.seconds for run in runs]) for name, runs in found.items()},
         "same_loss": len({run.loss for runs in found.values() for run in runs}) == 1,
     }
 
 
-def _seconds(run: Trained) -> float:
-    return run.seconds
+def _spread(seconds: list[float]) -> float:
+    return max(seconds) / min(seconds) - 1
 
 
 def main() -> None:
@@ -249,28 +249,21 @@ def main() -> None:
     runs = {name: [asdict(run) for run in runs] for name, runs in found.items()}
     write({"machine": machine(), "options": options, "summary": sums, "runs": runs}, args.out)
     speed = sums["tokens_per_second"]
-    columns = [
-        "",
-        "tokens/s without",
-        "tokens/s with",
-        "time with / without",
-        "without beginning and end",
-        "of median steps",
-        "as logged",
-    ]
-    columns += ["probes", "first probe s", "later probes s", "µs a step without a probe", "spread"]
-    name = f"{args.shape}{f', {args.layers} layers' if args.layers else ''}, {args.batch}, {args.steps} steps"
-    row = [
-        name,
-        speed["without"],
-        speed["with"],
-        f"{sums['ratio']:.4f}",
-        f"{sums['ratio_without_beginning_and_end']:.4f}",
-    ]
-    row += [f"{sums['ratio_of_median_steps']:.4f}", f"{sums['overhead_as_logged']:.4f}"]
-    row += [len(sums["probed"][0]), sums["first_probe_of_the_process_seconds"]]
-    row += [sums["warm_probe_seconds"], 1e6 * sums["seconds_a_step_without_a_probe"]]
-    print(table(columns, [[*row, f"{max(sums['spread'].values()):.4f}"]]))
+    cells = {
+        "": f"{args.shape}{f', {args.layers} layers' if args.layers else ''}, {args.batch}, {args.steps} steps",
+        "tokens/s without": speed["without"],
+        "tokens/s with": speed["with"],
+        "time with / without": f"{sums['ratio']:.4f}",
+        "without beginning and end": f"{sums['ratio_without_beginning_and_end']:.4f}",
+        "of median steps": f"{sums['ratio_of_median_steps']:.4f}",
+        "as logged": f"{sums['overhead_as_logged']:.4f}",
+        "probes": len(sums["probed"][0]),
+        "first probe s": sums["first_probe_of_the_process_seconds"],
+        "later probes s": sums["warm_probe_seconds"],
+        "µs a step without a probe": 1e6 * sums["seconds_a_step_without_a_probe"],
+        "spread": f"{max(sums['spread'].values()):.4f}",
+    }
+    print(table(list(cells), [list(cells.values())]))
     assert args.device == "cuda" or sums["same_loss"], "the callback changed the training"
 
 

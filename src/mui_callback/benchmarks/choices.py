@@ -1,6 +1,6 @@
 """Samples with choices as a benchmark: how often the answer is the choice that the model finds most likely.
 
-Shapes: N samples, C choices of all samples, R scored tokens of a batch.
+Shapes: N samples, C choices of all samples, R scored tokens of a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mui_callback.metrics.utilization import FloatArray
 from mui_callback.parallel.replicas import check_same
 from mui_callback.parallel.shards import Shards
 from mui_callback.parallel.weights import common_device
+from mui_callback.probe.batches import half_of_largest
 from mui_callback.probe.choice_plan import ChoicePlan
 from mui_callback.probe.choice_runs import ChoiceRuns, PromptSharing
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
@@ -117,12 +118,11 @@ class ChoiceBenchmark:
         return ChoicePlan.of(encoded, self.batch_tokens, shards, share=self._prompts.is_possible)
 
     def _halve_batches(self, encoded: EncodedProbeSet, shards: Shards) -> bool:
-        batches = self._plan(encoded, shards).in_full()
-        largest = max((batch.n_positions for batch in batches if len(batch.sample) > 1), default=1)
-        if largest > 1:
-            self.batch_tokens = largest // 2
-            warn(f"MUI: out of memory in benchmark {self.name!r}; going on with batches of {self.batch_tokens} tokens")
-        return largest > 1
+        half = half_of_largest(self._plan(encoded, shards).in_full())
+        if half is not None:
+            self.batch_tokens = half
+            warn(f"MUI: out of memory in benchmark {self.name!r}; going on with batches of {half} tokens")
+        return half is not None
 
     def _scores(self, encoded: EncodedProbeSet, loss_C: FloatArray) -> BenchmarkResult:
         samples = encoded.samples

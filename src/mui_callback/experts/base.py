@@ -1,6 +1,6 @@
 """What all kinds of experts have in common, however their weights are kept.
 
-Shapes: R scored tokens, E experts, I neurons of an expert.
+Shapes: R scored tokens, E experts, I neurons of an expert, D model width.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class CalledRecorder:
 
     def follow(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
-        number_T = tokens.numbers()
+        number_T = tokens.number_T
         for call in (*self.calls, *self.passed):
             n = call.product.n_experts
             call.cut.token_S, call.cut.weight_S = number_T if n == 1 else number_T.repeat(n), None

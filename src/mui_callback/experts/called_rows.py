@@ -84,10 +84,7 @@ class CalledRows:
     def _united(self, rows: Contributions, n_downs: int) -> tuple[CalledRows, Contributions]:
         """One row for all calls of a down projection for a token."""
         pair_U, row_P = torch.unique(self.token_P * n_downs + self.down_P, return_inverse=True)
-        act_PW = rows.act if rows.act_row_S is None else rows.act[rows.act_row_S]
-        score_PW = act_PW.float() * rows.projected_SI.float()
-        if rows.weight_S is not None:
-            score_PW *= rows.weight_S[:, None]
+        score_PW = rows.all()  # what is not finite stays so when it is added up
         score_UW = score_PW.new_zeros(len(pair_U), rows.width).index_add_(0, row_P, score_PW)
         token_U, down_U = pair_U // n_downs, pair_U % n_downs
         rank_U, most, _ = rank_of_pair(token_U, down_U, int(token_U[-1]) + 1, n_downs)

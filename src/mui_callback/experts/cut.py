@@ -1,6 +1,7 @@
 """Where the tail of a layer begins (see `experts.tail`), and what is known of the rows there.
 
-Shapes: R scored tokens, S rows of one output (token and expert), P rows that go to scored tokens, D width.
+Shapes: T positions of the batch (flattened), R scored tokens, S rows of one output (token and expert), P rows that
+go to scored tokens, D width.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Cut:
     def is_in_order(self, tokens: ScoredTokens) -> bool:
         """Whether the rows, once they are located, are the positions of the batch in order, once or several times."""
         assert self.token_S is not None
-        number_T = tokens.numbers()
+        number_T = tokens.number_T
         if len(self.token_S) % len(number_T) or not len(tokens.position_R):
             return False
         expected_S = number_T.repeat(len(self.token_S) // len(number_T))

@@ -2,7 +2,7 @@
 
 Nothing has to be asked of the tail for them, so nothing is recorded: they are multiplied while the layer runs.
 
-Shapes: R scored tokens, S positions, I neurons of a down projection.
+Shapes: R scored tokens, S positions, I neurons of a down projection, D model width.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ pair of a token and an expert. What that gives is believed only if it is what th
 batch of a pass.
 
 Shapes: T positions of this process, K experts of a position, L experts of each process, P processes, C places of an
-expert for each process, N pairs that came to this process.
+expert for each process, S such places or rows of experts, X pairs that go out, N pairs that came to this process.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Arrivals:
 
     def at(self, expert_S: Tensor, rank_S: Tensor) -> tuple[Tensor, Tensor]:
         """Token and weight of the n-th row of an expert, ``[S]`` each; -1 and 0 where it has none."""
-        place_S = (self.first_L[expert_S] + rank_S).clamp(max=max(len(self.token_N) - 1, 0))
-        is_there_S = rank_S < self.n_L[expert_S]
         if not len(self.token_N):
             return torch.full_like(expert_S, -1), torch.zeros_like(expert_S, dtype=torch.float32)
+        place_S = (self.first_L[expert_S] + rank_S).clamp(max=len(self.token_N) - 1)
+        is_there_S = rank_S < self.n_L[expert_S]
         return self.token_N[place_S].where(is_there_S, -1), self.weight_N[place_S].where(is_there_S, 0)
 
 

@@ -44,9 +44,9 @@ class Product:
             readout_PD: readout of each row.
             place_P: which rows, ascending.
         """
-        if self.weight is not None and self.expert_S is None:
-            return readout_PD.to(self.weight.dtype) @ self.weight
-        if self.weight is not None and self.expert_S is not None:
+        if self.weight is not None:
+            if self.expert_S is None:
+                return readout_PD.to(self.weight.dtype) @ self.weight
             return grouped_mm(readout_PD, self.weight, group_offsets(self.expert_S[place_P], len(self.weight)))
         readout_SD = self.out.new_zeros(self.out.numel() // self.out.shape[-1], self.out.shape[-1])
         readout_SD[place_P] = readout_PD.to(readout_SD.dtype)

@@ -58,6 +58,7 @@ class FollowedRows:
     """
 
     def __init__(self, sent: Sent, readout_RD: Tensor, n_local: int, first_down: int) -> None:
+        self.device = readout_RD.device
         self._sent = sent
         self._readout_RD = readout_RD
         self._n_local = n_local
@@ -105,7 +106,8 @@ class FollowedRows:
             ProbeError: it is not one of the announced ones.
         """
         if not self._sent.has_met:
-            self._waiting.append((first, replace(product, out=act_SI[:0]), act_SI))
+            without_output = replace(product, out=act_SI[:0])  # which takes up memory, and is not asked for
+            self._waiting.append((first, without_output, act_SI))
             self._kept.append((act_SI, act_SI._version))
             return
         n_experts = self._n_local if product.expert_S is not None else 1

@@ -86,14 +86,9 @@ class DispatchFollower:
         `rows`."""
         if self._rows is not None:
             self._rows.meet()
-            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(self._rows.device.type, enabled=False):
                 _, error = attempt(self._rows.add_waiting)
             self._error = self._error or error
-
-    @property
-    def _device(self) -> torch.device:
-        assert self._announced is not None
-        return self._announced[1].device
 
     def rows(self, width: int) -> tuple[CalledRows, Contributions]:
         """All that came, after the last product; see `FollowedRows.rows`.
@@ -137,7 +132,7 @@ class DispatchFollower:
     def _sent(self, tokens: ScoredTokens) -> Sent:
         """All processes make this call."""
         assert self.spread.dispatch is not None
-        return self.spread.dispatch.send(tokens.numbers(), self.spread.peers, self.n_local)
+        return self.spread.dispatch.send(tokens.number_T, self.spread.peers, self.n_local)
 
     def _is_wrong(self, came: Arrivals, calls: Sequence[Call]) -> Tensor:
         """How much of what is said to come is not what came, or cannot be followed; float32 scalar."""

@@ -5,7 +5,7 @@ That is the layout of every model in transformers that uses `use_experts_impleme
 biases, a gate or a norm after the expert is written on the module, so one class serves all of these families.
 
 Shapes: T tokens, K experts of a token, S = T·K rows sorted by expert, E experts, I neurons of an expert,
-D width of the experts' input and output, P rows of T with scored tokens.
+D width of the experts' input and output, N inputs of a matrix, P pairs of a scored token and an expert.
 """
 
 from __future__ import annotations
@@ -215,25 +215,25 @@ class StackedExperts:
         bias: Tensor | None = getattr(self.module, f"{name}_bias") if self.module.has_bias else None
         return bias
 
-    def project(self, rows: RoutedRows, readout_SD: Tensor, expert_S: Tensor) -> Tensor:
-        """⟨W_d[:, j], readout⟩ for each neuron j of each row's expert.
+    def project(self, rows: RoutedRows, readout_PD: Tensor, expert_P: Tensor) -> Tensor:
+        """⟨W_d[:, j], readout⟩ for each neuron j of each pair's expert.
 
         Args:
             rows: what `run` left.
-            readout_SD: ``[S, D]``, sorted by expert.
-            expert_S: int64 ``[S]``, ascending.
+            readout_PD: ``[P, D]``, sorted by expert.
+            expert_P: int64 ``[P]``, ascending.
 
         Returns:
-            ``[S, I]`` in the dtype of the weight.
+            ``[P, I]`` in the dtype of the weight.
         """
         down = rows.down
-        offsets_E = group_offsets(expert_S, self.n_local)
-        return grouped_mm(readout_SD, down.transpose(-2, -1) if self.module.is_transposed else down, offsets_E)
+        offsets_E = group_offsets(expert_P, self.n_local)
+        return grouped_mm(readout_PD, down.transpose(-2, -1) if self.module.is_transposed else down, offsets_E)
 
-    def through_norm(self, readout_SD: Tensor, raw_SD: Tensor) -> Tensor:
-        """The readout in front of the norm that follows an expert, whose input was `raw_SD`."""
-        raw_SD = raw_SD.float()
-        return readout_SD * channel_scale(self.module.post_expert_norm(raw_SD), raw_SD)
+    def through_norm(self, readout_PD: Tensor, raw_PD: Tensor) -> Tensor:
+        """The readout in front of the norm that follows an expert, float32 ``[P, D]``; `raw_PD` was its input."""
+        raw_PD = raw_PD.float()
+        return readout_PD * channel_scale(self.module.post_expert_norm(raw_PD), raw_PD)
 
 
 def _sorted(expert_S: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:

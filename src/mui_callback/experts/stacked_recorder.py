@@ -1,7 +1,8 @@
 """Reading experts with stacked weights.
 
 Shapes: T rows that the experts were given, K experts of a row, S = T·K pairs sorted by expert, I neurons of an expert,
-D width of the experts' input and output, P rows of T with scored tokens, R scored tokens that meet.
+D width of the experts' input and output, N rows of T with scored tokens, P = N·K pairs of these, R scored tokens that
+meet.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class StackedRecorder:
         """See `Recorder`."""
         if self.cut is None:
             return
-        self.cut.token_S, self.cut.weight_S = tokens.numbers(), None
+        self.cut.token_S, self.cut.weight_S = tokens.number_T, None
 
     def learn(self, tokens: ScoredTokens) -> None:
         """See `Recorder`."""
@@ -150,19 +151,19 @@ class StackedRecorder:
 
     def scores(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> ExpertScores:
         """See `Recorder`."""
-        rows, place_R, token_R = self._read(tokens)
+        rows, place_N, token_N = self._read(tokens)
         n_local, top_k = self.experts.n_local, rows.expert_TK.shape[1]
-        pairs = self._pairs(rows, place_R, tokens)
+        pairs = self._pairs(rows, place_N, tokens)
         weight_P, rank_P = pairs.weight_P, pairs.rank_P
-        token_P = token_R[pairs.from_P] if tokens.first or not self.knows_order else pairs.from_P
-        readout_RD, scale_R = self._readouts(place_R, readout_RD)
-        if scale_R is not None:
-            weight_P = weight_P * scale_R[pairs.from_P]
+        token_P = token_N[pairs.from_P] if tokens.first or not self.knows_order else pairs.from_P
+        readout_ND, scale_N = self._readouts(place_N, readout_RD)
+        if scale_N is not None:
+            weight_P = weight_P * scale_N[pairs.from_P]
         if not self.knows_order:  # a token may have several rows
             self.tail.raise_if_mixed(is_mixed=bool(self.tail.is_mixed))
             rank_P = rank_of_row(token_P, pairs.expert_P, n_local)
             top_k = int(rank_P.max()) + 1 if len(rank_P) else 1
-        readout_PD = rows_at(readout_RD, pairs.from_P)
+        readout_PD = rows_at(readout_ND, pairs.from_P)
         if rows.raw_SD is not None:
             readout_PD = self.experts.through_norm(readout_PD, rows.raw_SD[pairs.row_P])
         first_here = self.first.expert + self.experts.spread.first(n_local)
@@ -182,29 +183,29 @@ class StackedRecorder:
             first_neuron=self.first.neuron,
         )
 
-    def _pairs(self, rows: RoutedRows, place_R: Tensor, tokens: ScoredTokens) -> Pairs:
+    def _pairs(self, rows: RoutedRows, place_N: Tensor, tokens: ScoredTokens) -> Pairs:
         n_local = self.experts.n_local
-        if not self.knows_order or not can_run(rows.order_S, rows.weight_TK, place_R):
-            return Pairs.of(place_R, rows.expert_TK, rows.weight_TK, rows.row_TK, n_local)
+        if not self.knows_order or not can_run(rows.order_S, rows.weight_TK, place_N):
+            return Pairs.of(place_N, rows.expert_TK, rows.weight_TK, rows.row_TK, n_local)
         found = fused.pairs(
             *(
                 rows.order_S,
                 tokens.is_scored_T[rows.from_S].cumsum(0),
-                tokens.numbers(),
+                tokens.number_T,
                 rows.expert_TK,
                 rows.weight_TK,
             ),
-            n_pairs=len(place_R) * rows.expert_TK.shape[1],
+            n_pairs=len(place_N) * rows.expert_TK.shape[1],
             n_local=n_local,
             first=tokens.first,
         )
         return Pairs(*found)
 
-    def _readouts(self, place_R: Tensor, readout_RD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _readouts(self, place_N: Tensor, readout_RD: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Cut.readouts_of`."""
         if self.cut is None:
             return readout_RD, None
-        return self.cut.readouts_of(place_R, readout_RD)
+        return self.cut.readouts_of(place_N, readout_RD)
 
     def add_output(self, output_R: Tensor, readout_RD: Tensor) -> None:
         """See `Recorder`."""
@@ -214,14 +215,14 @@ class StackedRecorder:
 
     def add_unmade(self, unmade_R: Tensor, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """See `Recorder`: output biases."""
-        rows, place_P, token_P = self._read(tokens)
+        rows, place_N, token_N = self._read(tokens)
         if rows.down_bias is None:
             return
-        readout_PD = readout_RD if self.cut is None else self.cut.all_readouts(readout_RD)[place_P]
-        expert_PK = rows.expert_TK[place_P].clamp(max=self.experts.n_local - 1)
-        weight_PK = rows.weight_TK[place_P].float().masked_fill(rows.expert_TK[place_P] >= self.experts.n_local, 0)
-        for expert_P, weight_P in zip(expert_PK.unbind(1), weight_PK.unbind(1), strict=True):
-            add_inner(unmade_R, token_P, rows.down_bias[expert_P], readout_PD * weight_P[:, None])
+        readout_ND = readout_RD if self.cut is None else self.cut.all_readouts(readout_RD)[place_N]
+        expert_NK = rows.expert_TK[place_N].clamp(max=self.experts.n_local - 1)
+        weight_NK = rows.weight_TK[place_N].float().masked_fill(rows.expert_TK[place_N] >= self.experts.n_local, 0)
+        for expert_N, weight_N in zip(expert_NK.unbind(1), weight_NK.unbind(1), strict=True):
+            add_inner(unmade_R, token_N, rows.down_bias[expert_N], readout_ND * weight_N[:, None])
 
     def _read(self, tokens: ScoredTokens) -> tuple[RoutedRows, Tensor, Tensor]:
         """What the experts did, which rows have scored tokens, and which."""
@@ -230,5 +231,5 @@ class StackedRecorder:
             return self.rows, tokens.position_R, tokens.own_numbers
         assert self.cut is not None
         assert self.cut.token_S is not None
-        (place_P,) = torch.nonzero(self.cut.token_S >= 0, as_tuple=True)
-        return self.rows, place_P, self.cut.token_S[place_P]
+        (place_N,) = torch.nonzero(self.cut.token_S >= 0, as_tuple=True)
+        return self.rows, place_N, self.cut.token_S[place_N]

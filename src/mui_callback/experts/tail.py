@@ -7,7 +7,7 @@ the *readout* in front of it, so that for any architecture
 
     G · ⟨W_d[:, j], W_head[y]⟩ = ⟨W_d[:, j], readout⟩.
 
-Shapes: T positions of the batch (flattened), R scored tokens, S rows of one output (token and expert), D width.
+Shapes: T positions of the batch (flattened), S rows of one output (token and expert), D width.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class Tail:
         direction, and read off as a multiple of what 1 becomes. Digits are small enough to be exact in half precision,
         whichever the tail computes in.
         """
-        number_T = tokens.numbers() + 1
+        number_T = tokens.number_T + 1
         direction_D = torch.arange(out.shape[-1], device=out.device).mul(2654435761).bitwise_right_shift(16) % 2 * 2 - 1
 
         def sent(value_T: Tensor) -> list[Tensor]:
@@ -229,7 +229,7 @@ class Tail:
 
     def locate_constants(self, out: Tensor, tokens: ScoredTokens) -> None:
         """Set the token of each row of what no neuron made; one row for each position of the batch is in order."""
-        number_T = tokens.numbers()
+        number_T = tokens.number_T
         cuts = [cut for cut, _ in self.constants]
         if all(cut.n_rows == len(number_T) for cut in cuts):
             numbers = [number_T] * len(cuts)
@@ -245,7 +245,7 @@ class Tail:
         return self._tokens_by_digits(out, cuts, tokens)
 
     def _sent_codewords(self, out: Tensor, cuts: Sequence[Cut], tokens: ScoredTokens) -> list[Tensor]:
-        words_TD = codewords(tokens.numbers(), tokens.n_bits, out.shape[-1], out.dtype)
+        words_TD = codewords(tokens.number_T, tokens.n_bits, out.shape[-1], out.dtype)
         return self._sent(out, cuts, words_TD)
 
     def _seen_from(

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def can_run(*tensors: Tensor) -> bool:
-    """Whether there are kernels for these tensors, which have columns that lie next to each other."""
+    """Whether there are kernels for these tensors: on a GPU, not empty, with columns that lie next to each other."""
     device = tensors[0].device
     are_laid_out = all(tensor.stride(-1) == 1 and tensor.numel() > 0 for tensor in tensors)
     return device.type == "cuda" and are_laid_out and runs_on(device)

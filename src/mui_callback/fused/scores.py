@@ -4,7 +4,8 @@ They compute what `mui_callback.scoring` and `mui_callback.probe.head` do withou
 bit, sums up to rounding in float32.
 
 Shapes: S rows, I neurons of an expert, B samples, P slots for the rows of a sample, C chunks of neurons of a row, c
-neurons of a chunk, k chunks of a sample that are chosen, E experts, R scored tokens, V vocabulary.
+neurons of a chunk, k chunks of a sample that are chosen, K slots of a sample that are, M scores of a sample, E experts,
+R scored tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Rows:
     first_row: int
     """Number of the first of them among the rows of the layer."""
     first_rank: int
-    """Of the first rank among those of a token in the layer."""
+    """Number of their lowest rank among the ranks of a token in the layer."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Found:
     use_RE2: Tensor
     """Σ|f| of each token in each expert, and how many rows it has there, float64 ``[R, E + 1, 2]``; the last expert is
     for what is no row."""
-    n_bad: Tensor
+    n_not_finite: Tensor
     """How many are NaN or infinite, and do not count; int32 scalar."""
     n_ranks: int
     """Slots of a token."""
@@ -116,7 +117,7 @@ def scan(factors: Factors, rows: Rows, place_R: Tensor, chunk: int, found: Found
     with torch.cuda.device(factors.act.device):
         _kernels().scan[(n_rows,)](
             *(*factors.tensors, rows.token_S, rows.expert_S, rows.rank_S, place_R),
-            *(found.highest_BPC, found.row_BP, found.use_RE2, found.n_bad),
+            *(found.highest_BPC, found.row_BP, found.use_RE2, found.n_not_finite),
             *(width, found.n_chunks, found.n_ranks, found.use_RE2.shape[1] - 1, rows.first_row, rows.first_rank),
             *factors.strides,
             **factors.flags,
@@ -140,7 +141,6 @@ def highest_chunks(found: Found, k: int) -> Tensor:
     They are numbered slot by slot, ascending.
     """
     n_samples, n_slots, n_chunks = len(found.row_BP), found.n_slots, found.n_chunks
-    slots_Bk = None
     if n_slots > k:
         slots_Bk = _selected(found, None, n_slots, k)
     else:

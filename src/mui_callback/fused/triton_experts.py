@@ -22,7 +22,7 @@ def gated(
 ) -> None:
     """One program is BLOCK neurons of one row.
 
-    IS_INTERLEAVED: the gate and the up factor of a neuron are next to each other, and it is those of GPT-OSS.
+    IS_INTERLEAVED: the gate and the up factor of a neuron are next to each other, and become those of GPT-OSS.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

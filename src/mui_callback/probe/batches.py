@@ -1,6 +1,6 @@
 """From token samples to padded batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,8 @@ from mui_callback.probe.samples import BoolArray, IntArray, TokenChoice, TokenSa
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B sequences, padded on the right with id 0 to T tokens, and the R tokens among them to score.
+
+    (Prompts that others follow are padded on the left, see `shared_prompts`.)
 
     Those of an encoder-decoder are its decoder's; its encoder's are padded in the same way to S tokens.
 
@@ -122,6 +124,12 @@ def only(batch: Batch, rows_B: IntArray) -> Batch:
         order=batch.order[kept_R],
         target=batch.target[kept_R],
     )
+
+
+def half_of_largest(batches: Iterable[Batch]) -> int | None:
+    """Half the positions of the largest batch that can be cut, to go on with less memory; None if none can."""
+    largest = max((batch.n_positions for batch in batches if len(batch.sample) > 1), default=None)
+    return None if largest is None else largest // 2
 
 
 def _packs(sequences: Sequence[TokenSample | TokenChoice], batch_tokens: int, n_shards: int) -> list[list[int]]:

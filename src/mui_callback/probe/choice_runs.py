@@ -1,6 +1,6 @@
 """Choices, run for the logits of their tokens; where a model can, after a prompt that is run once for all of them.
 
-Shapes: B choices, M prompts of P positions, S positions of what follows them; R scored tokens, V vocabulary.
+Shapes: B choices, prompts of P positions, S positions of what follows them; R scored tokens, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Losses of samples by a model without some of its neurons.
 
-Shapes: J neurons of the model.
+Shapes: J neurons of the model, B samples of a batch, R scored tokens, V vocabulary.
 """
 
 from __future__ import annotations

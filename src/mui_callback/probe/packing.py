@@ -1,6 +1,6 @@
 """Which sequences share a forward pass: few passes, and little padding.
 
-Shapes: N sequences, P prices of a round, W sequences that a round may begin with.
+Shapes: N sequences, P prices of a round, W sequences that a round may begin with, R sequences of a round.
 """
 
 from __future__ import annotations

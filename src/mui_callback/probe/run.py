@@ -21,7 +21,7 @@ from mui_callback.parallel.replicas import check_same, have_one_model
 from mui_callback.parallel.shards import Shards
 from mui_callback.parallel.weights import common_device, is_spread
 from mui_callback.probe.ablation import AblationReport, What, ablate
-from mui_callback.probe.batches import make_rounds
+from mui_callback.probe.batches import half_of_largest, make_rounds
 from mui_callback.probe.capture import Reading
 from mui_callback.probe.choice_plan import ChoicePlan
 from mui_callback.probe.choice_runs import PromptSharing
@@ -111,11 +111,10 @@ class MUIProbe:
 
     def halve_batches(self) -> bool:
         """Go on with batches of half the size, so that a pass needs less memory; False if each is a single sample."""
-        batches = chain(chain.from_iterable(self._rounds), self._choices.in_full())
-        largest = max((batch.n_positions for batch in batches if len(batch.sample) > 1), default=1)
-        if largest > 1:
-            self._make_batches(largest // 2)
-        return largest > 1
+        half = half_of_largest(chain(chain.from_iterable(self._rounds), self._choices.in_full()))
+        if half is not None:
+            self._make_batches(half)
+        return half is not None
 
     def wait_for_device(self) -> None:
         """Wait until the device has done what it was given before, so that nobody takes it for time in a probe."""

@@ -133,7 +133,7 @@ class LayerReader:
                 )
             if is_output and self._counts:
                 readout_TD = readouts()
-                add_inner(output, tokens.numbers(), out.detach().reshape(readout_TD.shape), readout_TD)
+                add_inner(output, tokens.number_T, out.detach().reshape(readout_TD.shape), readout_TD)
                 for cut, value in self.tail.constants:
                     assert cut.token_S is not None
                     add_inner(unmade, cut.token_S, value, cut.readout_SD)

@@ -1,6 +1,6 @@
 """Prompts that are run once for all of their choices, and what follows them in each choice.
 
-Shapes: C choices; B choices of a batch, of T positions; M prompts, padded on the left to P positions; S positions of
+Shapes: B choices of a batch, of T positions; M prompts, padded on the left to P positions; S positions of
 what follows, padded on the right.
 """
 

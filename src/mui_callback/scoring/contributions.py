@@ -5,7 +5,7 @@
 The unembedding row of the target, W_head[y_t], enters as the *readout* of the token: what the output of an expert
 is multiplied with to become its share of the target's logit.
 
-Shapes: B samples, R scored tokens of the batch, S rows of scores, I neurons of an expert, D model width.
+Shapes: B samples, T positions of each, R scored tokens of the batch, S rows of scores, E experts.
 """
 
 from __future__ import annotations
@@ -75,21 +75,18 @@ class ScoredTokens(Responses):
         """The numbers of these, int64 ``[R]``."""
         return self.first + torch.arange(len(self.position_R), device=self.position_R.device)
 
-    def numbers(self) -> Tensor:
+    @cached_property
+    def number_T(self) -> Tensor:
         """The number of the scored token that each position predicts, int64 ``[B · T]``; -1 where none is scored."""
-        return self._numbers
+        n_positions, device = self.n_rows * self.length, self.position_R.device
+        number_T = torch.full((n_positions,), -1, dtype=torch.int64, device=device)
+        number_T[self.position_R] = self.own_numbers
+        return number_T
 
     @cached_property
     def is_scored_T(self) -> Tensor:
         """Whether there is one, bool ``[B · T]``."""
-        return self.numbers() >= 0
-
-    @cached_property
-    def _numbers(self) -> Tensor:
-        n_positions, device = self.n_rows * self.length, self.position_R.device
-        numbers = torch.full((n_positions,), -1, dtype=torch.int64, device=device)
-        numbers[self.position_R] = self.own_numbers
-        return numbers
+        return self.number_T >= 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Adding up a probe pass on the device.
 
 Shapes: N samples of the probe, B samples of a batch, Q tasks, E experts (of a layer, or of all), k key entries of a
-sample, S rows of contributions, R scored tokens, C choices of all samples.
+sample, L layers, R scored tokens, C choices of all samples.
 """
 
 from __future__ import annotations
@@ -157,12 +157,12 @@ class BatchCounts:
         self.responses = responses
         self.sample_B = sample_B
         self.meetings = meetings
-        self.found: dict[int, Candidates] = {}
-        self.use: dict[int, Tensor] = {}
+        self._found: dict[int, Candidates] = {}
+        self._use: dict[int, Tensor] = {}
         """By layer, Σ|f| and number of rows of each of its samples in each of its experts, float64 ``[B, E, 2]``."""
-        self.n_not_finite: list[Tensor] = []
+        self._n_not_finite: list[Tensor] = []
         self._pending: dict[int, Finalists] = {}
-        self.above: dict[int, NeuronScores] = {}
+        self._above: dict[int, NeuronScores] = {}
         """By layer, neurons that the loosest of the rules ``topscore`` may take."""
 
     def add_layer(self, layer: int, scores: LayerScores) -> None:
@@ -173,13 +173,13 @@ class BatchCounts:
         if scores.parts:  # none where another process counts
             rows = LayerRows.of(scores.parts, responses, self.counts.layout.layers[layer].n_experts)
             use_B2 = torch.mm(responses.is_of_BR, rows.found.use_RE2.flatten(1))
-            self.use[layer] = use_B2.view(responses.n_rows, *rows.found.use_RE2.shape[1:])[:, :-1]
-            self.n_not_finite.append(rows.found.n_bad)
+            self._use[layer] = use_B2.view(responses.n_rows, *rows.found.use_RE2.shape[1:])[:, :-1]
+            self._n_not_finite.append(rows.found.n_not_finite)
             self._pend(layer, rows.finalists(k, n_neurons))
             if self.counts.topscore:
                 # where the highest score is negative, the loosest rule is the one with the highest ratio
                 of_rules = [thresholds(marks.rule.value, rows.highest_B) for marks in self.counts.topscore]
-                self.above[layer] = neurons_above(rows, n_neurons, torch.stack(of_rules).amin(0))
+                self._above[layer] = neurons_above(rows, n_neurons, torch.stack(of_rules).amin(0))
         if scores.made_R is not None:
             self.counts.identity_error[layer] = identity_error(scores)
 
@@ -194,8 +194,8 @@ class BatchCounts:
         together: dict[int, list[int]] = {}
         for layer, meeting in enumerate(self.meetings):
             if meeting is None:
-                if layer in self.found:
-                    alone[layer] = self.found[layer]
+                if layer in self._found:
+                    alone[layer] = self._found[layer]
             else:
                 together.setdefault(id(meeting), []).append(layer)
         self._mark_above({layer: found.score[:, 0] for layer, found in alone.items()}, self.sample_B)
@@ -217,7 +217,7 @@ class BatchCounts:
         assert meeting is not None
         sizes = [self.counts.k[layer] for layer in layers]
         found = {
-            layer: self.found.get(layer) or Candidates.none(len(meeting.sample_B), k, self.sample_B.device)
+            layer: self._found.get(layer) or Candidates.none(len(meeting.sample_B), k, self.sample_B.device)
             for layer, k in zip(layers, sizes, strict=True)
         }
         if self.counts.topscore:
@@ -233,9 +233,9 @@ class BatchCounts:
         """What the rules ``topscore`` take of this process' experts, given the highest score of each sample."""
         for marks in self.counts.topscore:
             for layer, highest in highest_B.items():
-                if layer in self.above:
+                if layer in self._above:
                     threshold_B = thresholds(marks.rule.value, highest)
-                    marks.add_neurons(sample_B, layer, self.above[layer].at_least(threshold_B))
+                    marks.add_neurons(sample_B, layer, self._above[layer].at_least(threshold_B))
 
     def _pend(self, layer: int, finalists: Finalists) -> None:
         self._pending[layer] = finalists
@@ -250,21 +250,21 @@ class BatchCounts:
         for (n_samples, _, k), layers in alike.items():
             found = Finalists.joined([self._pending[layer] for layer in layers]).entries(k)
             parts = zip(torch.split(found.score, n_samples), torch.split(found.place, n_samples), strict=True)
-            self.found |= {layer: Candidates(*part) for layer, part in zip(layers, parts, strict=True)}
+            self._found |= {layer: Candidates(*part) for layer, part in zip(layers, parts, strict=True)}
         self._pending = {}
 
     def _add_totals(self) -> None:
         """Mass and rows of each sample in each expert of all layers, and of these what is kept."""
         counts = self.counts
-        if self.n_not_finite:
-            counts.not_finite += torch.stack(self.n_not_finite).sum()
+        if self._n_not_finite:
+            counts.not_finite += torch.stack(self._n_not_finite).sum()
         met: dict[int, list[int]] = {}
-        for layer in self.use:
+        for layer in self._use:
             met.setdefault(id(self.meetings[layer]), []).append(layer)
         for layers in met.values():
             meeting = self.meetings[layers[0]]
             sample_B = self.sample_B if meeting is None else meeting.sample_B
-            use_BE2 = torch.cat([self.use[layer] for layer in layers], dim=1)
+            use_BE2 = torch.cat([self._use[layer] for layer in layers], dim=1)
             is_of_QB = counts.task_of_sample[sample_B] == torch.arange(counts.n_tasks, device=counts.device)[:, None]
             total_QE2 = (is_of_QB.double() @ use_BE2.flatten(1)).view(counts.n_tasks, *use_BE2.shape[1:])
             number_E = torch.cat([counts.expert_number_E[counts.experts[layer]] for layer in layers])

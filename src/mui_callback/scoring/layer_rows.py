@@ -3,8 +3,8 @@
 Each scored token of a sample has a slot for each of its rows, and each row has chunks of neurons. The k highest entries
 of a sample are in the k chunks with the highest maxima, so only those are multiplied again.
 
-Shapes: B samples, R scored tokens, S rows, P slots of a sample, C chunks of the widest rows, k chunks of a sample that
-are chosen, M chunks, c neurons of a chunk, E experts.
+Shapes: B samples, R scored tokens, S rows, P slots of a sample, X slots of all samples, C chunks of the widest rows, k
+chunks of a sample that are chosen, M chunks, c neurons of a chunk, E experts.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class LayerRows:
         """
         device, n_ranks = tokens.row_R.device, sum(part.rows_per_token for part in parts)
         n_slots, n_chunks = tokens.n_orders * n_ranks, max(part.rows.n_chunks for part in parts)
-        with_rows = [(part, rows) for part, rows in _numbered(parts) if part.rows.n_rows]
-        is_fused = bool(with_rows) and all(part.rows.is_fused for part, _ in with_rows)
+        numbered = list(_numbered(parts))
+        is_fused = bool(numbered) and all(part.rows.is_fused for part, _ in numbered)
         make = torch.empty if is_fused else torch.zeros
         found = Found(
             torch.full((tokens.n_rows, n_slots, 1 + n_chunks), NOTHING, dtype=torch.float32, device=device),
@@ -53,7 +53,7 @@ class LayerRows:
             torch.zeros((), dtype=torch.int32, device=device),
             n_ranks,
         )
-        for part, rows in with_rows:
+        for part, rows in numbered:
             if is_fused:
                 scores.scan(part.rows.factors, rows, tokens.place_R, CHUNK, found)
             else:
@@ -74,8 +74,8 @@ class LayerRows:
             n_neurons: those of the layer.
         """
         if self.is_fused:
-            with_rows = [(part, rows) for part, rows in _numbered(self.parts) if part.rows.n_rows]
-            of_kinds = [(part.rows.factors, rows, part.first_expert, part.first_neuron) for part, rows in with_rows]
+            numbered = _numbered(self.parts)
+            of_kinds = [(part.rows.factors, rows, part.first_expert, part.first_neuron) for part, rows in numbered]
             chosen_Bk = scores.highest_chunks(self.found, k)
             return Finalists(*scores.finalists(chosen_Bk, of_kinds, n_neurons, CHUNK, self.found))
         highest_BM, n_chunks = self.found.highest_BPC[..., 1:].flatten(1), self.found.n_chunks
@@ -96,19 +96,19 @@ class LayerRows:
         score_Mc = torch.full((len(row_M), CHUNK), NOTHING, dtype=torch.float32, device=row_M.device)
         neuron_M = chunk_M * CHUNK
         for part, rows in _numbered(self.parts):
-            n_rows = part.rows.n_rows
-            if n_rows:
-                own_M = (row_M - rows.first_row).clamp(0, n_rows - 1)
-                is_own_M = (row_M >= rows.first_row) & (row_M < rows.first_row + n_rows)
-                score_Mc = part.rows.of_chunks(own_M, chunk_M).where(is_own_M[:, None], score_Mc)
-                neuron_M = neuron_M + part.first_neuron_S[own_M].where(is_own_M, 0)
+            own_M, last = row_M - rows.first_row, part.rows.n_rows - 1
+            is_own_M, own_M = (own_M >= 0) & (own_M <= last), own_M.clamp(0, last)
+            score_Mc = part.rows.of_chunks(own_M, chunk_M).where(is_own_M[:, None], score_Mc)
+            neuron_M = neuron_M + part.first_neuron_S[own_M].where(is_own_M, 0)
         return score_Mc, neuron_M
 
 
 def _numbered(parts: Sequence[ExpertScores]) -> Iterator[tuple[ExpertScores, Rows]]:
+    """Those kinds of experts that have rows, and which these are."""
     first_row = first_rank = 0
     for part in parts:
-        yield part, Rows(part.token_S, part.expert_S, part.rank_S, first_row, first_rank)
+        if part.rows.n_rows:
+            yield part, Rows(part.token_S, part.expert_S, part.rank_S, first_row, first_rank)
         first_row += part.rows.n_rows
         first_rank += part.rows_per_token
 
@@ -123,8 +123,6 @@ def _scan(part: ExpertScores, rows: Rows, place_R: Tensor, found: Found) -> None
     highest_XC[:, : 1 + n_chunks].index_copy_(0, slot_S, highest_SC)
     found.row_BP.view(-1)[slot_S] = torch.arange(part.rows.n_rows, device=slot_S.device) + rows.first_row
     expert_S = part.expert_S if is_row_S is None else part.expert_S.where(is_row_S, n_experts)
-    # a token has one row in an expert, so these are written and not added
-    found.use_RE2[part.token_S, expert_S] = torch.stack(
-        [summary.mass_S, torch.ones_like(summary.mass_S)], dim=1
-    ).double()
-    found.n_bad.add_(summary.n_not_finite)
+    use_S2 = torch.stack([summary.mass_S, torch.ones_like(summary.mass_S)], dim=1).double()
+    found.use_RE2[part.token_S, expert_S] = use_S2  # not added: a token has one row in an expert
+    found.n_not_finite.add_(summary.n_not_finite)

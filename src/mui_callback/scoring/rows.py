@@ -49,7 +49,7 @@ class Contributions:
     weight_S: Tensor | None = None
     """Routing weights G, float32; None where the readout holds them already."""
     is_row_S: Tensor | None = None
-    """False where no expert was chosen, or no token is scored: nothing of such a row counts. None if all are rows."""
+    """False where no expert was chosen: nothing of such a row counts. None if all are rows."""
     act_row_S: Tensor | None = None
     """Where the activations of each row are, int64; None if they are in order."""
 
