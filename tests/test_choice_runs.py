@@ -132,6 +132,33 @@ def test_where_it_is_not_tried(make: Callable[[], nn.Module]) -> None:
         np.testing.assert_allclose(choice_losses(probe.measure()), naive(model, probe_set(60)), rtol=1e-5)
 
 
+def test_keys_that_depend_on_the_length_are_not_kept() -> None:
+    """The factors of the rotary embedding are others from 64 positions on, which some choices cross."""
+    torch.manual_seed(0)
+    model = families.build("phimoe")
+    width = model.config.hidden_size // model.config.num_attention_heads
+    factors = {"short_factor": [1.0] * (width // 2), "long_factor": [8.0] * (width // 2), "factor": 8.0}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_mscale": 1.0, "long_mscale": 1.3, **factors}
+    longer = {"max_position_embeddings": 512, "original_max_position_embeddings": 64}
+    rope["original_max_position_embeddings"] = 64
+    config = type(model.config)(**{**model.config.to_dict(), **longer, "rope_parameters": rope})
+    model, samples = type(model)(config).eval(), probe_set(100)
+    probe = MUIProbe(model, samples, batch_tokens=700)
+    assert not probe._sharing.is_possible
+    np.testing.assert_allclose(choice_losses(probe.measure()), naive(model, samples), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "dynamic"}, {"sliding": {"rope_type": "yarn"}, "full": {"type": "longrope"}}]
+)
+def test_what_depends_on_the_length_is_told_by_the_config(name: str, rope: dict[str, Any]) -> None:
+    model = tiny.build("qwen3_moe")
+    assert PromptSharing.of(model, Shards()).is_possible
+    setattr(model.config, name, rope)
+    assert not PromptSharing.of(model, Shards()).is_possible
+
+
 def test_processes_in_step_all_run_choices_in_full() -> None:
     model = tiny.build("qwen3_moe")
     assert PromptSharing.of(model, Shards()).is_possible

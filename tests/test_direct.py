@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tiny
 from mui_callback import MUIProbe, ProbeSet
@@ -114,6 +115,31 @@ def test_direct_experts_that_are_changed_in_between_are_found_out() -> None:
     with in_reverse([module for name, module in model.named_modules() if name.endswith(".shared_experts")]):
         assert_same_key_neurons(first, probe.measure())
     assert_same_key_neurons(first, probe.measure())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "olmoe"])
+def test_batches_in_which_the_model_does_otherwise_are_noticed(family: str, cuts: Counter[str]) -> None:
+    """A user's hook steers large batches alone, so that the first one tells nothing of the others."""
+    model = tiny.build(family)
+
+    def steer(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        return out * 0.5 if out.numel() // out.shape[-1] > 22 else None
+
+    for name, module in model.named_modules():
+        if name.endswith((".experts", ".shared_expert", ".shared_experts")):
+            module.register_forward_hook(steer)
+    samples = ProbeSet({"task": make_samples(lengths=(5, 6, 7, 20, 22, 24))})
+    probe = MUIProbe(model, samples, batch_tokens=24, rules="top_fraction=0.02")
+    reports = [probe.measure(), probe.measure()]
+    cuts.clear()
+    third = probe.measure()
+    assert set(cuts.values()) == {len(probe._rounds) * len(probe.layers[0].experts)}  # never direct again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tail, "is_straight", lambda *args, **options: False)
+        expected = MUIProbe(model, samples, batch_tokens=24, rules="top_fraction=0.02").measure()
+    for report in (*reports, third):
+        assert_same_to_the_bit(expected, report)
+        assert report.identity_error < 1e-5
 
 
 def test_direct_experts_see_all_positions_in_a_plain_product() -> None:

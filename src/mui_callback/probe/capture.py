@@ -55,6 +55,7 @@ class Reading:
         consume: LayerConsumer,
         *,
         check: bool = False,
+        learn: bool = False,
     ) -> Iterator[None]:
         """Every layer is read once inside, and handed to `consume`; if not, `error` says why.
 
@@ -63,11 +64,11 @@ class Reading:
             readout_RD: unembedding rows of their targets.
             met_readout: unembedding rows of the targets of all tokens that meet in a layer, by layer.
             consume: takes what was read of each layer.
-            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``, and learn how
-                those layers are read of which it is not known yet; for the first batch.
+            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``.
+            learn: learn how those layers are read of which it is not known yet; for the first batch, with `check`.
         """
         not_read = set(range(len(self.readers)))
-        batch = self._batch = _Batch(tokens, readout_RD, met_readout, consume, check, not_read)
+        batch = self._batch = _Batch(tokens, readout_RD, met_readout, consume, check, learn, not_read)
         try:
             yield
         finally:
@@ -111,6 +112,7 @@ class Reading:
             *(out, lambda: batch.readout_TD, tokens, batch.met_readout(index)),
             is_output=is_output,
             check=batch.check,
+            learn=batch.learn,
         )
         batch.consume(index, scores)
 
@@ -122,6 +124,7 @@ class _Batch:
     met_readout: Callable[[int], Tensor]
     consume: LayerConsumer
     check: bool
+    learn: bool
     not_read: set[int]
     """Positions of the layers that have not run yet."""
 

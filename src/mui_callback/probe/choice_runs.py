@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -35,6 +35,9 @@ _T = TypeVar("_T")
 _NEEDED = {"past_key_values", "position_ids", "attention_mask", "use_cache"}
 """What the forward of a model takes that can go on after a prompt."""
 
+_OF_LENGTH = ("dynamic", "longrope")
+"""Types of rotary embeddings whose factors depend on the length of the sequence."""
+
 _PLAIN = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 """Layers of transformers' caches that hold keys and values of positions, or nothing."""
 
@@ -56,6 +59,7 @@ class PromptSharing:
         """
         call, config = ModelCall(model), getattr(model, "config", None)
         is_decoder = hasattr(config, "model_type") and not getattr(config, "is_encoder_decoder", False)
+        is_decoder = is_decoder and not _depends_on_length(config)
         return cls(is_decoder and not shards.in_step and (call.takes_any or call.names >= _NEEDED))
 
     @property
@@ -73,8 +77,9 @@ class PromptSharing:
 class ChoiceRuns:
     """Runs the batches of choices of one pass.
 
-    In every pass the first batch that follows prompts is checked: some of its choices are run in full, too. If the
-    logits differ by more than rounding, or anything fails, memory for example, prompts are not shared any more.
+    In every pass the first batch that follows the prompts of a group is checked: some of its choices are run in full,
+    too. If the logits differ by more than rounding, or anything fails, memory for example, prompts are not shared any
+    more.
 
     Args:
         head: of the model.
@@ -97,6 +102,7 @@ class ChoiceRuns:
             yield from [self._in_full(part)] if isinstance(part, Batch) else self._group(part)
 
     def _group(self, group: PromptGroup) -> Iterator[tuple[DeviceBatch, Tensor]]:
+        self._is_checked = False
         cache = self._unless_it_fails(lambda: self._cache(group.prompts))
         for followers in group.followers:
             found = self._unless_it_fails(partial(self._after, group.prompts, cache, followers))
@@ -104,6 +110,7 @@ class ChoiceRuns:
                 cache = None  # which takes up memory
                 found = self._in_full(followers.batch)
             yield found
+            del found
 
     def _in_full(self, batch: Batch) -> tuple[DeviceBatch, Tensor]:
         inputs = to_device(batch, self.device)
@@ -184,6 +191,19 @@ class Continued(DeviceBatch):
         """What the model is called with."""
         past = {} if self.past is None else {"past_key_values": self.past}
         return {**super().model_inputs, "position_ids": self.position_ids, "use_cache": True, **past}
+
+
+def _depends_on_length(config: Any) -> bool:
+    """Whether the rotary factors of a model are others where a sequence is longer, so that its keys cannot be kept."""
+    parts = [config, getattr(config, "text_config", None)]
+    values = [getattr(part, name, None) for part in parts for name in ("rope_parameters", "rope_scaling")]
+    while values:
+        value = values.pop()
+        if isinstance(value, Mapping):
+            values += value.values()
+        elif value in _OF_LENGTH:
+            return True
+    return False
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ class Learned:
     """What was learned of how layers are read, which holds as long as passes go well.
 
     Args:
-        make: makes readers that know nothing; may raise for a model that cannot be read.
+        make: makes readers that know nothing, careful ones or not; may raise for a model that cannot be read.
         device: where the model is.
     """
 
-    def __init__(self, make: Callable[[], tuple[LayerReader, ...]], device: torch.device) -> None:
-        self._make = make
-        self._readers = make()
+    def __init__(self, make: Callable[[bool], tuple[LayerReader, ...]], device: torch.device) -> None:
+        self._make_careful_or_not = make
+        self._is_careful = False
+        self._readers = self._make()
         self._precision = _autocast(device)
         self.is_used = False
         """Whether the readers of the next pass have learned in one that went well; the same in all processes."""
@@ -37,6 +38,15 @@ class Learned:
             reader if reader.is_learned else new for reader, new in zip(readers, self._readers, strict=True)
         )
         self.is_used = True
+
+    def be_careful(self) -> bool:
+        """From now on let readers ask in every batch, as batches turned out to differ; False if they do so already."""
+        was_careful, self._is_careful = self._is_careful, True
+        self._readers, self.is_used = self._make(), False
+        return not was_careful
+
+    def _make(self) -> tuple[LayerReader, ...]:
+        return self._make_careful_or_not(self._is_careful)
 
     def anew(self) -> Sequence[LayerReader]:
         """Readers that know nothing; what is known stays as it is."""

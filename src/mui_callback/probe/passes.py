@@ -127,11 +127,14 @@ class _Running:
     """Called after each round."""
 
     def samples(self, rounds: Rounds) -> None:
-        """Read the layers in every batch; what goes wrong in that is kept."""
+        """Read the layers in every batch; what goes wrong in that is kept.
+
+        The identity is checked in the first batch, whose samples are the shortest, and in the last.
+        """
         with instrument(self.of.reading):
             for number, batches in enumerate(rounds):
                 if self._takes_part(batches):
-                    self._read(batches, is_first=number == 0)
+                    self._read(batches, is_first=number == 0, is_last=number == len(rounds) - 1)
                 self.tell()
 
     def choices(self, parts: Sequence[Part]) -> None:
@@ -142,13 +145,14 @@ class _Running:
             if shards.counts:
                 loss_R, _ = token_losses(logits_RV, inputs.tokens.target_R)
                 counts.add_choices(inputs.sample_B[inputs.tokens.row_R], loss_R)
+            del logits_RV  # the next ones are made before they are handed on
             self.tell()
 
     def _takes_part(self, batches: tuple[Batch, ...]) -> bool:
         """Whether this process makes a forward pass: not without samples, unless others need it."""
         return self.of.shards.in_step or not batches[self.of.shards.own].is_stand_in
 
-    def _read(self, batches: tuple[Batch, ...], *, is_first: bool) -> None:
+    def _read(self, batches: tuple[Batch, ...], *, is_first: bool, is_last: bool) -> None:
         shards, counts = self.of.shards, self.counts
         now = Round.of(batches, shards, self.of.layers, self.head, counts.device, self.of.settings.alignment)
         tokens = now.inputs.tokens
@@ -157,7 +161,8 @@ class _Running:
         with (
             self.of.reading.batch(
                 *(now.tokens, now.readout_RD, now.readout, batch_counts.add_layer),
-                check=is_first,
+                check=is_first or is_last,
+                learn=is_first,
             ),
             self.capacities.counted(is_token_T, counts.add_dropped),
         ):

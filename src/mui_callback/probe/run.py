@@ -154,7 +154,10 @@ class MUIProbe:
             if not outcome.is_misread:
                 return outcome
             # what was learned before does not hold any more
-        return self._outcome(processes, start, sent)
+        outcome = self._outcome(processes, start, sent)
+        if outcome.is_misread and self._learned.be_careful():
+            outcome = self._outcome(processes, start, sent)
+        return outcome
 
     def _outcome(self, processes: Processes, start: float, sent: int) -> Outcome:
         """See `try_measure`, of one pass."""
@@ -336,14 +339,15 @@ class MUIProbe:
         )
         return one.run(rounds, choices, self.on_batch)
 
-    def _new_readers(self) -> tuple[LayerReader, ...]:
+    def _new_readers(self, careful: bool) -> tuple[LayerReader, ...]:
         """Who know nothing yet.
 
         Raises:
             UnsupportedModelError: the model cannot be read.
         """
         return tuple(
-            LayerReader(layer, counts=self._shards.counts, activation=self.settings.activation) for layer in self.layers
+            LayerReader(layer, counts=self._shards.counts, activation=self.settings.activation, careful=careful)
+            for layer in self.layers
         )
 
     def _make_batches(self, batch_tokens: int) -> None:

@@ -31,13 +31,17 @@ class LayerReader:
         counts: whether this process counts what it sees of experts that others have as well. Not if another one has
             the same batch.
         activation: see `ProbeSettings`.
+        careful: whether to ask the tail in every batch, for a model that does not do the same in all of them.
 
     Raises:
         UnsupportedModelError: the experts have no such activations that can be read.
     """
 
-    def __init__(self, layer: ExpertLayer, *, counts: bool = True, activation: Activation = "product") -> None:
+    def __init__(
+        self, layer: ExpertLayer, *, counts: bool = True, activation: Activation = "product", careful: bool = False
+    ) -> None:
         self.layer = layer
+        self.careful = careful
         self.activation = activation
         self.tail = Tail(f"layer {layer.shape.layer} ({layer.shape.path})", layer.peers)
         self.recorders: list[Recorder] = []
@@ -54,6 +58,8 @@ class LayerReader:
         """Whether it was learned how to know the tokens of all rows without asking the tail."""
         self.is_learned = False
         """Whether that holds for later passes, too, in which only the identity is checked."""
+        self._adds_up = True
+        """Whether the identity can be checked where nothing is recorded."""
 
     def clear(self) -> None:
         """Forget the last forward pass."""
@@ -89,6 +95,7 @@ class LayerReader:
         *,
         is_output: bool,
         check: bool = False,
+        learn: bool = False,
     ) -> LayerScores:
         """The contributions of the neurons of the layer that are in this process, to the scored tokens that meet here.
 
@@ -102,8 +109,9 @@ class LayerReader:
             tokens: the scored tokens.
             readout_RD: unembedding row of the target of each token that meets in the layer.
             is_output: whether `out` is the output of the experts alone; if not, there is a residual in it.
-            check: also compute what the conservation identity compares; if it is not known yet, find out what the tail
-                does, and how little has to be asked of it from then on.
+            check: also compute what the conservation identity compares, where that is possible.
+            learn: if it is not known yet, find out what the tail does, and how little has to be asked of it from then
+                on; only with `check`.
 
         Raises:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
@@ -115,11 +123,12 @@ class LayerReader:
             self._check_output(out, readout_RD.shape[1], tokens)
         for recorder in self.recorders:
             recorder.check_complete(tokens)
-        learns = check and not self.is_learned
-        if is_output and learns:
+        learns = learn and not self.is_learned
+        check = check and (learns or self._adds_up or not self.is_followed)
+        if is_output and check and not self.is_followed:
             self._note_own_bias(out)
         with self._together():
-            self._trace(out, readouts, tokens, learns=learns)
+            self._trace(out, readouts, tokens, check=check, learns=learns)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
             if not check:
@@ -157,12 +166,15 @@ class LayerReader:
                 f"others wait for it in vain and nothing can go on ({described(error)})."
             ) from error
 
-    def _trace(self, out: Tensor, readouts: Callable[[], Tensor], tokens: ScoredTokens, *, learns: bool) -> None:
+    def _trace(
+        self, out: Tensor, readouts: Callable[[], Tensor], tokens: ScoredTokens, *, check: bool, learns: bool
+    ) -> None:
         """Follow the tail back to the experts, no further than needed."""
         if learns or not self.can_follow:
             self.tail.locate(out, tokens)
-        if learns:
+        if check:
             self.tail.locate_constants(out, tokens)
+        if learns:
             self._learn(out, tokens)
         if self.can_follow:
             for recorder in self.recorders:
@@ -178,7 +190,8 @@ class LayerReader:
             recorder.learn(tokens)
             cuts = recorder.cuts
             recorder.is_direct = (
-                self.layer.scope_is_moe
+                not self.careful
+                and self.layer.scope_is_moe
                 and self.layer.peers.is_alone
                 and recorder.can_be_direct
                 and self.tail.is_straight(out, of=cuts)
@@ -189,13 +202,15 @@ class LayerReader:
         )
         # Of outputs with a weight of zero nothing was learned. The identity of later passes could not be checked where
         # constants in the tail are not seen, or rows are multiplied with other activations than those that add up.
-        can_stay = can_follow and not self.tail.constants and self.activation == "product"
+        adds_up = not self.tail.constants and self.activation == "product"
+        can_stay = can_follow and adds_up
         was_seen = [(cut.token_S >= 0).any() for cut in self.tail.cuts if cut.token_S is not None]
         stays = torch.stack([torch.tensor(can_stay, device=device), *was_seen]).all()
-        flags = torch.stack([torch.tensor(not can_follow, device=device), ~stays]).double()
+        told = torch.tensor([not can_follow, not adds_up], device=device)
+        flags = torch.cat([told, ~stays[None]]).double()
         self.layer.peers.highest(flags)
-        cannot_follow, is_for_now = flags.bool().tolist()
-        self.can_follow, self.is_learned = not cannot_follow, not is_for_now
+        cannot_follow, does_not, is_for_now = flags.bool().tolist()
+        self.can_follow, self.is_learned, self._adds_up = not cannot_follow, not is_for_now, not does_not
 
     def _parts(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> tuple[ExpertScores, ...]:
         return tuple(recorder.scores(tokens, readout_RD, activation) for recorder in self._counted)

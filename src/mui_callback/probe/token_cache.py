@@ -96,7 +96,8 @@ def _directory() -> Path | None:
     """Where files are kept; None for nowhere."""
     named = os.environ.get(VARIABLE)
     if named is not None:
-        return None if named in ("", "off") else Path(named).expanduser()
+        place, _ = attempt(lambda: Path(named).expanduser())  # there may be no such user
+        return None if named in ("", "off") else place
     base, _ = attempt(lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
     return None if base is None else base / "mui-callback" / "tokens"
 

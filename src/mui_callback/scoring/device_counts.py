@@ -181,7 +181,8 @@ class BatchCounts:
                 of_rules = [thresholds(marks.rule.value, rows.highest_B) for marks in self.counts.topscore]
                 self._above[layer] = neurons_above(rows, n_neurons, torch.stack(of_rules).amin(0))
         if scores.made_R is not None:
-            self.counts.identity_error[layer] = identity_error(scores)
+            worst = self.counts.identity_error
+            worst[layer] = torch.fmax(worst[layer], identity_error(scores))  # not a number if nothing is known
 
     def finish(self) -> None:
         """After the last layer: every process finds the key neurons of its own samples.
