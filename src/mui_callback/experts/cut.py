@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mui_callback.scoring.contributions import ScoredTokens
-from mui_callback.scoring.rows import rows_at
+from mui_callback.scoring.rows import inner, rows_at
 
 
 @dataclass(eq=False)
@@ -77,5 +77,5 @@ class Cut:
 def add_inner(sum_R: Tensor, token_S: Tensor, value_SD: Tensor, readout_SD: Tensor) -> None:
     """Add ⟨value, readout⟩ of each row to the sum of its token; rows of token -1 are left out."""
     if len(sum_R):
-        inner_S = (value_SD.detach().float() * readout_SD.float()).sum(-1).to(sum_R.dtype)
+        inner_S = inner(value_SD.detach().expand_as(readout_SD), readout_SD).to(sum_R.dtype)
         sum_R.index_add_(0, token_S.clamp(min=0), inner_S.where(token_S >= 0, 0))

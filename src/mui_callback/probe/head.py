@@ -21,6 +21,7 @@ from mui_callback.probe.call import ModelCall
 from mui_callback.probe.device_batch import DeviceBatch
 from mui_callback.probe.samples import IntArray
 from mui_callback.scoring.contributions import ScoredTokens, relative_error
+from mui_callback.scoring.rows import inner
 
 _ROWS_AT_ONCE = 1024
 _NAMES = ("lm_head", "embed_out", "output_layer", "unembed", "head", "output")
@@ -127,7 +128,7 @@ class LanguageModelHead:
                 hidden_RD, out_RV = hidden_RD[tokens.position_R], out_RV[tokens.position_R]
             if len(hidden_RD) != len(tokens.position_R):
                 return
-            expected_R = _inner(hidden_RD, readout_RD)
+            expected_R = inner(hidden_RD, readout_RD)
             for part_R in bias:
                 expected_R += part_R.float()
             self.error = relative_error(out_RV.gather(1, tokens.target_R[:, None])[:, 0].float(), expected_R)
@@ -140,12 +141,6 @@ class LanguageModelHead:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _inner(one_RD: Tensor, other_RD: Tensor) -> Tensor:
-    """Their inner products row by row, float32 ``[R]``; some rows at a time, for the logits take up memory already."""
-    pairs = zip(torch.split(one_RD, _ROWS_AT_ONCE), torch.split(other_RD, _ROWS_AT_ONCE), strict=True)
-    return torch.cat([(one.float() * other.float()).sum(-1) for one, other in pairs])
 
 
 def _find_head(model: nn.Module) -> nn.Module | None:

@@ -25,6 +25,9 @@ NOTHING = float("-inf")
 _AT_ONCE = 2**24
 """Products that are in memory together, where no kernel fuses what is done with them."""
 
+_INNER = 2**22
+"""Products that are in memory together where rows are multiplied with rows."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -157,6 +160,13 @@ class Contributions:
 def rows_at(x: Tensor, row_M: Tensor) -> Tensor:
     """``x[row_M]``, by whichever operator is the faster one on the device."""
     return x[row_M] if x.is_cuda else x.index_select(0, row_M)
+
+
+def inner(one_MD: Tensor, other_MD: Tensor) -> Tensor:
+    """Their inner products row by row, float32 ``[M]``; some rows at a time, for the products take twice the memory."""
+    size = max(1, _INNER // max(one_MD.shape[1], 1))
+    pairs = zip(torch.split(one_MD, size), torch.split(other_MD, size), strict=True)
+    return joined([(one.float() * other.float()).sum(-1) for one, other in pairs])
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
