@@ -57,7 +57,7 @@ def layer_scores(
             batch = to_device(host_batch, device)
             readout_RD = head.rows([host_batch.target], Shards(), device)
             tokens, readout = partial(_same, batch.tokens), partial(_same, readout_RD)
-            with reading.batch(tokens, readout_RD, readout, consume, check=conservation):
+            with reading.batch(tokens, readout_RD, readout, consume, check=conservation, learn=conservation):
                 head.logits(batch)
     if reading.error is not None:
         raise reading.error

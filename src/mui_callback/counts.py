@@ -58,7 +58,6 @@ class ProbeCounts:
     not_finite: NDArray[np.int64]
     """Contributions and token losses that were not finite, ``[1]``."""
     identity_error: NDArray[np.float64]
-    """How far each layer is from the identity Σ f = ⟨output, W_head[y]⟩, relative, at most in the first and the last
-    batch, ``[L]``."""
+    """How far, in the first batch, each layer is from the identity Σ f = ⟨output, W_head[y]⟩, relative, ``[L]``."""
     head_error: NDArray[np.float64]
     """How far, in the first batch, the targets' logits are from what W_head makes of the hidden states, ``[1]``."""

@@ -86,7 +86,7 @@ class PassResults:
 
     @property
     def identity_error(self) -> float | None:
-        """Largest relative error, over the layers, of Σ f = ⟨output of the layer, W_head[y]⟩, first and last batch."""
+        """Largest relative error, over the layers, of Σ f = ⟨output of the layer, W_head[y]⟩ in the first batch."""
         errors = self.counts.identity_error[np.isfinite(self.counts.identity_error)]
         return float(errors.max()) if errors.size else None
 

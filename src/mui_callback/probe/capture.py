@@ -64,8 +64,10 @@ class Reading:
             readout_RD: unembedding rows of their targets.
             met_readout: unembedding rows of the targets of all tokens that meet in a layer, by layer.
             consume: takes what was read of each layer.
-            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``.
-            learn: learn how those layers are read of which it is not known yet; for the first batch, with `check`.
+            check: also hand over what the identity needs, ``LayerScores.made_R`` and ``output_R``, of those layers of
+                which it is new how they are read.
+            learn: hand it over of all layers, and learn how those are read of which it is not known yet; for the first
+                batch.
         """
         not_read = set(range(len(self.readers)))
         batch = self._batch = _Batch(tokens, readout_RD, met_readout, consume, check, learn, not_read)

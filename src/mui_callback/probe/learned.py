@@ -37,6 +37,8 @@ class Learned:
         self._readers = tuple(
             reader if reader.is_learned else new for reader, new in zip(readers, self._readers, strict=True)
         )
+        for reader in self._readers:
+            reader.is_proven = reader.is_learned
         self.is_used = True
 
     def be_careful(self) -> bool:

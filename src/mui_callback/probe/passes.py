@@ -129,7 +129,8 @@ class _Running:
     def samples(self, rounds: Rounds) -> None:
         """Read the layers in every batch; what goes wrong in that is kept.
 
-        The identity is checked in the first batch, whose samples are the shortest, and in the last.
+        The identity is checked in the first batch, whose samples are the shortest, and in the last, where it is new how
+        a layer is read.
         """
         with instrument(self.of.reading):
             for number, batches in enumerate(rounds):

@@ -58,8 +58,8 @@ class LayerReader:
         """Whether it was learned how to know the tokens of all rows without asking the tail."""
         self.is_learned = False
         """Whether that holds for later passes, too, in which only the identity is checked."""
-        self._adds_up = True
-        """Whether the identity can be checked where nothing is recorded."""
+        self.is_proven = False
+        """Whether a whole pass went well with what was learned."""
 
     def clear(self) -> None:
         """Forget the last forward pass."""
@@ -109,9 +109,10 @@ class LayerReader:
             tokens: the scored tokens.
             readout_RD: unembedding row of the target of each token that meets in the layer.
             is_output: whether `out` is the output of the experts alone; if not, there is a residual in it.
-            check: also compute what the conservation identity compares, where that is possible.
+            check: also compute what the conservation identity compares: always with `learn`, else where a whole pass
+                has not shown yet that what was learned in its first batch holds in others.
             learn: if it is not known yet, find out what the tail does, and how little has to be asked of it from then
-                on; only with `check`.
+                on.
 
         Raises:
             ProbeError: an expert did not run, or not on the positions of the batch, or the tail cannot be transposed.
@@ -124,11 +125,11 @@ class LayerReader:
         for recorder in self.recorders:
             recorder.check_complete(tokens)
         learns = learn and not self.is_learned
-        check = check and (learns or self._adds_up or not self.is_followed)
-        if is_output and check and not self.is_followed:
+        check = learn or (check and self._is_to_be_proven)
+        if is_output and learns:
             self._note_own_bias(out)
         with self._together():
-            self._trace(out, readouts, tokens, check=check, learns=learns)
+            self._trace(out, readouts, tokens, learns=learns)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
             if not check:
@@ -166,15 +167,18 @@ class LayerReader:
                 f"others wait for it in vain and nothing can go on ({described(error)})."
             ) from error
 
-    def _trace(
-        self, out: Tensor, readouts: Callable[[], Tensor], tokens: ScoredTokens, *, check: bool, learns: bool
-    ) -> None:
+    @property
+    def _is_to_be_proven(self) -> bool:
+        """Whether nothing is recorded because of what the first batch of this pass showed of how outputs are used."""
+        is_direct = any(recorder.is_direct for recorder in self.recorders)
+        return is_direct and not self.is_proven and self.activation == "product"
+
+    def _trace(self, out: Tensor, readouts: Callable[[], Tensor], tokens: ScoredTokens, *, learns: bool) -> None:
         """Follow the tail back to the experts, no further than needed."""
         if learns or not self.can_follow:
             self.tail.locate(out, tokens)
-        if check:
-            self.tail.locate_constants(out, tokens)
         if learns:
+            self.tail.locate_constants(out, tokens)
             self._learn(out, tokens)
         if self.can_follow:
             for recorder in self.recorders:
@@ -202,15 +206,13 @@ class LayerReader:
         )
         # Of outputs with a weight of zero nothing was learned. The identity of later passes could not be checked where
         # constants in the tail are not seen, or rows are multiplied with other activations than those that add up.
-        adds_up = not self.tail.constants and self.activation == "product"
-        can_stay = can_follow and adds_up
+        can_stay = can_follow and not self.tail.constants and self.activation == "product"
         was_seen = [(cut.token_S >= 0).any() for cut in self.tail.cuts if cut.token_S is not None]
         stays = torch.stack([torch.tensor(can_stay, device=device), *was_seen]).all()
-        told = torch.tensor([not can_follow, not adds_up], device=device)
-        flags = torch.cat([told, ~stays[None]]).double()
+        flags = torch.stack([torch.tensor(not can_follow, device=device), ~stays]).double()
         self.layer.peers.highest(flags)
-        cannot_follow, does_not, is_for_now = flags.bool().tolist()
-        self.can_follow, self.is_learned, self._adds_up = not cannot_follow, not is_for_now, not does_not
+        cannot_follow, is_for_now = flags.bool().tolist()
+        self.can_follow, self.is_learned = not cannot_follow, not is_for_now
 
     def _parts(self, tokens: ScoredTokens, readout_RD: Tensor, activation: Activation) -> tuple[ExpertScores, ...]:
         return tuple(recorder.scores(tokens, readout_RD, activation) for recorder in self._counted)

@@ -76,7 +76,11 @@ class DeviceCounts:
         self.dropped = zeros(torch.int64, len(layout.layers))
         self.assigned = zeros(torch.int64, len(layout.layers))
         self.identity_error = zeros(torch.float64, len(layout.layers)).fill_(float("nan"))
+        self.later_error = torch.full_like(self.identity_error, float("nan"))
+        """The same in a later batch, where a layer was checked in one; not reported."""
         self.head_error = zeros(torch.float64, 1).fill_(float("nan"))
+        self.checked: set[int] = set()
+        """Layers whose error in the first batch is known."""
 
     @property
     def topscore(self) -> list[KeyMarks]:
@@ -119,11 +123,12 @@ class DeviceCounts:
         peers.add(flat)
         for tensor, total in zip(summed, torch.split(flat, [tensor.numel() for tensor in summed]), strict=True):
             tensor.copy_(total.view_as(tensor))
-        errors = torch.cat([self.identity_error, self.head_error]).nan_to_num(nan=float("-inf"))
+        kinds = [self.identity_error, self.later_error, self.head_error]
+        errors = torch.cat(kinds).nan_to_num(nan=float("-inf"))
         peers.highest(errors)
         errors = errors.where(errors.isfinite(), float("nan"))
-        self.identity_error.copy_(errors[:-1])
-        self.head_error.copy_(errors[-1:])
+        for kind, highest in zip(kinds, torch.split(errors, [len(kind) for kind in kinds]), strict=True):
+            kind.copy_(highest)
 
     def to_host(self) -> ProbeCounts:
         """Everything, after the last batch."""
@@ -181,8 +186,10 @@ class BatchCounts:
                 of_rules = [thresholds(marks.rule.value, rows.highest_B) for marks in self.counts.topscore]
                 self._above[layer] = neurons_above(rows, n_neurons, torch.stack(of_rules).amin(0))
         if scores.made_R is not None:
-            worst = self.counts.identity_error
-            worst[layer] = torch.fmax(worst[layer], identity_error(scores))  # not a number if nothing is known
+            counts = self.counts
+            errors = counts.later_error if layer in counts.checked else counts.identity_error
+            errors[layer] = identity_error(scores)
+            counts.checked.add(layer)
 
     def finish(self) -> None:
         """After the last layer: every process finds the key neurons of its own samples.
