@@ -201,6 +201,7 @@ def save(file: Path, **arrays: Any) -> None:
         lambda file: file.write_bytes(file.read_bytes().replace(file.read_bytes()[400:420], bytes(20))),
         lambda file: save(file, other=np.arange(3)),
         lambda file: save(file, digest=np.zeros((2, 16), "u1"), length=[2, 3], ids=np.arange(4)),
+        lambda file: save(file, digest=np.zeros((2, 16), "u1"), length=[2.0, 2.0], ids=np.arange(4)),
         lambda file: save(file, digest=np.array([None]), length=[2], ids=np.arange(2)),
     ],
 )

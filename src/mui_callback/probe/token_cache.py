@@ -131,8 +131,8 @@ def _load(file: Path) -> dict[bytes, IntArray]:
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             digest_NB, length_N, ids = arrays["digest"], arrays["length"], arrays["ids"]
-        is_whole = digest_NB.shape == (len(length_N), _DIGEST) and length_N.sum() == len(ids) and ids.dtype == np.int64
-        if not is_whole:
+        are_integers = ids.dtype == length_N.dtype == np.int64
+        if not are_integers or digest_NB.shape != (len(length_N), _DIGEST) or length_N.sum() != len(ids):
             raise ValueError(f"{len(digest_NB)} texts of {length_N.sum()} tokens, but {len(ids)} of {ids.dtype}")
     except (FileNotFoundError, NotADirectoryError):
         return {}
