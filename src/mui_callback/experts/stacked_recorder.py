@@ -219,8 +219,9 @@ class StackedRecorder:
         if rows.down_bias is None:
             return
         readout_ND = readout_RD if self.cut is None else self.cut.all_readouts(readout_RD)[place_N]
-        expert_NK = rows.expert_TK[place_N].clamp(max=self.experts.n_local - 1)
-        weight_NK = rows.weight_TK[place_N].float().masked_fill(rows.expert_TK[place_N] >= self.experts.n_local, 0)
+        expert_NK, n_local = rows.expert_TK[place_N], self.experts.n_local
+        weight_NK = rows.weight_TK[place_N].float().masked_fill(expert_NK >= n_local, 0)
+        expert_NK = expert_NK.clamp(max=n_local - 1)
         for expert_N, weight_N in zip(expert_NK.unbind(1), weight_NK.unbind(1), strict=True):
             add_inner(unmade_R, token_N, rows.down_bias[expert_N], readout_ND * weight_N[:, None])
 
