@@ -15,6 +15,30 @@ def _products(a: tl.tensor, p: tl.tensor, weight: tl.tensor) -> tl.tensor:
     return a.to(tl.float32) * p.to(tl.float32) * weight
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _row(
+    row: tl.tensor,
+    act_row: tl.tensor,
+    weight: tl.tensor,
+    is_row: tl.tensor,
+    width: tl.tensor,
+    HAS_ACT_ROW: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Where the activations of a row are, its weight, and how many of its neurons count."""
+    of_act = row
+    if HAS_ACT_ROW:
+        of_act = tl.load(act_row + row)
+    factor = 1.0
+    if HAS_WEIGHT:
+        factor = tl.load(weight + row)
+    n_counted = width
+    if HAS_ROWS:
+        n_counted = tl.where(tl.load(is_row + row) != 0, width, 0)
+    return of_act, factor, n_counted
+
+
 @triton.jit(do_not_specialize=["n_chunks", "n_ranks", "n_experts", "first_row", "first_rank"])  # type: ignore[untyped-decorator]
 def scan(
     act: tl.tensor,
@@ -46,18 +70,8 @@ def scan(
 ) -> None:
     """One program is one row, BLOCK chunks of it at a time."""
     row = tl.program_id(0).to(tl.int64)
-    factor = 1.0
-    if HAS_WEIGHT:
-        factor = tl.load(weight + row)
-    n_counted = width
-    number = tl.load(expert + row)
-    if HAS_ROWS:
-        counts = tl.load(is_row + row) != 0
-        n_counted = tl.where(counts, width, 0)
-        number = tl.where(counts, number, n_experts)
-    of_act = row
-    if HAS_ACT_ROW:
-        of_act = tl.load(act_row + row)
+    of_act, factor, n_counted = _row(row, act_row, weight, is_row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
+    number = tl.where(n_counted > 0, tl.load(expert + row), n_experts)
     of_token = tl.load(token + row)
     slot = tl.load(place + of_token) * n_ranks + first_rank + tl.load(rank + row)
     tl.store(row_of_slot + slot, first_row + row)
@@ -105,15 +119,7 @@ def sums(
 ) -> None:
     """One program is one row."""
     row = tl.program_id(0).to(tl.int64)
-    factor = 1.0
-    if HAS_WEIGHT:
-        factor = tl.load(weight + row)
-    n_counted = width
-    if HAS_ROWS:
-        n_counted = tl.where(tl.load(is_row + row) != 0, width, 0)
-    of_act = row
-    if HAS_ACT_ROW:
-        of_act = tl.load(act_row + row)
+    of_act, factor, n_counted = _row(row, act_row, weight, is_row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
     total = 0.0
     for first in range(0, width, BLOCK):
         columns = first + tl.arange(0, BLOCK)
@@ -263,15 +269,8 @@ def finalists(
     row = tl.load(row_of_slot + of_slot, mask=is_chunk, other=-1) - first_row
     is_here = is_chunk & (row >= 0) & (row < n_rows)
     row = tl.where(is_here, row, 0)
-    factor = 1.0
-    if HAS_WEIGHT:
-        factor = tl.load(weight + row)
-    n_counted = tl.where(is_here, width, 0)
-    if HAS_ROWS:
-        n_counted = tl.where(tl.load(is_row + row) != 0, n_counted, 0)
-    of_act = row
-    if HAS_ACT_ROW:
-        of_act = tl.load(act_row + row)
+    of_act, factor, n_counted = _row(row, act_row, weight, is_row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
+    n_counted = tl.where(is_here, n_counted, 0)
     columns = (column % n_chunks) * CHUNK + offsets
     is_there = columns < n_counted
     a = tl.load(act + of_act * act_stride + columns, mask=is_there, other=0.0)
