@@ -9,12 +9,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mui_callback.experts.pairs import Pairs
+from mui_callback.experts.pairs import Pairs, SortedRows
 from mui_callback.fused import available, scores
 from mui_callback.fused import experts as fused
 from mui_callback.fused.experts import Gate
 from mui_callback.probe.head import token_losses
 from mui_callback.scoring.contributions import ExpertScores, Responses
+from mui_callback.scoring.layer_buffers import LayerBuffers
 from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.rows import Contributions
 from mui_callback.scoring.topk import ordered_topk
@@ -88,11 +89,11 @@ def test_a_layer_is_as_the_operators_find_it(dtype: torch.dtype, width: int, k: 
         part_of((100, 2, 2), 13, (6, 6 * width), random, dtype, is_plain=True),
     ]
     n_neurons = 6 * width + 200
-    found = LayerRows.of(parts, responses, 8)
+    found = LayerRows.of(parts, LayerBuffers(responses), 8)
     assert found.is_fused
     entries, sums = found.finalists(k, n_neurons).entries(k), [part.rows.sums() for part in parts]
     with without_kernels():
-        plain = LayerRows.of(parts, responses, 8)
+        plain = LayerRows.of(parts, LayerBuffers(responses), 8)
         assert not plain.is_fused
         expected, expected_sums = plain.finalists(k, n_neurons).entries(k), [part.rows.sums() for part in parts]
     assert torch.equal(found.found.highest_BPC, plain.found.highest_BPC)
@@ -148,7 +149,7 @@ def test_activations_are_those_of_the_model(dtype: torch.dtype, gate: Gate, has_
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_outputs_and_pairs_are_those_of_the_operators(dtype: torch.dtype, has_bias: bool) -> None:
+def test_outputs_are_those_of_the_operators(dtype: torch.dtype, has_bias: bool) -> None:
     """Ids of as many as there are experts and more stand for none."""
     n_tokens, top_k, n_local, width = 50, 4, 6, 1100
     random = torch.Generator().manual_seed(0)
@@ -166,21 +167,40 @@ def test_outputs_and_pairs_are_those_of_the_operators(dtype: torch.dtype, has_bi
         found.double(), expected, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-5, equal_nan=True
     )
 
-    position_R = torch.randperm(n_tokens, generator=random)[:20].sort().values.to(DEVICE)
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 50, 3000, 20_000])
+@pytest.mark.parametrize(("n_local", "top_k"), [(1, 1), (6, 4), (128, 8), (300, 3)])
+def test_sorted_pairs_are_those_of_the_operators(dtype: torch.dtype, n_tokens: int, n_local: int, top_k: int) -> None:
+    """Ids of as many as there are experts and more stand for none."""
+    random = torch.Generator().manual_seed(0)
+    expert_TK = torch.rand(n_tokens, n_local + 3, generator=random).topk(top_k).indices.to(DEVICE)
+    weight_TK = torch.rand(n_tokens, top_k, generator=random).to(DEVICE, dtype)
+    n_scored = -(-n_tokens // 3)
+    position_R = torch.randperm(n_tokens, generator=random)[:n_scored].sort().values.to(DEVICE)
     number_T = torch.full((n_tokens,), -1, device=DEVICE)
-    number_T[position_R] = 5 + torch.arange(20, device=DEVICE)
-    n_scored_S = (number_T >= 0)[order_S // top_k].cumsum(0)
-    pairs = Pairs(
-        *fused.pairs(order_S, n_scored_S, number_T, expert_TK, weight_TK, n_pairs=80, n_local=n_local, first=5)
-    )
-    by_pair = Pairs.of(position_R, expert_TK, weight_TK, row_TK, n_local)
-    assert (pairs.expert_P.diff() >= 0).all()
+    number_T[position_R] = 5 + torch.arange(n_scored, device=DEVICE)
+    assert fused.can_sort(expert_TK, weight_TK, n_local)
+    expected = SortedRows.of(expert_TK, n_local)
+    for scored in ((number_T, 5, n_scored), (None, 0, 0)):
+        rows, pairs = fused.sort_pairs(expert_TK, weight_TK, n_local, *scored)
+        for own, other in zip(rows, vars(expected).values(), strict=True):
+            assert torch.equal(own.long(), other.long())
+    assert pairs == ()
+    _, found = fused.sort_pairs(expert_TK, weight_TK, n_local, number_T, 5, n_scored)
+    pairs = Pairs(*found)
+    by_pair = Pairs.of(position_R, expert_TK, weight_TK, expected.row_TK, n_local)
+    assert torch.equal(pairs.end_E, by_pair.end_E)
+    assert torch.equal(pairs.expert_P, by_pair.expert_P)
 
     def listed(one: Pairs) -> list[tuple[float, ...]]:
-        fields = (one.from_P, one.rank_P, one.expert_P, one.weight_P, one.row_P, one.is_row_P)
-        return sorted(zip(*(field.tolist() for field in fields), strict=True))
+        is_row_P = torch.ones_like(one.from_P) if one.is_row_P is None else one.is_row_P
+        fields = (one.expert_P, one.from_P, one.rank_P, one.weight_P, one.row_P, is_row_P)
+        return list(zip(*(field.tolist() for field in fields), strict=True))
 
-    assert listed(pairs) == listed(by_pair)
+    assert sorted(listed(pairs)) == sorted(listed(by_pair))
+    of_experts = [pair for pair in listed(pairs) if pair[-1]]  # what belongs to no expert comes in any order
+    assert of_experts == [pair for pair in listed(by_pair) if pair[-1]]
 
 
 @pytest.mark.parametrize("n_columns", [1, 5, 1024, 3000])

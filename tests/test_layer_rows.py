@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mui_callback.scoring.contributions import ExpertScores, Responses
+from mui_callback.scoring.layer_buffers import LayerBuffers
 from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.rows import CHUNK, Contributions
 
@@ -60,7 +61,7 @@ def test_what_is_found_of_a_layer_is_what_a_loop_finds(
 ) -> None:
     parts, responses, naive = made
     n_experts = max(part.first_expert + part.rows_per_token for part in parts)
-    rows = LayerRows.of(parts, responses, n_experts)
+    rows = LayerRows.of(parts, LayerBuffers(responses), n_experts)
     n_ranks, n_chunks = sum(part.rows_per_token for part in parts), max(part.rows.n_chunks for part in parts)
     n_slots = responses.n_orders * n_ranks
     highest = np.full((responses.n_rows, n_slots, 1 + n_chunks), -math.inf)
@@ -97,7 +98,7 @@ def test_the_finalists_hold_the_highest_entries(
 ) -> None:
     parts, responses, naive = made
     n_neurons = max(part.first_neuron + part.rows_per_token * part.rows.width for part in parts)
-    found = LayerRows.of(parts, responses, 99).finalists(k, n_neurons).entries(k)
+    found = LayerRows.of(parts, LayerBuffers(responses), 99).finalists(k, n_neurons).entries(k)
     entries: list[list[tuple[float, int]]] = [[] for _ in range(responses.n_rows)]
     for part, f in zip(parts, naive, strict=True):
         for token, expert, one in zip(part.token_S.tolist(), part.expert_S.tolist(), f, strict=True):

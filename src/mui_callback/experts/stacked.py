@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.base import First
 from mui_callback.experts.expert_parallelism import NOT_SPREAD, Spread
-from mui_callback.experts.grouped import group_offsets, grouped_mm, numbers
+from mui_callback.experts.grouped import grouped_mm
 from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.known_gates import known_gate
 from mui_callback.experts.norms import channel_scale
+from mui_callback.experts.pairs import sort_pairs
 from mui_callback.experts.stacked_recorder import RoutedRows, StackedRecorder
 from mui_callback.experts.tail import Tail
 from mui_callback.fused import experts as fused
 from mui_callback.fused.available import can_run
 from mui_callback.parallel.weights import check_readable, whole_shape
+from mui_callback.scoring.contributions import ScoredTokens
 from mui_callback.scoring.rows import rows_at
 from mui_callback.settings import Activation
 
@@ -119,49 +121,47 @@ class StackedExperts:
         is_masked_EI: Tensor | None = None,
         *,
         keep_gate: bool = False,
+        tokens: ScoredTokens | None = None,
     ) -> tuple[Tensor, RoutedRows]:
         """The module's forward, with everything that a contribution is made of.
 
         Experts are numbered as in this process. An id of E stands for "no expert" (some routers skip, some experts
         are elsewhere): such a pair is computed with the last expert and weighted with zero, so that no row
         is left unwritten. The activations of the neurons in ``is_masked_EI`` are set to zero. With `keep_gate`, the
-        rows hold what activations are made of.
+        rows hold what activations are made of. Where `tokens` are known, those of the positions of the batch, the rows
+        may hold their pairs.
 
         Returns:
             The output ``[T, D]`` in the dtype of the input, and the rows behind it.
         """
-        module, (n_tokens, top_k) = self.module, expert_TK.shape
+        module = self.module
         width = module.down_proj.shape[1 if module.is_transposed else 2]
         if (len(module.down_proj), width) != (self.n_local, self.width):
             raise ProbeError(
                 f"{self.path}.down_proj: expected {self.n_local} whole experts of {self.width} neurons in this "
                 f"process, got {tuple(module.down_proj.shape)}"
             )
-        expert_S, order_S = _sorted(expert_TK.flatten().clamp(max=self.n_local - 1), self.n_local)
-        offsets_E = group_offsets(expert_S, self.n_local)
-        from_S = order_S // top_k
-        row_S = torch.empty_like(order_S)
-        row_S[order_S] = numbers(len(order_S), order_S.dtype, order_S.device)
-        row_TK = row_S.view(n_tokens, top_k)
+        sorted_rows, pairs = sort_pairs(expert_TK, weight_TK, self.n_local, tokens)
+        expert_S, row_TK, end_E = sorted_rows.expert_S, sorted_rows.row_TK, sorted_rows.end_E
 
-        act_SI, up_S = self._activations(rows_at(x_TD, from_S), expert_S, offsets_E, keep_gate=keep_gate)
+        act_SI, up_S = self._activations(rows_at(x_TD, sorted_rows.from_S), expert_S, end_E, keep_gate=keep_gate)
         if is_masked_EI is not None:
             act_SI = act_SI.masked_fill(is_masked_EI[expert_S.long()], 0)
-        raw_SD, bias = self._product(act_SI, "down_proj", offsets_E), self._bias("down_proj")
+        raw_SD, bias = self._product(act_SI, "down_proj", end_E), self._bias("down_proj")
         if can_run(raw_SD, weight_TK) and not module.has_post_expert_norm:
             out_TD = fused.combined(raw_SD, bias, row_TK, expert_TK, weight_TK, self.n_local)
         else:
             raw_SD = raw_SD if bias is None else raw_SD + bias[expert_S.long()]
             out_SD = module.post_expert_norm(raw_SD) if module.has_post_expert_norm else raw_SD
-            weight_S = weight_TK.masked_fill(expert_TK >= self.n_local, 0).flatten()[order_S]
-            out_TD = rows_at(out_SD * weight_S.unsqueeze(-1), row_S).view(n_tokens, top_k, -1).sum(dim=1)
+            weight_S = weight_TK.masked_fill(expert_TK >= self.n_local, 0).flatten()[sorted_rows.order_S]
+            out_SD = rows_at(out_SD * weight_S.unsqueeze(-1), row_TK.flatten())
+            out_TD = out_SD.view(*expert_TK.shape, -1).sum(dim=1)
 
         rows = RoutedRows(
             expert_TK,
             weight_TK,
             row_TK=row_TK,
-            order_S=order_S,
-            from_S=from_S,
+            pairs=pairs,
             act_SI=act_SI,
             raw_SD=raw_SD if module.has_post_expert_norm else None,
             up_S=up_S,
@@ -171,11 +171,11 @@ class StackedExperts:
         return out_TD.to(x_TD.dtype), rows
 
     def _activations(
-        self, x_SD: Tensor, expert_S: Tensor, offsets_E: Tensor, *, keep_gate: bool
+        self, x_SD: Tensor, expert_S: Tensor, end_E: Tensor, *, keep_gate: bool
     ) -> tuple[Tensor, Tensor | None]:
         """``[S, I]``, and what they are made of, if that is to be kept."""
         module, (name, _) = self.module, self._weight_names()
-        up_S, bias = self._product(x_SD, name, offsets_E), self._bias(name)
+        up_S, bias = self._product(x_SD, name, end_E), self._bias(name)
         gate = known_gate(module) if can_run(up_S) and not keep_gate else None
         if gate is not None:
             return fused.gated(gate, up_S, bias, expert_S), None
@@ -207,37 +207,29 @@ class StackedExperts:
             )
         return gate_SI
 
-    def _product(self, x_SN: Tensor, name: str, offsets_E: Tensor) -> Tensor:
+    def _product(self, x_SN: Tensor, name: str, end_E: Tensor) -> Tensor:
         weight = getattr(self.module, name)
-        return grouped_mm(x_SN, weight if self.module.is_transposed else weight.transpose(-2, -1), offsets_E)
+        return grouped_mm(x_SN, weight if self.module.is_transposed else weight.transpose(-2, -1), end_E)
 
     def _bias(self, name: str) -> Tensor | None:
         bias: Tensor | None = getattr(self.module, f"{name}_bias") if self.module.has_bias else None
         return bias
 
-    def project(self, rows: RoutedRows, readout_PD: Tensor, expert_P: Tensor) -> Tensor:
+    def project(self, rows: RoutedRows, readout_PD: Tensor, end_E: Tensor) -> Tensor:
         """⟨W_d[:, j], readout⟩ for each neuron j of each pair's expert.
 
         Args:
             rows: what `run` left.
             readout_PD: ``[P, D]``, sorted by expert.
-            expert_P: int64 ``[P]``, ascending.
+            end_E: end of the pairs of each expert, int32.
 
         Returns:
             ``[P, I]`` in the dtype of the weight.
         """
         down = rows.down
-        offsets_E = group_offsets(expert_P, self.n_local)
-        return grouped_mm(readout_PD, down.transpose(-2, -1) if self.module.is_transposed else down, offsets_E)
+        return grouped_mm(readout_PD, down.transpose(-2, -1) if self.module.is_transposed else down, end_E)
 
     def through_norm(self, readout_PD: Tensor, raw_PD: Tensor) -> Tensor:
         """The readout in front of the norm that follows an expert, float32 ``[P, D]``; `raw_PD` was its input."""
         raw_PD = raw_PD.float()
         return readout_PD * channel_scale(self.module.post_expert_norm(raw_PD), raw_PD)
-
-
-def _sorted(expert_S: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """Expert ids in ascending order, and where each of them was; equal ones stay in order."""
-    if expert_S.is_cuda and n_experts <= 256:
-        expert_S = expert_S.to(torch.uint8)  # sorted in one pass where int64 takes eight
-    return expert_S.sort(stable=True)

@@ -21,8 +21,6 @@ from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.pairs import Pairs
 from mui_callback.experts.tail import Tail
-from mui_callback.fused import experts as fused
-from mui_callback.fused.available import can_run
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_of_row
 from mui_callback.scoring.rows import Contributions, rows_at
 from mui_callback.settings import Activation
@@ -35,18 +33,17 @@ if TYPE_CHECKING:
 class RoutedRows:
     """What the experts did with each (token, expert) pair, sorted by expert.
 
-    ``row_TK`` says which row the k-th expert of a token is, ``order_S`` which of the T·K pairs a row is and ``from_S``
-    of which token; ``act_SI`` are the activations that feed the down projection, ``up_S`` what they are made of, where
-    that was asked for; ``raw_SD`` is the experts' output before the norm that follows it, where there is one; ``down``
-    and ``down_bias`` are the down projection as it was in this forward (adapters make it anew each time, expert
-    parallelism puts the part of this process there).
+    ``row_TK`` says which row the k-th expert of a token is; ``pairs`` are those of scored tokens, where they were found
+    on the way; ``act_SI`` are the activations that feed the down projection, ``up_S`` what they are made of, where that
+    was asked for; ``raw_SD`` is the experts' output before the norm that follows it, where there is one; ``down`` and
+    ``down_bias`` are the down projection as it was in this forward (adapters make it anew each time, expert parallelism
+    puts the part of this process there).
     """
 
     expert_TK: Tensor
     weight_TK: Tensor
     row_TK: Tensor
-    order_S: Tensor
-    from_S: Tensor
+    pairs: Pairs | None
     act_SI: Tensor
     up_S: Tensor | None
     raw_SD: Tensor | None
@@ -67,7 +64,7 @@ class StackedRecorder:
 
     def clear(self) -> None:
         """See `Recorder`."""
-        self.is_announced = False
+        self._announced: ScoredTokens | None = None
         self.rows: RoutedRows | None = None
         self.cut: Cut | None = None
 
@@ -79,7 +76,11 @@ class StackedRecorder:
 
     def _run(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):
-            out_TD, self.rows = self.experts.run(x_TD, expert_TK, weight_TK, keep_gate=self.keep_gate)
+            out_TD, self.rows = self.experts.run(
+                *(x_TD, expert_TK, weight_TK),
+                keep_gate=self.keep_gate,
+                tokens=self._announced if self.knows_order else None,
+            )
         if self.is_followed:
             return out_TD
         self.cut = self.tail.cut(out_TD)
@@ -124,11 +125,11 @@ class StackedRecorder:
     @property
     def is_followed(self) -> bool:
         """See `Recorder`: nothing has to be asked of the tail."""
-        return self.is_direct and self.is_announced
+        return self.is_direct and self._announced is not None
 
     def announce(self, tokens: ScoredTokens, readout_RD: Tensor) -> None:
         """See `Recorder`: the rows of the output are known, or asked of the tail."""
-        self.is_announced = True
+        self._announced = tokens
 
     def meet(self) -> None:
         """See `Recorder`: there is nothing to tell."""
@@ -153,7 +154,7 @@ class StackedRecorder:
         """See `Recorder`."""
         rows, place_N, token_N = self._read(tokens)
         n_local, top_k = self.experts.n_local, rows.expert_TK.shape[1]
-        pairs = self._pairs(rows, place_N, tokens)
+        pairs = rows.pairs or Pairs.of(place_N, rows.expert_TK, rows.weight_TK, rows.row_TK, n_local)
         weight_P, rank_P = pairs.weight_P, pairs.rank_P
         token_P = token_N[pairs.from_P] if tokens.first or not self.knows_order else pairs.from_P
         readout_ND, scale_N = self._readouts(place_N, readout_RD)
@@ -170,7 +171,7 @@ class StackedRecorder:
         return ExpertScores(
             Contributions(
                 self.experts.gate(rows) if activation == "gate" else rows.act_SI,
-                self.experts.project(rows, readout_PD, pairs.expert_P),
+                self.experts.project(rows, readout_PD, pairs.end_E),
                 weight_P,
                 pairs.is_row_P,
                 pairs.row_P,
@@ -182,24 +183,6 @@ class StackedRecorder:
             first_expert=self.first.expert,
             first_neuron=self.first.neuron,
         )
-
-    def _pairs(self, rows: RoutedRows, place_N: Tensor, tokens: ScoredTokens) -> Pairs:
-        n_local = self.experts.n_local
-        if not self.knows_order or not can_run(rows.order_S, rows.weight_TK, place_N):
-            return Pairs.of(place_N, rows.expert_TK, rows.weight_TK, rows.row_TK, n_local)
-        found = fused.pairs(
-            *(
-                rows.order_S,
-                tokens.is_scored_T[rows.from_S].cumsum(0),
-                tokens.number_T,
-                rows.expert_TK,
-                rows.weight_TK,
-            ),
-            n_pairs=len(place_N) * rows.expert_TK.shape[1],
-            n_local=n_local,
-            first=tokens.first,
-        )
-        return Pairs(*found)
 
     def _readouts(self, place_N: Tensor, readout_RD: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Cut.readouts_of`."""

@@ -12,8 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mui_callback.fused.available import can_run
+
 _BLOCK = 1024
 _PAIRS = 256
+"""Pairs of a program that sorts them, of which there are the more of the more there are."""
+_MANY_PAIRS = 2**16
+_TILE = 32
+"""Pairs, or programs, that are compared with those of a program at a time."""
+_EXPERTS = 512
+"""Experts that pairs are sorted by."""
 
 
 @dataclass(frozen=True)
@@ -75,40 +83,50 @@ def combined(
     return out_TD
 
 
-def pairs(
-    order_S: Tensor,
-    n_scored_S: Tensor,
-    number_T: Tensor,
-    expert_TK: Tensor,
-    weight_TK: Tensor,
-    *,
-    n_pairs: int,
-    n_local: int,
-    first: int,
-) -> tuple[Tensor, ...]:
-    """The fields of `mui_callback.experts.pairs.Pairs`, of the rows of scored tokens among all, sorted by expert.
+def can_sort(expert_TK: Tensor, weight_TK: Tensor, n_local: int) -> bool:
+    """Whether there are kernels for `sort_pairs`."""
+    return n_local <= _EXPERTS and can_run(expert_TK, weight_TK)
+
+
+def sort_pairs(
+    expert_TK: Tensor, weight_TK: Tensor, n_local: int, number_T: Tensor | None, first: int, n_scored: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The fields of `mui_callback.experts.pairs.SortedRows` and, of scored tokens, those of `Pairs` there.
 
     Args:
-        order_S: which pair of T · K each row is, int64.
-        n_scored_S: how many rows up to each, itself included, are of scored tokens, int64.
-        number_T: number of the scored token, int64; -1 where none is scored.
         expert_TK: experts of each token, int64; those of `n_local` and more are none.
         weight_TK: routing weights, of any floating-point type.
-        n_pairs: P.
         n_local: E.
+        number_T: number of the scored token, int64; -1 where none is scored. None if it is not known which are.
         first: the number of the first token that is scored.
+        n_scored: how many are.
     """
-    from_P, expert_P, row_P, rank_P = order_S.new_empty(4, n_pairs).unbind(0)
-    weight_P = torch.empty(n_pairs, dtype=torch.float32, device=order_S.device)
-    is_row_P = torch.empty(n_pairs, dtype=torch.bool, device=order_S.device)
-    with torch.cuda.device(order_S.device):
-        _kernels().pairs[(-(-len(order_S) // _PAIRS),)](
-            *(order_S, n_scored_S, number_T, expert_TK.contiguous(), weight_TK.contiguous()),
-            *(from_P, expert_P, weight_P, row_P, rank_P, is_row_P, len(order_S), n_local, first),
-            TOP_K=expert_TK.shape[1],
-            BLOCK=_PAIRS,
+    (n_tokens, top_k), device = expert_TK.shape, expert_TK.device
+    n_pairs, n_kinds = n_tokens * top_k, 1 if number_T is None else 2
+    block = _PAIRS if n_pairs <= _MANY_PAIRS else 4 * _PAIRS
+    bins, n_blocks = max(32, 1 << (n_local - 1).bit_length()), -(-n_pairs // block)
+    counts, starts = torch.empty(2, n_kinds, n_blocks, bins, dtype=torch.int32, device=device).unbind(0)
+    ends_E = torch.empty(n_kinds, n_local, dtype=torch.int32, device=device)
+    order_S, from_S, expert_S, row_S = torch.empty(4, n_pairs, dtype=torch.int64, device=device).unbind(0)
+    of_scored: tuple[Tensor, ...] = ()
+    if number_T is not None:
+        from_P, expert_P, row_P, rank_P = order_S.new_empty(4, n_scored * top_k).unbind(0)
+        weight_P = torch.empty(n_scored * top_k, dtype=torch.float32, device=device)
+        is_row_P = torch.empty(n_scored * top_k, dtype=torch.bool, device=device)
+        of_scored = from_P, expert_P, weight_P, row_P, rank_P, is_row_P
+    expert_TK = expert_TK.contiguous()
+    constants = {"HAS_SCORED": number_T is not None, "TOP_K": top_k, "BINS": bins, "BLOCK": block}
+    with torch.cuda.device(device):
+        kernels = _kernels()
+        kernels.count[(n_blocks,)](expert_TK, number_T, counts, n_pairs, n_local, **constants)
+        kernels.sort[(n_blocks,)](
+            *(expert_TK, weight_TK.contiguous(), number_T, counts, starts, ends_E),
+            *(order_S, from_S, expert_S, row_S, *(of_scored or (None,) * 6), n_pairs, n_local, first),
+            **constants,
+            TILE=_TILE,
         )
-    return from_P, expert_P, weight_P, row_P, rank_P, is_row_P
+    rows = order_S, from_S, expert_S, row_S.view(n_tokens, top_k), ends_E[0]
+    return rows, (*of_scored, ends_E[1]) if of_scored else ()
 
 
 def _kernels() -> Any:

@@ -118,7 +118,8 @@ def scan(factors: Factors, rows: Rows, place_R: Tensor, chunk: int, found: Found
         _kernels().scan[(n_rows,)](
             *(*factors.tensors, rows.token_S, rows.expert_S, rows.rank_S, place_R),
             *(found.highest_BPC, found.row_BP, found.use_RE2, found.n_not_finite),
-            *(width, found.n_chunks, found.n_ranks, found.use_RE2.shape[1] - 1, rows.first_row, rows.first_rank),
+            *(width, found.n_chunks, found.n_ranks, found.use_RE2.shape[1] - 1, found.use_RE2.stride(0)),
+            *(rows.first_row, rows.first_rank),
             *factors.strides,
             **factors.flags,
             CHUNK=chunk,
@@ -141,23 +142,14 @@ def highest_chunks(found: Found, k: int) -> Tensor:
     They are numbered slot by slot, ascending.
     """
     n_samples, n_slots, n_chunks = len(found.row_BP), found.n_slots, found.n_chunks
-    if n_slots > k:
-        slots_Bk = _selected(found, None, n_slots, k)
-    else:
-        slots_Bk = torch.arange(n_slots, device=found.row_BP.device).expand(n_samples, -1).contiguous()
-    n_columns = slots_Bk.shape[1] * n_chunks
-    return _selected(found, slots_Bk, n_columns, min(k, n_columns))
-
-
-def _selected(found: Found, slots_BK: Tensor | None, n_columns: int, n_kept: int) -> Tensor:
-    n_samples = len(found.row_BP)
-    chosen_Bk = torch.empty(n_samples, n_kept, dtype=torch.int64, device=found.row_BP.device)
-    n_slots_kept = 0 if slots_BK is None else slots_BK.shape[1]
+    n_kept_slots = min(k, n_slots)
+    n_kept = min(k, n_kept_slots * n_chunks)
+    chosen_Bk = found.row_BP.new_empty(n_samples, n_kept)
+    slots_Bk = found.row_BP.new_empty(n_samples, n_kept_slots) if n_kept_slots < n_slots else None
     with torch.cuda.device(chosen_Bk.device):
-        _kernels().select[(n_samples,)](
-            *(found.highest_BPC, slots_BK, chosen_Bk, n_columns, n_kept),
-            *(found.n_slots, n_slots_kept, found.n_chunks),
-            HAS_SLOTS=slots_BK is not None,
+        _kernels().choose[(n_samples,)](
+            *(found.highest_BPC, slots_Bk, chosen_Bk, n_slots, n_chunks, n_kept_slots, n_kept),
+            HAS_SLOTS=slots_Bk is not None,
             BLOCK=_SELECTED,
             num_warps=8,
         )

@@ -82,43 +82,119 @@ def combined(
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=is_there)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_local", "first"])  # type: ignore[untyped-decorator]
-def pairs(
-    order: tl.tensor,
-    n_scored: tl.tensor,
+@triton.jit(do_not_specialize=["n_pairs", "n_local"])  # type: ignore[untyped-decorator]
+def count(
+    expert: tl.tensor,
     number: tl.tensor,
+    counts: tl.tensor,
+    n_pairs: tl.tensor,
+    n_local: tl.tensor,
+    HAS_SCORED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program counts the experts of BLOCK pairs, and those of the pairs of scored tokens apart."""
+    block = tl.program_id(0).to(tl.int64)
+    pair = block * BLOCK + tl.arange(0, BLOCK)
+    is_pair = pair < n_pairs
+    own = tl.minimum(tl.load(expert + pair, mask=is_pair, other=0), n_local - 1).to(tl.int32)
+    bins = tl.arange(0, BINS)
+    tl.store(counts + block * BINS + bins, tl.histogram(own, BINS, mask=is_pair))
+    if HAS_SCORED:
+        is_scored = tl.load(number + pair // TOP_K, mask=is_pair, other=-1) >= 0
+        of_scored = counts + (tl.num_programs(0) + block) * BINS
+        tl.store(of_scored + bins, tl.histogram(own, BINS, mask=is_scored))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _starts(
+    counts: tl.tensor, starts: tl.tensor, ends: tl.tensor, n_local: tl.tensor, BINS: tl.constexpr, TILE: tl.constexpr
+) -> None:
+    """Where the rows of each expert begin that this program finds; the last one also says where all rows of it end."""
+    block, n_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    bins = tl.arange(0, BINS)
+    total = tl.zeros((BINS,), dtype=tl.int32)
+    before = tl.zeros((BINS,), dtype=tl.int32)
+    for first in range(0, n_blocks, TILE):
+        blocks = first + tl.arange(0, TILE)
+        places = blocks[:, None] * BINS + bins[None, :]
+        found = tl.load(counts + places, mask=blocks[:, None] < n_blocks, other=0)
+        total += tl.sum(found, axis=0)
+        before += tl.sum(tl.where(blocks[:, None] < block, found, 0), axis=0)
+    end = tl.cumsum(total, axis=0)
+    tl.store(starts + block * BINS + bins, end - total + before)
+    if block == n_blocks - 1:
+        tl.store(ends + bins, end, mask=bins < n_local)
+
+
+@triton.jit(do_not_specialize=["n_pairs", "n_local", "first"])  # type: ignore[untyped-decorator]
+def sort(
     expert: tl.tensor,
     weight: tl.tensor,
+    number: tl.tensor,
+    counts: tl.tensor,
+    starts: tl.tensor,
+    ends: tl.tensor,
+    order: tl.tensor,
+    from_S: tl.tensor,
+    expert_S: tl.tensor,
+    row: tl.tensor,
     from_P: tl.tensor,
     expert_P: tl.tensor,
     weight_P: tl.tensor,
     row_P: tl.tensor,
     rank_P: tl.tensor,
     is_row_P: tl.tensor,
-    n_rows: tl.tensor,
+    n_pairs: tl.tensor,
     n_local: tl.tensor,
     first: tl.tensor,
+    HAS_SCORED: tl.constexpr,
     TOP_K: tl.constexpr,
+    BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
-    """One program is BLOCK rows, of which those of scored tokens are written, in their order."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_row = row < n_rows
-    pair = tl.load(order + row, mask=is_row, other=0)
+    """One program finds the rows of BLOCK pairs, and the places of those of scored tokens, after `count`."""
+    block, n_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    of_scored = n_blocks * BINS
+    _starts(counts, starts, ends, n_local, BINS, TILE)
+    if HAS_SCORED:
+        _starts(counts + of_scored, starts + of_scored, ends + n_local, n_local, BINS, TILE)
+    tl.debug_barrier()  # what is stored above is read below
+    pair = block * BLOCK + tl.arange(0, BLOCK)
+    is_pair = pair < n_pairs
     token = pair // TOP_K
-    k = pair % TOP_K
-    scored = tl.load(number + token, mask=is_row, other=-1)
-    is_there = scored >= 0
-    own = tl.load(expert + pair, mask=is_there, other=0)
-    rank = tl.zeros((BLOCK,), dtype=tl.int64)
-    for other in tl.static_range(TOP_K):
-        expert_of_other = tl.load(expert + token * TOP_K + other, mask=is_there, other=0)
-        comes_before = (expert_of_other < own) | ((expert_of_other == own) & (other < k))
-        rank += comes_before.to(tl.int64)
-    place = tl.load(n_scored + row, mask=is_there, other=1) - 1
-    tl.store(from_P + place, scored - first, mask=is_there)
-    tl.store(expert_P + place, tl.minimum(own, n_local - 1), mask=is_there)
-    tl.store(weight_P + place, tl.load(weight + pair, mask=is_there, other=0.0).to(tl.float32), mask=is_there)
-    tl.store(row_P + place, row, mask=is_there)
-    tl.store(rank_P + place, rank, mask=is_there)
-    tl.store(is_row_P + place, own < n_local, mask=is_there)
+    chosen = tl.load(expert + pair, mask=is_pair, other=0)
+    own = tl.minimum(chosen, n_local - 1)
+    scored = tl.full((BLOCK,), -1, dtype=tl.int64)
+    if HAS_SCORED:
+        scored = tl.load(number + token, mask=is_pair, other=-1)
+    n_before = tl.zeros((BLOCK,), dtype=tl.int32)
+    n_scored_before = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, BLOCK, TILE):
+        other = block * BLOCK + start + tl.arange(0, TILE)
+        of_other = tl.minimum(tl.load(expert + other, mask=other < n_pairs, other=0), n_local - 1)
+        comes_before = (of_other[None, :] == own[:, None]) & (other[None, :] < pair[:, None])
+        n_before += tl.sum(comes_before.to(tl.int32), axis=1)
+        if HAS_SCORED:
+            is_scored = tl.load(number + other // TOP_K, mask=other < n_pairs, other=-1) >= 0
+            n_scored_before += tl.sum((comes_before & is_scored[None, :]).to(tl.int32), axis=1)
+    at = (tl.load(starts + block * BINS + own, mask=is_pair, other=0) + n_before).to(tl.int64)
+    tl.store(order + at, pair, mask=is_pair)
+    tl.store(from_S + at, token, mask=is_pair)
+    tl.store(expert_S + at, own, mask=is_pair)
+    tl.store(row + pair, at, mask=is_pair)
+    if HAS_SCORED:
+        is_there = scored >= 0
+        rank = tl.zeros((BLOCK,), dtype=tl.int64)
+        for k in tl.static_range(TOP_K):
+            of_other = tl.load(expert + token * TOP_K + k, mask=is_there, other=0)
+            rank += ((of_other < chosen) | ((of_other == chosen) & (k < pair % TOP_K))).to(tl.int64)
+        place = tl.load(starts + of_scored + block * BINS + own, mask=is_there, other=0) + n_scored_before
+        tl.store(from_P + place, scored - first, mask=is_there)
+        tl.store(expert_P + place, own, mask=is_there)
+        tl.store(row_P + place, at, mask=is_there)
+        tl.store(rank_P + place, rank, mask=is_there)
+        tl.store(weight_P + place, tl.load(weight + pair, mask=is_there, other=0.0).to(tl.float32), mask=is_there)
+        tl.store(is_row_P + place, chosen < n_local, mask=is_there)

@@ -39,7 +39,7 @@ def _row(
     return of_act, factor, n_counted
 
 
-@triton.jit(do_not_specialize=["n_chunks", "n_ranks", "n_experts", "first_row", "first_rank"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n_chunks", "n_ranks", "n_experts", "use_stride", "first_row", "first_rank"])  # type: ignore[untyped-decorator]
 def scan(
     act: tl.tensor,
     act_row: tl.tensor,
@@ -58,6 +58,7 @@ def scan(
     n_chunks: tl.tensor,
     n_ranks: tl.tensor,
     n_experts: tl.tensor,
+    use_stride: tl.tensor,
     first_row: tl.tensor,
     first_rank: tl.tensor,
     act_stride: tl.tensor,
@@ -94,7 +95,7 @@ def scan(
         tl.store(first_of_slot + 1 + chunks, best, mask=chunks * CHUNK < width)
         highest_of_row = tl.maximum(highest_of_row, tl.max(best, axis=0))
     tl.store(first_of_slot, highest_of_row)
-    of_use = (of_token * (n_experts + 1) + number) * 2
+    of_use = of_token * use_stride + number * 2
     tl.store(use + of_use, total)
     tl.store(use + of_use + 1, 1.0)
     if bad > 0:
@@ -145,12 +146,15 @@ def _scores(
     columns: tl.tensor,
     n_columns: tl.tensor,
     n_chunks: tl.tensor,
+    OF_CHUNKS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The highest scores of slots, or of the chunks of chosen slots, and the numbers of these."""
+    """The highest scores of slots, or of the chunks of all or some slots, and the numbers of these."""
     is_there = columns < n_columns
-    if HAS_SLOTS:
-        slot = tl.load(slots + columns // n_chunks, mask=is_there, other=0)
+    if OF_CHUNKS:
+        slot = (columns // n_chunks).to(tl.int64)
+        if HAS_SLOTS:
+            slot = tl.load(slots + slot, mask=is_there, other=0)
         chunk = columns % n_chunks
         score = tl.load(of_sample + slot * (n_chunks + 1) + 1 + chunk, mask=is_there, other=float("-inf"))
         number = slot * n_chunks + chunk
@@ -160,28 +164,19 @@ def _scores(
     return score, number
 
 
-@triton.jit(do_not_specialize=["n_columns", "n_kept", "n_slots", "n_slots_kept", "n_chunks"])  # type: ignore[untyped-decorator]
-def select(
-    highest: tl.tensor,
+@triton.jit  # type: ignore[untyped-decorator]
+def _highest(
+    of_sample: tl.tensor,
     slots: tl.tensor,
     chosen: tl.tensor,
     n_columns: tl.tensor,
     n_kept: tl.tensor,
-    n_slots: tl.tensor,
-    n_slots_kept: tl.tensor,
     n_chunks: tl.tensor,
+    OF_CHUNKS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program finds the highest of one sample, of equal ones the first, and leaves them in their order.
-
-    The lowest of them is found digit by digit.
-    """
-    sample = tl.program_id(0).to(tl.int64)
-    of_sample = highest + sample * n_slots * (n_chunks + 1)
-    own_slots = slots
-    if HAS_SLOTS:
-        own_slots = slots + sample * n_slots_kept
+    """The highest, of equal ones the first, in their order. The lowest of them is found digit by digit."""
     digits = tl.arange(0, 256)
     lowest = tl.zeros((), dtype=tl.uint32)
     n_wanted = n_kept
@@ -189,7 +184,7 @@ def select(
         counts = tl.zeros((256,), dtype=tl.int32)
         for first in range(0, n_columns, BLOCK):
             columns = first + tl.arange(0, BLOCK)
-            score, _ = _scores(of_sample, own_slots, columns, n_columns, n_chunks, HAS_SLOTS)
+            score, _ = _scores(of_sample, slots, columns, n_columns, n_chunks, OF_CHUNKS, HAS_SLOTS)
             key = _ordered(score)
             counts_too = columns < n_columns
             if shift < 24:
@@ -203,15 +198,40 @@ def select(
     n_equal_before = 0
     for first in range(0, n_columns, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        score, number = _scores(of_sample, own_slots, columns, n_columns, n_chunks, HAS_SLOTS)
+        score, number = _scores(of_sample, slots, columns, n_columns, n_chunks, OF_CHUNKS, HAS_SLOTS)
         key = _ordered(score)
         is_equal = ((key == lowest) & (columns < n_columns)).to(tl.int32)
         is_taken_equal = (is_equal > 0) & (n_equal_before + tl.cumsum(is_equal, axis=0) <= n_wanted)
         is_taken = (((key > lowest) & (columns < n_columns)) | is_taken_equal).to(tl.int32)
         place = n_before + tl.cumsum(is_taken, axis=0) - 1
-        tl.store(chosen + sample * n_kept + place, number, mask=is_taken > 0)
+        tl.store(chosen + place, number, mask=is_taken > 0)
         n_before += tl.sum(is_taken, axis=0)
         n_equal_before += tl.sum(is_equal, axis=0)
+
+
+@triton.jit(do_not_specialize=["n_slots", "n_chunks", "n_kept_slots", "n_kept"])  # type: ignore[untyped-decorator]
+def choose(
+    highest: tl.tensor,
+    slots: tl.tensor,
+    chosen: tl.tensor,
+    n_slots: tl.tensor,
+    n_chunks: tl.tensor,
+    n_kept_slots: tl.tensor,
+    n_kept: tl.tensor,
+    HAS_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program finds the highest chunks of one sample. HAS_SLOTS: of its highest slots, which it finds before."""
+    sample = tl.program_id(0).to(tl.int64)
+    of_sample = highest + sample * n_slots * (n_chunks + 1)
+    own_chosen = chosen + sample * n_kept
+    if HAS_SLOTS:
+        own_slots = slots + sample * n_kept_slots
+        _highest(of_sample, own_slots, own_slots, n_slots, n_kept_slots, n_chunks, False, False, BLOCK)
+        tl.debug_barrier()  # what is stored above is read below
+        _highest(of_sample, own_slots, own_chosen, n_kept_slots * n_chunks, n_kept, n_chunks, True, True, BLOCK)
+    else:
+        _highest(of_sample, own_chosen, own_chosen, n_slots * n_chunks, n_kept, n_chunks, True, False, BLOCK)
 
 
 @triton.jit(
@@ -334,4 +354,4 @@ def try_out(one: Tensor) -> None:
     number, two = one.long() * 0, one.new_ones(2)
     order_keys[(1,)](one, number.clone(), 1, 1, BLOCK=1024)
     for slots in (None, number):
-        select[(1,)](two, slots, number.clone(), 1, 1, 1, 1, 1, HAS_SLOTS=slots is not None, BLOCK=2048, num_warps=8)
+        choose[(1,)](two, slots, number.clone(), 1, 1, 1, 1, HAS_SLOTS=slots is not None, BLOCK=2048, num_warps=8)

@@ -19,6 +19,7 @@ from mui_callback.parallel.peers import Peers
 from mui_callback.rules import Rule
 from mui_callback.scoring.contributions import LayerScores, Responses, identity_error
 from mui_callback.scoring.key_marks import KeyMarks, entries_needed
+from mui_callback.scoring.layer_buffers import LayerBuffers
 from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.meeting import Meeting
 from mui_callback.scoring.select import NeuronScores, neurons_above, thresholds
@@ -163,9 +164,8 @@ class BatchCounts:
         self.sample_B = sample_B
         self.meetings = meetings
         self._found: dict[int, Candidates] = {}
-        self._use: dict[int, Tensor] = {}
-        """By layer, Σ|f| and number of rows of each of its samples in each of its experts, float64 ``[B, E, 2]``."""
-        self._n_not_finite: list[Tensor] = []
+        self._buffers: dict[int, LayerBuffers] = {}
+        """By identity of the meeting."""
         self._pending: dict[int, Finalists] = {}
         self._above: dict[int, NeuronScores] = {}
         """By layer, neurons that the loosest of the rules ``topscore`` may take."""
@@ -174,12 +174,12 @@ class BatchCounts:
         """Count the key neurons and the contributions of one layer, or of what of it is in this process."""
         n_neurons, k = self.counts.layout.layers[layer].n_neurons, self.counts.k[layer]
         meeting = self.meetings[layer]
-        responses = self.responses if meeting is None else meeting.responses
         if scores.parts:  # none where another process counts
-            rows = LayerRows.of(scores.parts, responses, self.counts.layout.layers[layer].n_experts)
-            use_B2 = torch.mm(responses.is_of_BR, rows.found.use_RE2.flatten(1))
-            self._use[layer] = use_B2.view(responses.n_rows, *rows.found.use_RE2.shape[1:])[:, :-1]
-            self._n_not_finite.append(rows.found.n_not_finite)
+            if id(meeting) not in self._buffers:
+                responses = self.responses if meeting is None else meeting.responses
+                self._buffers[id(meeting)] = LayerBuffers(responses, len(self.meetings))
+            n_experts = self.counts.layout.layers[layer].n_experts
+            rows = LayerRows.of(scores.parts, self._buffers[id(meeting)], n_experts, layer)
             self._pend(layer, rows.finalists(k, n_neurons))
             if self.counts.topscore:
                 # where the highest score is negative, the loosest rule is the one with the highest ratio
@@ -264,15 +264,12 @@ class BatchCounts:
     def _add_totals(self) -> None:
         """Mass and rows of each sample in each expert of all layers, and of these what is kept."""
         counts = self.counts
-        if self._n_not_finite:
-            counts.not_finite += torch.stack(self._n_not_finite).sum()
-        met: dict[int, list[int]] = {}
-        for layer in self._use:
-            met.setdefault(id(self.meetings[layer]), []).append(layer)
-        for layers in met.values():
+        for buffers in self._buffers.values():
+            counts.not_finite += buffers.n_not_finite
+            layers, use = zip(*buffers.use().items(), strict=True)
             meeting = self.meetings[layers[0]]
             sample_B = self.sample_B if meeting is None else meeting.sample_B
-            use_BE2 = torch.cat([self._use[layer] for layer in layers], dim=1)
+            use_BE2 = torch.cat(use, dim=1)
             is_of_QB = counts.task_of_sample[sample_B] == torch.arange(counts.n_tasks, device=counts.device)[:, None]
             total_QE2 = (is_of_QB.double() @ use_BE2.flatten(1)).view(counts.n_tasks, *use_BE2.shape[1:])
             number_E = torch.cat([counts.expert_number_E[counts.experts[layer]] for layer in layers])

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mui_callback.fused import scores
 from mui_callback.fused.scores import Found, Rows
-from mui_callback.scoring.contributions import ExpertScores, Responses
+from mui_callback.scoring.contributions import ExpertScores
+from mui_callback.scoring.layer_buffers import LayerBuffers
 from mui_callback.scoring.rows import CHUNK, NOTHING
 from mui_callback.scoring.topk import Finalists, ordered_topk
 
@@ -33,31 +34,24 @@ class LayerRows:
     """Whether there are kernels for all of them."""
 
     @classmethod
-    def of(cls, parts: Sequence[ExpertScores], tokens: Responses, n_experts: int) -> LayerRows:
+    def of(cls, parts: Sequence[ExpertScores], buffers: LayerBuffers, n_experts: int, layer: int = 0) -> LayerRows:
         """Look at all contributions of one kind of experts or of several.
 
         Args:
             parts: in the order of their neurons.
-            tokens: the scored tokens.
+            buffers: where to leave what is found.
             n_experts: E.
+            layer: number of the layer.
         """
-        device, n_ranks = tokens.row_R.device, sum(part.rows_per_token for part in parts)
-        n_slots, n_chunks = tokens.n_orders * n_ranks, max(part.rows.n_chunks for part in parts)
+        n_ranks, n_chunks = sum(part.rows_per_token for part in parts), max(part.rows.n_chunks for part in parts)
+        found = buffers.take(layer, n_ranks, n_chunks, n_experts)
         numbered = list(_numbered(parts))
         is_fused = bool(numbered) and all(part.rows.is_fused for part, _ in numbered)
-        make = torch.empty if is_fused else torch.zeros
-        found = Found(
-            torch.full((tokens.n_rows, n_slots, 1 + n_chunks), NOTHING, dtype=torch.float32, device=device),
-            make(tokens.n_rows, n_slots, dtype=torch.int64, device=device),
-            torch.zeros(len(tokens.row_R), n_experts + 1, 2, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.int32, device=device),
-            n_ranks,
-        )
         for part, rows in numbered:
             if is_fused:
-                scores.scan(part.rows.factors, rows, tokens.place_R, CHUNK, found)
+                scores.scan(part.rows.factors, rows, buffers.tokens.place_R, CHUNK, found)
             else:
-                _scan(part, rows, tokens.place_R, found)
+                _scan(part, rows, buffers.tokens.place_R, found)
         return cls(tuple(parts), found, is_fused)
 
     @property
