@@ -5,7 +5,7 @@ Shapes: S rows, E experts, N inputs, M outputs.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -46,17 +46,19 @@ def grouped_mm(x_SN: Tensor, weight_ENM: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def _has_kernel(x_SN: Tensor, weight_ENM: Tensor) -> bool:
+    return _has_kernel_for(weight_ENM.device, weight_ENM.dtype) and _is_aligned(x_SN) and _is_aligned(weight_ENM)
+
+
+@cache
+def _has_kernel_for(device: torch.device, dtype: torch.dtype) -> bool:
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return False
-    if weight_ENM.device.type == "cuda":
-        if weight_ENM.dtype != torch.bfloat16 or torch.cuda.get_device_capability(weight_ENM.device) < (8, 0):
-            return False
-    elif weight_ENM.device.type != "cpu" or weight_ENM.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return _is_aligned(x_SN) and _is_aligned(weight_ENM)
+    if device.type == "cuda":
+        return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
 def _is_aligned(x: Tensor) -> bool:
     """The kernel wants every stride but the unit one, and the start, to be multiples of 16 bytes."""
-    strides = [stride for stride in x.stride()[-2:] if stride != 1]
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(stride == 1 or stride * size % 16 == 0 for stride in x.stride()[-2:])

@@ -25,6 +25,7 @@ from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.known_gates import known_gate
 from mui_callback.experts.norms import channel_scale
 from mui_callback.experts.pairs import sort_pairs
+from mui_callback.experts.precision import without_autocast
 from mui_callback.experts.stacked_recorder import RoutedRows, StackedRecorder
 from mui_callback.experts.tail import Tail
 from mui_callback.fused import experts as fused
@@ -104,7 +105,7 @@ class StackedExperts:
 
         def forward(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
             note_use()
-            with torch.autocast(x_TD.device.type, enabled=False):
+            with without_autocast(x_TD.device):
                 return self.run(x_TD, expert_TK, weight_TK, own)[0]
 
         with route_experts_through(self.module, forward):

@@ -6,7 +6,7 @@ Shapes: T positions of the batch (flattened), R scored tokens, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from mui_callback.errors import InterruptedPassError, ProbeError
 from mui_callback.experts.base import First, Recorder
 from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.layer import ExpertLayer
+from mui_callback.experts.precision import without_autocast
 from mui_callback.experts.tail import Tail
 from mui_callback.forgiving import attempt, described
 from mui_callback.parallel.processes import out_of_memory
@@ -130,37 +131,53 @@ class LayerReader:
             self._note_own_bias(out)
         with self._together():
             self._trace(out, readouts, tokens, learns=learns)
-        with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(out.device):
             parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
-            if not check:
-                if error is not None:
-                    raise error
-                return LayerScores(parts or ())
-            made, output, unmade = sums = torch.zeros(3, tokens.n_numbers, dtype=torch.float64, device=out.device)
-            if error is None:
-                _, error = attempt(
-                    lambda: self._add_up(parts or (), made, output, unmade, tokens, readout_RD, is_output=is_output)
-                )
-            if is_output and self._counts:
-                readout_TD = readouts()
-                add_inner(output, tokens.number_T, out.detach().reshape(readout_TD.shape), readout_TD)
-                for cut, value in self.tail.constants:
-                    assert cut.token_S is not None
-                    add_inner(unmade, cut.token_S, value, cut.readout_SD)
-            self.layer.peers.add(sums)
+            if check:
+                return self._with_sums(parts or (), error, out, readouts, tokens, readout_RD, is_output=is_output)
             if error is not None:
                 raise error
-            own = slice(tokens.first, tokens.first + len(tokens.position_R))
-            return LayerScores(parts or (), made[own], (output - unmade)[own])
+            return LayerScores(parts or ())
+
+    def _with_sums(
+        self,
+        parts: tuple[ExpertScores, ...],
+        error: Exception | None,
+        out: Tensor,
+        readouts: Callable[[], Tensor],
+        tokens: ScoredTokens,
+        readout_RD: Tensor,
+        *,
+        is_output: bool,
+    ) -> LayerScores:
+        """The contributions, and what the conservation identity compares; an error is raised after the collective."""
+        made, output, unmade = sums = torch.zeros(3, tokens.n_numbers, dtype=torch.float64, device=out.device)
+        if error is None:
+            _, error = attempt(
+                lambda: self._add_up(parts, made, output, unmade, tokens, readout_RD, is_output=is_output)
+            )
+        if is_output and self._counts:
+            readout_TD = readouts()
+            add_inner(output, tokens.number_T, out.detach().reshape(readout_TD.shape), readout_TD)
+            for cut, value in self.tail.constants:
+                assert cut.token_S is not None
+                add_inner(unmade, cut.token_S, value, cut.readout_SD)
+        self.layer.peers.add(sums)
+        if error is not None:
+            raise error
+        own = slice(tokens.first, tokens.first + len(tokens.position_R))
+        return LayerScores(parts, made[own], (output - unmade)[own])
+
+    def _together(self) -> AbstractContextManager[None]:
+        """Where the processes that share the experts send each other tensors, so that none may stop alone."""
+        return nullcontext() if self.layer.peers.is_alone else self._none_alone()
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Where the processes that share the experts send each other tensors, so that none may stop alone."""
+    def _none_alone(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            is_of_the_model = isinstance(error, ProbeError) and not out_of_memory(error)  # and so the same in all
-            if self.layer.peers.is_alone or is_of_the_model:
+            if isinstance(error, ProbeError) and not out_of_memory(error):  # of the model, and so the same in all
                 raise
             raise InterruptedPassError(
                 f"{self.tail.where}: a process failed where those that share its experts exchange tensors, so that the "
