@@ -48,13 +48,13 @@ def gated(gate: Gate, up_S2: Tensor, bias_E2: Tensor | None, expert_S: Tensor) -
     """
     (n_rows, n_columns), width = up_S2.shape, up_S2.shape[1] // 2
     act_SI = up_S2.new_empty(n_rows, n_columns // 2)
-    with torch.cuda.device(up_S2.device):
-        _kernels().gated[(n_rows, -(-width // _BLOCK))](
-            *(up_S2, bias_E2, expert_S, act_SI, width, up_S2.stride(0), gate.alpha, gate.limit),
-            HAS_BIAS=bias_E2 is not None,
-            IS_INTERLEAVED=gate.is_interleaved,
-            BLOCK=_BLOCK,
-        )
+    _kernels().gated.launch(
+        (n_rows, -(-width // _BLOCK)),
+        *(up_S2, bias_E2, expert_S, act_SI, width, up_S2.stride(0), gate.alpha, gate.limit),
+        HAS_BIAS=bias_E2 is not None,
+        IS_INTERLEAVED=gate.is_interleaved,
+        BLOCK=_BLOCK,
+    )
     return act_SI
 
 
@@ -73,13 +73,13 @@ def combined(
     """
     (n_tokens, top_k), width = row_TK.shape, raw_SD.shape[1]
     out_TD = raw_SD.new_empty(n_tokens, width)
-    with torch.cuda.device(raw_SD.device):
-        _kernels().combined[(n_tokens, -(-width // _BLOCK))](
-            *(raw_SD, bias_ED, row_TK, expert_TK.contiguous(), weight_TK.contiguous(), out_TD, width, n_local),
-            HAS_BIAS=bias_ED is not None,
-            TOP_K=top_k,
-            BLOCK=_BLOCK,
-        )
+    _kernels().combined.launch(
+        (n_tokens, -(-width // _BLOCK)),
+        *(raw_SD, bias_ED, row_TK, expert_TK.contiguous(), weight_TK.contiguous(), out_TD, width, n_local),
+        HAS_BIAS=bias_ED is not None,
+        TOP_K=top_k,
+        BLOCK=_BLOCK,
+    )
     return out_TD
 
 
@@ -116,15 +116,15 @@ def sort_pairs(
         of_scored = from_P, expert_P, weight_P, row_P, rank_P, is_row_P
     expert_TK = expert_TK.contiguous()
     constants = {"HAS_SCORED": number_T is not None, "TOP_K": top_k, "BINS": bins, "BLOCK": block}
-    with torch.cuda.device(device):
-        kernels = _kernels()
-        kernels.count[(n_blocks,)](expert_TK, number_T, counts, n_pairs, n_local, **constants)
-        kernels.sort[(n_blocks,)](
-            *(expert_TK, weight_TK.contiguous(), number_T, counts, starts, ends_E),
-            *(order_S, from_S, expert_S, row_S, *(of_scored or (None,) * 6), n_pairs, n_local, first),
-            **constants,
-            TILE=_TILE,
-        )
+    kernels = _kernels()
+    kernels.count.launch((n_blocks,), expert_TK, number_T, counts, n_pairs, n_local, **constants)
+    kernels.sort.launch(
+        (n_blocks,),
+        *(expert_TK, weight_TK.contiguous(), number_T, counts, starts, ends_E),
+        *(order_S, from_S, expert_S, row_S, *(of_scored or (None,) * 6), n_pairs, n_local, first),
+        **constants,
+        TILE=_TILE,
+    )
     rows = order_S, from_S, expert_S, row_S.view(n_tokens, top_k), ends_E[0]
     return rows, (*of_scored, ends_E[1]) if of_scored else ()
 

@@ -114,25 +114,26 @@ def scan(factors: Factors, rows: Rows, place_R: Tensor, chunk: int, found: Found
     n_rows, width = factors.projected_SI.shape
     n_own = -(-width // chunk)
     block = min(max(1, _BLOCK // chunk), 1 << (n_own - 1).bit_length())
-    with torch.cuda.device(factors.act.device):
-        _kernels().scan[(n_rows,)](
-            *(*factors.tensors, rows.token_S, rows.expert_S, rows.rank_S, place_R),
-            *(found.highest_BPC, found.row_BP, found.use_RE2, found.n_not_finite),
-            *(width, found.n_chunks, found.n_ranks, found.use_RE2.shape[1] - 1, found.use_RE2.stride(0)),
-            *(rows.first_row, rows.first_rank),
-            *factors.strides,
-            **factors.flags,
-            CHUNK=chunk,
-            BLOCK=block,
-        )
+    _kernels().scan.launch(
+        (n_rows,),
+        *(*factors.tensors, rows.token_S, rows.expert_S, rows.rank_S, place_R),
+        *(found.highest_BPC, found.row_BP, found.use_RE2, found.n_not_finite),
+        *(width, found.n_chunks, found.n_ranks, found.use_RE2.shape[1] - 1, found.use_RE2.stride(0)),
+        *(rows.first_row, rows.first_rank),
+        *factors.strides,
+        **factors.flags,
+        CHUNK=chunk,
+        BLOCK=block,
+    )
 
 
 def sums(factors: Factors) -> Tensor:
     """Σ f of each row, float32 ``[S]``."""
     n_rows, width = factors.projected_SI.shape
     sum_S = torch.empty(n_rows, dtype=torch.float32, device=factors.act.device)
-    with torch.cuda.device(sum_S.device):
-        _kernels().sums[(n_rows,)](*(*factors.tensors, sum_S, width, *factors.strides), **factors.flags, BLOCK=_BLOCK)
+    _kernels().sums.launch(
+        (n_rows,), *(*factors.tensors, sum_S, width, *factors.strides), **factors.flags, BLOCK=_BLOCK
+    )
     return sum_S
 
 
@@ -146,13 +147,13 @@ def highest_chunks(found: Found, k: int) -> Tensor:
     n_kept = min(k, n_kept_slots * n_chunks)
     chosen_Bk = found.row_BP.new_empty(n_samples, n_kept)
     slots_Bk = found.row_BP.new_empty(n_samples, n_kept_slots) if n_kept_slots < n_slots else None
-    with torch.cuda.device(chosen_Bk.device):
-        _kernels().choose[(n_samples,)](
-            *(found.highest_BPC, slots_Bk, chosen_Bk, n_slots, n_chunks, n_kept_slots, n_kept),
-            HAS_SLOTS=slots_Bk is not None,
-            BLOCK=_SELECTED,
-            num_warps=8,
-        )
+    _kernels().choose.launch(
+        (n_samples,),
+        *(found.highest_BPC, slots_Bk, chosen_Bk, n_slots, n_chunks, n_kept_slots, n_kept),
+        HAS_SLOTS=slots_Bk is not None,
+        BLOCK=_SELECTED,
+        num_warps=8,
+    )
     return chosen_Bk
 
 
@@ -175,18 +176,18 @@ def finalists(
     (n_samples, n_kept), device = chosen_Bk.shape, chosen_Bk.device
     score_Bkc = torch.empty(n_samples, n_kept, chunk, dtype=torch.float32, device=device)
     place_Bk = torch.empty_like(chosen_Bk)
-    with torch.cuda.device(device):
-        for number, (factors, rows, first_expert, first_neuron) in enumerate(parts):
-            n_rows, width = factors.projected_SI.shape
-            _kernels().finalists[(n_samples * n_kept,)](
-                *(chosen_Bk, found.highest_BPC, found.row_BP, *factors.tensors, rows.expert_S, score_Bkc, place_Bk),
-                *(n_kept, found.n_slots, found.n_chunks, found.n_ranks, n_rows, rows.first_row),
-                *(first_expert, first_neuron, n_neurons, width, *factors.strides),
-                **factors.flags,
-                IS_FIRST=number == 0,
-                CHUNK=chunk,
-                num_warps=1,
-            )
+    for number, (factors, rows, first_expert, first_neuron) in enumerate(parts):
+        n_rows, width = factors.projected_SI.shape
+        _kernels().finalists.launch(
+            (n_samples * n_kept,),
+            *(chosen_Bk, found.highest_BPC, found.row_BP, *factors.tensors, rows.expert_S, score_Bkc, place_Bk),
+            *(n_kept, found.n_slots, found.n_chunks, found.n_ranks, n_rows, rows.first_row),
+            *(first_expert, first_neuron, n_neurons, width, *factors.strides),
+            **factors.flags,
+            IS_FIRST=number == 0,
+            CHUNK=chunk,
+            num_warps=1,
+        )
     return score_Bkc, place_Bk
 
 
@@ -199,8 +200,7 @@ def order_keys(score_BM: Tensor) -> Tensor:
     """Numbers that are in the order of the scores and, of equal ones, against that of the columns, int64 ``[B, M]``."""
     key_BM = torch.empty(score_BM.shape, dtype=torch.int64, device=score_BM.device)
     n_scores = score_BM.numel()
-    with torch.cuda.device(score_BM.device):
-        _kernels().order_keys[(-(-n_scores // _BLOCK),)](score_BM, key_BM, n_scores, score_BM.shape[1], BLOCK=_BLOCK)
+    _kernels().order_keys.launch((-(-n_scores // _BLOCK),), score_BM, key_BM, n_scores, score_BM.shape[1], BLOCK=_BLOCK)
     return key_BM
 
 
@@ -214,10 +214,11 @@ def predictions(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
     n_rows, n_logits = logits_RV.shape
     loss_R = torch.empty(n_rows, dtype=torch.float32, device=logits_RV.device)
     is_correct_R = torch.empty(n_rows, dtype=torch.bool, device=logits_RV.device)
-    with torch.cuda.device(logits_RV.device):
-        _kernels().predictions[(n_rows,)](
-            *(logits_RV, target_R.contiguous(), loss_R, is_correct_R, n_logits, logits_RV.stride(0)), BLOCK=_LOGITS
-        )
+    _kernels().predictions.launch(
+        (n_rows,),
+        *(logits_RV, target_R.contiguous(), loss_R, is_correct_R, n_logits, logits_RV.stride(0)),
+        BLOCK=_LOGITS,
+    )
     return loss_R, is_correct_R
 
 

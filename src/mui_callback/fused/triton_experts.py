@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mui_callback.fused.launching import kernel
 
-@triton.jit  # type: ignore[untyped-decorator]
+
+@kernel()
 def gated(
     up: tl.tensor,
     bias: tl.tensor,
@@ -51,7 +53,7 @@ def gated(
     tl.store(act + row * width + columns, product.to(kind), mask=is_there)
 
 
-@triton.jit(do_not_specialize=["n_local"])  # type: ignore[untyped-decorator]
+@kernel(do_not_specialize=["n_local"])
 def combined(
     raw: tl.tensor,
     bias: tl.tensor,
@@ -82,7 +84,7 @@ def combined(
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=is_there)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_local"])  # type: ignore[untyped-decorator]
+@kernel(do_not_specialize=["n_pairs", "n_local"])
 def count(
     expert: tl.tensor,
     number: tl.tensor,
@@ -128,7 +130,7 @@ def _starts(
         tl.store(ends + bins, end, mask=bins < n_local)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_local", "first"])  # type: ignore[untyped-decorator]
+@kernel(do_not_specialize=["n_pairs", "n_local", "first"])
 def sort(
     expert: tl.tensor,
     weight: tl.tensor,

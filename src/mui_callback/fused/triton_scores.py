@@ -5,9 +5,12 @@ Numbers that differ from batch to batch are not specialized: a kernel would be c
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mui_callback.fused.launching import Kernel, kernel
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -39,7 +42,7 @@ def _row(
     return of_act, factor, n_counted
 
 
-@triton.jit(do_not_specialize=["n_chunks", "n_ranks", "n_experts", "use_stride", "first_row", "first_rank"])  # type: ignore[untyped-decorator]
+@kernel(do_not_specialize=["n_chunks", "n_ranks", "n_experts", "use_stride", "first_row", "first_rank"])
 def scan(
     act: tl.tensor,
     act_row: tl.tensor,
@@ -102,7 +105,7 @@ def scan(
         tl.atomic_add(n_bad, bad)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@kernel()
 def sums(
     act: tl.tensor,
     act_row: tl.tensor,
@@ -209,7 +212,7 @@ def _highest(
         n_equal_before += tl.sum(is_equal, axis=0)
 
 
-@triton.jit(do_not_specialize=["n_slots", "n_chunks", "n_kept_slots", "n_kept"])  # type: ignore[untyped-decorator]
+@kernel(do_not_specialize=["n_slots", "n_chunks", "n_kept_slots", "n_kept"])
 def choose(
     highest: tl.tensor,
     slots: tl.tensor,
@@ -234,7 +237,7 @@ def choose(
         _highest(of_sample, own_chosen, own_chosen, n_slots * n_chunks, n_kept, n_chunks, True, False, BLOCK)
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         "n_kept",
         "n_slots",
@@ -246,7 +249,7 @@ def choose(
         "first_neuron",
         "n_neurons",
     ]
-)  # type: ignore[untyped-decorator]
+)
 def finalists(
     chosen: tl.tensor,
     highest: tl.tensor,
@@ -306,7 +309,7 @@ def finalists(
     tl.store(place + number, found_at, mask=n_written > 0)
 
 
-@triton.jit(do_not_specialize=["n_scores", "n_columns"])  # type: ignore[untyped-decorator]
+@kernel(do_not_specialize=["n_scores", "n_columns"])
 def order_keys(
     score: tl.tensor, key: tl.tensor, n_scores: tl.tensor, n_columns: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
@@ -319,7 +322,7 @@ def order_keys(
     tl.store(key + place, (ascending << 32) | (0xFFFFFFFF - column), mask=is_there)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@kernel()
 def predictions(
     logits: tl.tensor,
     targets: tl.tensor,
@@ -352,6 +355,24 @@ def predictions(
 def try_out(one: Tensor) -> None:
     """Run what takes the newest version of Triton, as it is run later; raises whatever does not work."""
     number, two = one.long() * 0, one.new_ones(2)
-    order_keys[(1,)](one, number.clone(), 1, 1, BLOCK=1024)
+    order_keys.launch((1,), one, number.clone(), 1, 1, BLOCK=1024)
     for slots in (None, number):
-        choose[(1,)](two, slots, number.clone(), 1, 1, 1, 1, HAS_SLOTS=slots is not None, BLOCK=2048, num_warps=8)
+        choose.launch(
+            *((1,), two, slots, number.clone(), 1, 1, 1, 1),
+            HAS_SLOTS=slots is not None,
+            BLOCK=2048,
+            num_warps=8,
+        )
+
+
+def launches_compiled(one: Tensor) -> bool:
+    """Whether a compiled kernel can be launched again, in this version of Triton, and does the same."""
+    found = [torch.zeros_like(one, dtype=torch.int64) for _ in range(2)]
+    Kernel.keeps_compiled = True
+    try:
+        for key in found:
+            order_keys.launch((1,), one, key, 1, 1, BLOCK=1024)
+        Kernel.keeps_compiled = bool(torch.equal(*found) and found[0].any())
+    except Exception:  # whatever it makes of arguments that it does not want
+        Kernel.keeps_compiled = False
+    return Kernel.keeps_compiled
