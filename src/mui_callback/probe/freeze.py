@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
     sums = {name: checksum(parameter) for name, parameter in _rewritten_parameters(model)}
-    states = [_ObjectState(config) for config in _configs(model)]
-    modules = [_ModuleState(module) for module in model.modules()]
+    contents = _Contents()
+    states = [_ObjectState(config, contents) for config in _configs(model)]
+    modules = [_ModuleState(module, contents) for module in model.modules()]
     with ExitStack() as restoring:  # each of them, whatever the others raise; attributes first
         # Casts of weights made under no_grad have no history. Older versions of torch reuse them, to train with, in
         # an autocast that surrounds all of this.
         restoring.callback(torch.clear_autocast_cache)
-        restoring.callback(_call_all, [held.restore_contents for held in (*states, *modules)])
-        restoring.callback(_call_all, [held.restore_attributes for held in (*states, *modules)])
+        restoring.callback(contents.restore)
+        restoring.callback(_call_all, (held.restore_attributes for held in (*states, *modules)))
         with ExitStack() as stack:
             stack.enter_context(random_state_kept())
             stack.enter_context(torch.inference_mode(False))
@@ -116,13 +118,33 @@ _WITHOUT_CONTENT = frozenset({type(None), bool, int, float, str, nn.Parameter})
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
-class _ObjectState:
-    """The attributes of an object, and copies of those that can be written to in place."""
+class _Contents:
+    """What can be written to in place, of all objects together: few of these have more than empty containers."""
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self) -> None:
+        self._empty: list[Any] = []
+        self._others: list[Callable[[], Any]] = []
+
+    def hold(self, value: Any) -> None:
+        if type(value) in _CONTAINERS and not value:
+            self._empty.append(value)
+        elif restore := _content(value):
+            self._others.append(restore)
+
+    def restore(self) -> None:
+        _call_all(chain((container.clear for container in self._empty if container), self._others))
+
+
+class _ObjectState:
+    """The attributes of an object."""
+
+    __slots__ = ("attributes", "owner")
+
+    def __init__(self, owner: Any, contents: _Contents) -> None:
         self.owner = owner
         self.attributes = {name: value for name, value in vars(owner).items() if name not in _LEARNT}
-        self.contents = [restore for value in self.attributes.values() if (restore := _content(value))]
+        for value in self.attributes.values():
+            contents.hold(value)
 
     def restore_attributes(self) -> None:
         # What did not change is not touched: compiled code may be guarded by the version of a dict.
@@ -133,18 +155,19 @@ class _ObjectState:
             if attributes.get(name, self) is not value:
                 attributes[name] = value
 
-    def restore_contents(self) -> None:
-        _call_all(self.contents)
-
 
 class _ModuleState(_ObjectState):
     """The same of a module."""
 
+    __slots__ = ()
+
     def hold(self) -> None:
         module: nn.Module = self.owner
         module.training = False
-        module._backward_hooks = OrderedDict()
-        module._backward_pre_hooks = OrderedDict()
+        if module._backward_hooks:
+            module._backward_hooks = OrderedDict()
+        if module._backward_pre_hooks:
+            module._backward_pre_hooks = OrderedDict()
 
 
 def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | None:
@@ -155,8 +178,6 @@ def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | N
     kind = type(value)
     if kind in _WITHOUT_CONTENT or issubclass(kind, nn.Module):  # most of what there is
         return None
-    if kind in _CONTAINERS and not value:
-        return partial(_empty, value)
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
     if isinstance(value, Tensor):
@@ -169,11 +190,6 @@ def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | N
     if isinstance(value, list | dict | set | deque) and not any(value is holder for holder in holders):
         return _Container(value, holders).restore
     return None
-
-
-def _empty(container: Any) -> None:
-    if container:
-        container.clear()
 
 
 def _call_all(actions: Iterable[Callable[[], Any]]) -> None:
@@ -193,6 +209,8 @@ def _raised_by(action: Callable[[], Any]) -> BaseException | None:
 
 class _Container:
     """What is in a container, and in what it holds."""
+
+    __slots__ = ("container", "content", "inner")
 
     def __init__(self, container: Any, holders: tuple[Any, ...]) -> None:
         self.container = container
