@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import shlex
@@ -46,7 +47,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(action: Action, device: torch.device) -> float:
-    """Wall time of an action, from an idle device to an idle device."""
+    """Wall time of an action, from an idle device to an idle device; none has to collect what others left."""
+    gc.collect()
     synchronize(device)
     start = time.perf_counter()
     action()

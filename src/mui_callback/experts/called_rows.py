@@ -7,6 +7,7 @@ neurons of one down projection.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,26 +61,37 @@ class CalledRows:
             united, rows = self._united(rows, n_downs)
             return united.scores(rows, first, n_downs=n_downs, experts_of_down=experts_of_down)
         n, width = experts_of_down, rows.width // experts_of_down
-        down_P, token_P, rank_P = self.down_P, self.token_P, self.rank_P
+        token_S, expert_S, rank_S = self._of_experts(n, first.expert)
         if n > 1:
-            part_n = torch.arange(n, device=down_P.device)
-            down_P, rank_P = ((number_P[:, None] * n + part_n).flatten() for number_P in (down_P, rank_P))
-            token_P = token_P.repeat_interleave(n)
             rows = Contributions(
                 rows.act.reshape(-1, width),
                 rows.projected_SI.reshape(-1, width),
                 rows.weight_S.repeat_interleave(n) if rows.weight_S is not None else None,
-                act_row_S=(rows.act_row_S[:, None] * n + part_n).flatten() if rows.act_row_S is not None else None,
+                act_row_S=_side_by_side(rows.act_row_S, n) if rows.act_row_S is not None else None,
             )
         return ExpertScores(
             rows,
-            token_P,
-            first.expert + down_P if first.expert else down_P,
-            rank_S=rank_P,
+            token_S,
+            expert_S,
+            rank_S=rank_S,
             rows_per_token=self.rows_per_token * n,
             first_expert=first.expert,
             first_neuron=first.neuron,
         )
+
+    def _of_experts(self, n: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token, expert and rank of each row, where each down projection holds n experts; kept, for other layers."""
+        if (n, first) not in self._kept:
+            down_P, token_P, rank_P = self.down_P, self.token_P, self.rank_P
+            if n > 1:
+                down_P, rank_P = _side_by_side(down_P, n), _side_by_side(rank_P, n)
+                token_P = token_P.repeat_interleave(n)
+            self._kept[n, first] = token_P, first + down_P if first else down_P, rank_P
+        return self._kept[n, first]
+
+    @cached_property
+    def _kept(self) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
+        return {}
 
     def _united(self, rows: Contributions, n_downs: int) -> tuple[CalledRows, Contributions]:
         """One row for all calls of a down projection for a token."""
@@ -92,3 +104,8 @@ class CalledRows:
             CalledRows(token_U, down_U, rank_U, int(most)),
             Contributions(score_UW, torch.ones_like(score_UW)),
         )
+
+
+def _side_by_side(number_P: Tensor, n: int) -> Tensor:
+    """Each number as those of n parts."""
+    return (number_P[:, None] * n + torch.arange(n, device=number_P.device)).flatten()

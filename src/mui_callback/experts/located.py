@@ -51,8 +51,16 @@ def rows_at_positions(experts: Sequence[int], tokens: ScoredTokens) -> CalledRow
         experts: their numbers in the layer.
         tokens: the scored tokens.
     """
+    key = (rows_at_positions, *experts)
+    if key not in tokens.kept:
+        tokens.kept[key] = _rows_at_positions(experts, tokens)
+    rows: CalledRows = tokens.kept[key]
+    return rows
+
+
+def _rows_at_positions(experts: Sequence[int], tokens: ScoredTokens) -> CalledRows:
     token_R = tokens.own_numbers
-    if len(experts) == 1:  # most often, and with a fifth of the operators
+    if len(experts) == 1:  # most often, and without a wait for the device
         return CalledRows(token_R, torch.full_like(token_R, experts[0]), torch.zeros_like(token_R), rows_per_token=1)
     expert_e = torch.tensor(experts, device=token_R.device)
     return CalledRows(

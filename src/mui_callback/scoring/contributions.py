@@ -10,8 +10,10 @@ Shapes: B samples, T positions of each, R scored tokens of the batch, S rows of 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,9 +86,9 @@ class ScoredTokens(Responses):
         return number_T
 
     @cached_property
-    def is_scored_T(self) -> Tensor:
-        """Whether there is one, bool ``[B · T]``."""
-        return self.number_T >= 0
+    def kept(self) -> dict[Hashable, Any]:
+        """What is the same in all layers that these tokens come to, by who has made it and of what."""
+        return {}
 
 
 @dataclass(frozen=True)
