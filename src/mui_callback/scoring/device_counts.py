@@ -57,11 +57,7 @@ class DeviceCounts:
         self.n_tasks = n_tasks
         self.task_of_sample = torch.from_numpy(task_of_sample).to(device)
         self.k = [entries_needed(rules, layer.n_neurons) for layer in layout.layers]
-        self.experts = _slices([layer.n_experts for layer in layout.layers])
-        self.is_shared_E2 = (
-            torch.from_numpy(np.stack([~layout.is_shared, layout.is_shared], axis=1)).to(device).double()
-        )
-        self.expert_number_E = torch.arange(layout.n_experts, device=device)
+        self._experts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self.marks = [KeyMarks(rule, layout, device) for rule in rules]
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -92,6 +88,19 @@ class DeviceCounts:
     def by_rank(self) -> list[KeyMarks]:
         """The rules that take a fixed number of entries."""
         return [marks for marks in self.marks if marks.rule.kind != "topscore"]
+
+    def experts_of(self, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Numbers of the experts of some layers, int64 ``[E]``, and 1 where one is routed or shared, ``[E, 2]``."""
+        if layers not in self._experts:
+            bounds = np.cumsum([0, *(layer.n_experts for layer in self.layout.layers)])
+            number_E = np.concatenate([np.arange(bounds[layer], bounds[layer + 1]) for layer in layers])
+            is_shared_E = self.layout.is_shared[number_E]
+            is_of_E2 = np.stack([~is_shared_E, is_shared_E], axis=1).astype(np.float64)
+            self._experts[layers] = (
+                torch.from_numpy(number_E).to(self.device),
+                torch.from_numpy(is_of_E2).to(self.device),
+            )
+        return self._experts[layers]
 
     def batch(self, responses: Responses, sample_B: Tensor, meetings: Sequence[Meeting | None]) -> BatchCounts:
         """The counter of one batch of samples.
@@ -266,17 +275,11 @@ class BatchCounts:
         counts = self.counts
         for buffers in self._buffers.values():
             counts.not_finite += buffers.n_not_finite
-            layers, use = zip(*buffers.use().items(), strict=True)
+            layers, use_BE2 = buffers.use()
             meeting = self.meetings[layers[0]]
             sample_B = self.sample_B if meeting is None else meeting.sample_B
-            use_BE2 = torch.cat(use, dim=1)
             is_of_QB = counts.task_of_sample[sample_B] == torch.arange(counts.n_tasks, device=counts.device)[:, None]
             total_QE2 = (is_of_QB.double() @ use_BE2.flatten(1)).view(counts.n_tasks, *use_BE2.shape[1:])
-            number_E = torch.cat([counts.expert_number_E[counts.experts[layer]] for layer in layers])
+            number_E, is_shared_E2 = counts.experts_of(tuple(layers))
             counts.totals.index_add_(1, number_E, total_QE2)
-            counts.sample_mass.index_add_(0, sample_B, use_BE2[..., 0] @ counts.is_shared_E2[number_E])
-
-
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    ends = np.cumsum(sizes)
-    return [slice(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
+            counts.sample_mass.index_add_(0, sample_B, use_BE2[..., 0] @ is_shared_E2)

@@ -37,6 +37,7 @@ class KeyMarks:
         self._n_neurons = [layer.n_neurons for layer in layout.layers]
         self._first = np.cumsum([0, *self._n_neurons]).tolist()
         self._pairs = [torch.zeros(0, dtype=torch.int64, device=device)]
+        self._kept: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] = {}
 
     @property
     def n_neurons(self) -> int:
@@ -56,15 +57,24 @@ class KeyMarks:
             layer: candidates.first(self.rule.n_entries(self._n_neurons[layer])) for layer, candidates in found.items()
         }
         score_BM = torch.cat([part.score for part in by_layer.values()], dim=1)
-        neuron_BM = torch.cat(
-            [part.place % self._n_neurons[layer] + self._first[layer] for layer, part in by_layer.items()], dim=1
-        )
+        n_neurons_M, first_M = self._columns({layer: part.score.shape[1] for layer, part in by_layer.items()})
+        neuron_BM = torch.cat([part.place for part in by_layer.values()], dim=1) % n_neurons_M + first_M
         if self.rule.kind == "global_topk":  # of equal scores the one in the lower layer
             score_BM, best_BM = score_BM.sort(dim=1, descending=True, stable=True)
             neuron_BM = neuron_BM.gather(1, best_BM)
             score_BM, neuron_BM = (part[:, : int(self.rule.value)] for part in (score_BM, neuron_BM))
         pair_BM = sample_B[:, None] * self.n_neurons + neuron_BM
         self._pairs.append(pair_BM.masked_fill(score_BM == NOTHING, -1).flatten())
+
+    def _columns(self, n_entries: Mapping[int, int]) -> tuple[Tensor, Tensor]:
+        """Neurons of the layer of each entry of a sample, and the number of its first one, int64 ``[M]`` each."""
+        key = tuple(n_entries.items())
+        if key not in self._kept:
+            layers, sizes = list(n_entries), list(n_entries.values())
+            columns = np.repeat([[self._n_neurons[layer], self._first[layer]] for layer in layers], sizes, axis=0)
+            n_neurons_M, first_M = torch.from_numpy(columns.T.copy()).to(self._pairs[0].device).unbind(0)
+            self._kept[key] = n_neurons_M, first_M
+        return self._kept[key]
 
     def add_neurons(self, sample_B: Tensor, layer: int, found: NeuronScores) -> None:
         """Take neurons of one layer, whose samples are numbered as in a batch."""

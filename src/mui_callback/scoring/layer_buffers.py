@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mui_callback.fused.scores import Found
 from mui_callback.scoring.contributions import Responses
-from mui_callback.scoring.rows import NOTHING
+from mui_callback.scoring.rows import NOTHING, joined
 
 _TOGETHER = 2**25
 """Bytes that are made at once for several layers, as that takes fewer operators."""
@@ -34,7 +34,7 @@ class LayerBuffers:
         """How many contributions of all layers are NaN or infinite."""
         self._n_left = n_layers
         self._open: dict[tuple[int, int, int], _Together] = {}
-        self._use: dict[int, Tensor] = {}
+        self._use: list[tuple[list[int], Tensor]] = []
 
     def take(self, layer: int, n_ranks: int, n_chunks: int, n_experts: int) -> Found:
         """Empty ones for a layer.
@@ -47,18 +47,18 @@ class LayerBuffers:
         """
         key = (n_ranks, n_chunks, n_experts)
         if key in self._open and self._open[key].is_full:
-            self._use |= self._open.pop(key).use()
+            self._use.append(self._open.pop(key).use())
         if key not in self._open:
             self._open[key] = _Together(self.tokens, *key, n_left=self._n_left)
         self._n_left = max(1, self._n_left - 1)
         return self._open[key].take(layer, self.n_not_finite)
 
-    def use(self) -> dict[int, Tensor]:
-        """By layer, Σ|f| and number of rows of each sample in each expert, float64 ``[B, E, 2]``; after the last."""
-        for together in self._open.values():
-            self._use |= together.use()
-        self._open = {}
-        return self._use
+    def use(self) -> tuple[list[int], Tensor]:
+        """The numbers of all layers and, behind one another, Σ|f| and number of rows of each sample in each of their
+        experts, float64 ``[B, …, 2]``; after the last layer."""
+        found = [*self._use, *(together.use() for together in self._open.values())]
+        self._use, self._open = [], {}
+        return [layer for layers, _ in found for layer in layers], joined([use for _, use in found], dim=1)
 
 
 @dataclass
@@ -97,7 +97,7 @@ class _Together:
         self.layers.append(layer)
         return Found(highest_LBPC[number], row_LBP[number], use_RLE2[:, number], n_not_finite, self.n_ranks)
 
-    def use(self) -> dict[int, Tensor]:
+    def use(self) -> tuple[list[int], Tensor]:
         use_RLE2 = self._found[2]
         use_BLE2 = torch.mm(self.tokens.is_of_BR, use_RLE2.flatten(1)).view(-1, *use_RLE2.shape[1:])
-        return dict(zip(self.layers, use_BLE2[:, :, :-1].unbind(1), strict=False))
+        return self.layers, use_BLE2[:, : len(self.layers), :-1].flatten(1, 2)

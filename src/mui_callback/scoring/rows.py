@@ -169,6 +169,6 @@ def inner(one_MD: Tensor, other_MD: Tensor) -> Tensor:
     return joined([(one.float() * other.float()).sum(-1) for one, other in pairs])
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of one tensor or of several behind one another; one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One tensor, or several behind one another; one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
