@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,7 @@ from mui_callback.fused import experts as fused
 from mui_callback.fused.experts import Gate
 from mui_callback.probe.head import token_losses
 from mui_callback.scoring.contributions import ExpertScores, Responses
-from mui_callback.scoring.layer_buffers import LayerBuffers
-from mui_callback.scoring.layer_rows import LayerRows
+from mui_callback.scoring.layer_rows import LayerRows, alike, can_wait
 from mui_callback.scoring.rows import Contributions
 from mui_callback.scoring.topk import ordered_topk
 
@@ -82,31 +82,49 @@ def part_of(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("k", [1, 9, 200])
-def test_a_layer_is_as_the_operators_find_it(dtype: torch.dtype, width: int, k: int) -> None:
+def test_layers_are_as_the_operators_find_them(dtype: torch.dtype, width: int, k: int) -> None:
     responses, random = responses_of([3, 5, 1, 4]), torch.Generator().manual_seed(width)
-    parts = [
-        part_of((width, 6, 3), 13, (0, 0), random, dtype, is_plain=False),
-        part_of((100, 2, 2), 13, (6, 6 * width), random, dtype, is_plain=True),
+    parts_L = [
+        [
+            part_of((width, 6, 3), 13, (0, 0), random, dtype, is_plain=False),
+            part_of((100, 2, 2), 13, (6, 6 * width), random, dtype, is_plain=True),
+        ]
+        for _ in range(3)
     ]
+    assert len({alike(parts) for parts in parts_L}) == 1
+    assert all(map(can_wait, parts_L))
+    lent = [replace(part, rows=replace(part.rows, is_lent=True)) for part in parts_L[0]]
+    assert not can_wait(lent)
+    parts_L[1][0] = first_rows(parts_L[1][0], 20)
     n_neurons = 6 * width + 200
-    found = LayerRows.of(parts, LayerBuffers(responses), 8)
-    assert found.is_fused
-    entries, sums = found.finalists(k, n_neurons).entries(k), [part.rows.sums() for part in parts]
+    found = LayerRows.of(parts_L, responses, 8)
+    assert found.kinds
+    entries = found.finalists(k, n_neurons).entries(k)
     with without_kernels():
-        plain = LayerRows.of(parts, LayerBuffers(responses), 8)
-        assert not plain.is_fused
-        expected, expected_sums = plain.finalists(k, n_neurons).entries(k), [part.rows.sums() for part in parts]
-    assert torch.equal(found.found.highest_BPC, plain.found.highest_BPC)
-    torch.testing.assert_close(found.found.use_RE2, plain.found.use_RE2, rtol=1e-5, atol=0)
+        plain = LayerRows.of(parts_L, responses, 8)
+        assert not plain.kinds
+        expected = plain.finalists(k, n_neurons).entries(k)
+    assert torch.equal(found.found.highest_LBPC, plain.found.highest_LBPC)
+    torch.testing.assert_close(found.found.use_RLE2, plain.found.use_RLE2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.use(responses), plain.use(responses), rtol=1e-5, atol=0)
     assert int(found.found.n_not_finite) == int(plain.found.n_not_finite) > 0
+    assert len(entries.score) == 3 * responses.n_rows
     assert torch.equal(entries.score, expected.score)
     is_entry = expected.score > -math.inf
     assert is_entry.any()
     assert torch.equal(entries.place[is_entry], expected.place[is_entry])
-    for part, own, other in zip(parts, sums, expected_sums, strict=True):
-        assert own.dtype == other.dtype == torch.float64
+    for part in (part for parts in parts_L for part in parts):
+        own = part.rows.sums()
         with without_kernels():
+            other = part.rows.sums()
+            assert own.dtype == other.dtype == torch.float64
             assert ((own - other).abs() <= 1e-5 * part.rows.summary().mass_S).all()
+
+
+def first_rows(part: ExpertScores, n: int) -> ExpertScores:
+    rows = {name: getattr(part.rows, name)[:n] for name in ("projected_SI", "weight_S", "is_row_S", "act_row_S")}
+    numbers = {name: getattr(part, name)[:n] for name in ("token_S", "expert_S", "rank_S")}
+    return replace(part, rows=replace(part.rows, **rows), **numbers)
 
 
 @pytest.mark.parametrize("n_slots", [1, 5, 700, 9000])
@@ -114,11 +132,11 @@ def test_a_layer_is_as_the_operators_find_it(dtype: torch.dtype, width: int, k: 
 def test_chunks_are_chosen_as_a_sort_does(n_slots: int, k: int) -> None:
     values = torch.tensor([-math.inf, -2.5, -0.0, 0.0, 1e-40, 1.0, 2.0**127], device=DEVICE)
     random = torch.Generator(device=DEVICE).manual_seed(0)
-    score = values[torch.randint(len(values), (3, n_slots, 2), generator=random, device=DEVICE)]
+    score = values[torch.randint(len(values), (4, n_slots, 2), generator=random, device=DEVICE)]
     score[0] = torch.randn(n_slots, 2, generator=random, device=DEVICE)
-    highest = torch.cat([score.amax(-1, keepdim=True), score], dim=-1)
-    nothing = torch.zeros(3, n_slots, dtype=torch.int64, device=DEVICE)
-    found = scores.highest_chunks(scores.Found(highest, nothing, nothing, nothing, 1), k)
+    highest = torch.cat([score.amax(-1, keepdim=True), score], dim=-1).unflatten(0, (2, 2))
+    nothing = torch.zeros(2, 2, n_slots, dtype=torch.int64, device=DEVICE)
+    found = scores.highest_chunks(scores.Found(highest, nothing, nothing, nothing, 1), k).flatten(0, 1)
     for row, chosen in zip(score.flatten(1).tolist(), found.tolist(), strict=True):
         best = sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
         assert chosen == sorted(chosen)

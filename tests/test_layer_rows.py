@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mui_callback.scoring.contributions import ExpertScores, Responses
-from mui_callback.scoring.layer_buffers import LayerBuffers
 from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.rows import CHUNK, Contributions
+from mui_callback.scoring.topk import Candidates
 
 VALUES = [-3.0, -2.0, -0.5, -1.0, math.nan, math.inf]
 """Mostly below zero, so that nothing that is made up passes for the highest."""
@@ -54,6 +55,11 @@ def kinds(draw: st.DrawFn) -> tuple[list[ExpertScores], Responses, list[np.ndarr
     return parts, responses, naive
 
 
+def negative(parts: list[ExpertScores]) -> list[ExpertScores]:
+    """Those of another layer, that is alike."""
+    return [replace(part, rows=replace(part.rows, act=-part.rows.act)) for part in parts]
+
+
 @given(kinds())
 @settings(max_examples=80, deadline=None)
 def test_what_is_found_of_a_layer_is_what_a_loop_finds(
@@ -61,7 +67,7 @@ def test_what_is_found_of_a_layer_is_what_a_loop_finds(
 ) -> None:
     parts, responses, naive = made
     n_experts = max(part.first_expert + part.rows_per_token for part in parts)
-    rows = LayerRows.of(parts, LayerBuffers(responses), n_experts)
+    rows = LayerRows.of([negative(parts), parts], responses, n_experts)
     n_ranks, n_chunks = sum(part.rows_per_token for part in parts), max(part.rows.n_chunks for part in parts)
     n_slots = responses.n_orders * n_ranks
     highest = np.full((responses.n_rows, n_slots, 1 + n_chunks), -math.inf)
@@ -78,17 +84,21 @@ def test_what_is_found_of_a_layer_is_what_a_loop_finds(
             chunks = [entries[start : start + CHUNK] for start in range(0, len(entries), CHUNK)]
             slot = order * n_ranks + expert  # each token has as many slots as there are experts, in their order
             highest[sample, slot, : 1 + len(chunks)] = [max(entries), *map(max, chunks)]
-            assert int(rows.found.row_BP[sample, slot]) == number
-            score, neuron = rows.of_chunks(torch.full((n_chunks,), number), torch.arange(n_chunks))
+            assert int(rows.found.row_LBP[1, sample, slot]) == number
+            score, neuron = rows.of_chunks(1, torch.full((n_chunks,), number), torch.arange(n_chunks))
             padded = [*entries, *[-math.inf] * (CHUNK * n_chunks - len(entries))]
             assert score.flatten().tolist() == padded
             first = part.first_neuron + (expert - part.first_expert) * part.rows.width
             assert neuron.tolist() == [first + CHUNK * chunk for chunk in range(n_chunks)]
             number += 1
-    assert np.array_equal(rows.found.highest_BPC.numpy(), highest)
-    assert rows.highest_B.tolist() == highest.max((1, 2)).tolist()
-    assert rows.found.use_RE2[:, :-1].numpy() == pytest.approx(use)
-    assert int(rows.found.n_not_finite) == n_bad
+    assert np.array_equal(rows.found.highest_LBPC[1].numpy(), highest)
+    assert rows.highest_LB[1].tolist() == highest.max((1, 2)).tolist()
+    assert rows.found.use_RLE2[:, 1, :-1].numpy() == pytest.approx(use)
+    assert int(rows.found.n_not_finite) == 2 * n_bad
+    of_samples = [use[responses.row_R.numpy() == sample].sum(0) for sample in range(responses.n_rows)]
+    own, other = rows.use(responses).unflatten(1, (2, n_experts)).unbind(1)[::-1]
+    assert own.numpy() == pytest.approx(np.stack(of_samples))
+    assert torch.equal(own, other)  # of a negative contribution the mass is the same
 
 
 @given(kinds(), st.integers(1, 9))
@@ -98,7 +108,8 @@ def test_the_finalists_hold_the_highest_entries(
 ) -> None:
     parts, responses, naive = made
     n_neurons = max(part.first_neuron + part.rows_per_token * part.rows.width for part in parts)
-    found = LayerRows.of(parts, LayerBuffers(responses), 99).finalists(k, n_neurons).entries(k)
+    both = LayerRows.of([negative(parts), parts], responses, 99).finalists(k, n_neurons).entries(k)
+    found = Candidates(both.score[responses.n_rows :], both.place[responses.n_rows :])
     entries: list[list[tuple[float, int]]] = [[] for _ in range(responses.n_rows)]
     for part, f in zip(parts, naive, strict=True):
         for token, expert, one in zip(part.token_S.tolist(), part.expert_S.tolist(), f, strict=True):

@@ -18,7 +18,6 @@ from mui_callback.scoring import device_counts
 from mui_callback.scoring.contributions import ExpertScores, LayerScores, Responses
 from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.scoring.key_marks import KeyMarks
-from mui_callback.scoring.layer_buffers import LayerBuffers
 from mui_callback.scoring.layer_rows import LayerRows
 from mui_callback.scoring.rows import NOTHING, Contributions
 from mui_callback.scoring.select import NeuronScores, neurons_above, thresholds
@@ -198,12 +197,12 @@ def test_mass_and_rows_are_those_of_a_loop(made: Made) -> None:
 @settings(max_examples=60, deadline=None)
 def test_entries_and_neurons_of_a_layer_are_those_of_a_sort(made: Made, k: int, lowest: float) -> None:
     samples, shape = list(range(len(made.length_N))), made.layout.layers[0]
-    rows = LayerRows.of(made.layer(0, samples).parts, LayerBuffers(made.responses(samples)), shape.n_experts)
+    rows = LayerRows.of([made.layer(0, samples).parts], made.responses(samples), shape.n_experts)
     first = np.cumsum([0, *shape.widths])
     found = rows.finalists(k, shape.n_neurons).entries(k)
     threshold_B = torch.full((len(samples),), lowest)
     threshold_B[0] = math.inf  # of a sample that has no highest score
-    above = neurons_above(rows, shape.n_neurons, threshold_B)
+    above = neurons_above(rows, 0, shape.n_neurons, threshold_B)
     pairs = list(zip(above.sample_M.tolist(), above.neuron_M.tolist(), above.score_M.tolist(), strict=True))
     assert pairs == sorted(pairs)
     for sample in samples:

@@ -68,6 +68,7 @@ class CalledRows:
                 rows.projected_SI.reshape(-1, width),
                 rows.weight_S.repeat_interleave(n) if rows.weight_S is not None else None,
                 act_row_S=_side_by_side(rows.act_row_S, n) if rows.act_row_S is not None else None,
+                is_lent=rows.is_lent,
             )
         return ExpertScores(
             rows,

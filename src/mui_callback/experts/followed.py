@@ -128,7 +128,7 @@ class FollowedRows:
         place_P = place_P.clamp(max=len(act_SI) - 1)  # a GPU that reads behind the end is lost for training too
         if pairs.stop - pairs.start == self._bounds[-1] and product.expert_S is not None:
             projected_PI = product.projected(readout_PD, place_P)
-            self._whole = Contributions(act_SI, projected_PI, self._pairs.weight_P, act_row_S=place_P)
+            self._whole = Contributions(act_SI, projected_PI, self._pairs.weight_P, act_row_S=place_P, is_lent=True)
             self._kept.append((act_SI, act_SI._version))
             return
         if self._act is None or self._projected is None:

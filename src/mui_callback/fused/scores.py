@@ -3,14 +3,16 @@
 They compute what `mui_callback.scoring` and `mui_callback.probe.head` do without them: products are the same to the
 bit, sums up to rounding in float32.
 
-Shapes: S rows, I neurons of an expert, B samples, P slots for the rows of a sample, C chunks of neurons of a row, c
-neurons of a chunk, k chunks of a sample that are chosen, K slots of a sample that are, M scores of a sample, E experts,
-R scored tokens, V vocabulary.
+Shapes: L layers, S rows, I neurons of an expert, B samples, P slots for the rows of a sample, C chunks of neurons of a
+row, c neurons of a chunk, k chunks of a sample that are chosen, M scores of a sample, E experts, R scored tokens, V
+vocabulary, F fields of a table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +57,18 @@ class Factors:
         """From row to row."""
         return self.act.stride(0), self.projected_SI.stride(0)
 
+    @property
+    def layout(self) -> Hashable:
+        """The same for those that a kernel may take together: all but which tensors they are, and how many rows."""
+        kinds = (self.act.dtype, self.projected_SI.dtype, *self.flags.values())
+        return kinds, self.projected_SI.shape[1], self.strides, self.are_aligned
+
+    @property
+    def are_aligned(self) -> bool:
+        """Whether all rows begin where 16 bytes can be read at once."""
+        factors = (self.act, self.projected_SI)
+        return all((one.data_ptr() | one.stride(0) * one.itemsize) % 16 == 0 for one in factors)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -68,23 +82,63 @@ class Rows:
     first_rank: int
     """Number of their lowest rank among the ranks of a token in the layer."""
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order in which kernels take them."""
+        return self.token_S, self.expert_S, self.rank_S
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of experts of L layers, whose factors have the same layout."""
+
+    factors_L: Sequence[Factors]
+    rows_L: Sequence[Rows]
+    first_expert: int
+    """Number in the layer of the first of these experts."""
+    first_neuron: int
+    """Number in the layer of its first neuron."""
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        factors = self.factors_L[0]
+        return {
+            "ACT": _kernels().type_of(factors.act),
+            "PROJECTED": _kernels().type_of(factors.projected_SI),
+            "IS_ALIGNED": factors.are_aligned,
+            **factors.flags,
+        }
+
+    @cached_property
+    def table_LF(self) -> Tensor:
+        """Where the tensors of each layer are, and its numbers, in the order in which kernels read them, int64."""
+        device = self.factors_L[0].act.device
+        table = [
+            [0 if tensor is None else tensor.data_ptr() for tensor in (*factors.tensors, *rows.tensors)]
+            + [len(factors.projected_SI), rows.first_row]
+            for factors, rows in zip(self.factors_L, self.rows_L, strict=True)
+        ]
+        host = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)
+
 
 @dataclass(frozen=True)
 class Found:
-    """What one pass over the contributions of a layer finds.
+    """What one pass over the contributions of some layers finds.
 
     Each scored token of a sample has a slot for each of its rows.
     """
 
-    highest_BPC: Tensor
-    """The highest finite contribution of each slot and, behind it, of each of its chunks, float32 ``[B, P, 1 + C]``;
+    highest_LBPC: Tensor
+    """The highest finite contribution of each slot and, behind it, of each of its chunks, float32 ``[L, B, P, 1 + C]``;
     minus infinity where there is none."""
-    row_BP: Tensor
+    row_LBP: Tensor
     """Number of the row in each slot, those of all kinds of experts one after the other, int64; anything where there
     is none."""
-    use_RE2: Tensor
-    """Σ|f| of each token in each expert, and how many rows it has there, float64 ``[R, E + 1, 2]``; the last expert is
-    for what is no row."""
+    use_RLE2: Tensor
+    """Σ|f| of each token in each expert, and how many rows it has there, float64 ``[R, L, E + 1, 2]``; the last expert
+    is for what is no row."""
     n_not_finite: Tensor
     """How many are NaN or infinite, and do not count; int32 scalar."""
     n_ranks: int
@@ -93,38 +147,36 @@ class Found:
     @property
     def n_slots(self) -> int:
         """P."""
-        return self.row_BP.shape[1]
+        return self.row_LBP.shape[2]
 
     @property
     def n_chunks(self) -> int:
         """C."""
-        return self.highest_BPC.shape[2] - 1
+        return self.highest_LBPC.shape[3] - 1
 
 
-def scan(factors: Factors, rows: Rows, place_R: Tensor, chunk: int, found: Found) -> None:
-    """One pass over the contributions of some experts, whose results are added to those of the layer.
+def scan(kinds: Sequence[Kind], place_R: Tensor, chunk: int, found: Found) -> None:
+    """One pass over the contributions of all experts of some layers.
 
     Args:
-        factors: what the contributions are made of.
-        rows: which they are.
+        kinds: what the contributions are made of.
         place_R: number of each scored token among the places for those of all samples, int64.
         chunk: c.
         found: is written to.
     """
-    n_rows, width = factors.projected_SI.shape
-    n_own = -(-width // chunk)
-    block = min(max(1, _BLOCK // chunk), 1 << (n_own - 1).bit_length())
-    _kernels().scan.launch(
-        (n_rows,),
-        *(*factors.tensors, rows.token_S, rows.expert_S, rows.rank_S, place_R),
-        *(found.highest_BPC, found.row_BP, found.use_RE2, found.n_not_finite),
-        *(width, found.n_chunks, found.n_ranks, found.use_RE2.shape[1] - 1, found.use_RE2.stride(0)),
-        *(rows.first_row, rows.first_rank),
-        *factors.strides,
-        **factors.flags,
-        CHUNK=chunk,
-        BLOCK=block,
-    )
+    n_layers, n_experts = len(found.row_LBP), found.use_RLE2.shape[2] - 1
+    for kind in kinds:
+        n_rows, width = max(len(one.projected_SI) for one in kind.factors_L), kind.factors_L[0].projected_SI.shape[1]
+        n_own = -(-width // chunk)
+        _kernels().scan.launch(
+            (n_rows, n_layers),
+            *(kind.table_LF, place_R, found.highest_LBPC, found.row_LBP, found.use_RLE2, found.n_not_finite),
+            *(width, found.n_chunks, found.n_ranks, n_experts, n_layers, found.row_LBP.stride(0)),
+            *(kind.rows_L[0].first_rank, *kind.factors_L[0].strides),
+            **kind.layout,
+            CHUNK=chunk,
+            BLOCK=min(max(1, _BLOCK // chunk), 1 << (n_own - 1).bit_length()),
+        )
 
 
 def sums(factors: Factors) -> Tensor:
@@ -138,57 +190,54 @@ def sums(factors: Factors) -> Tensor:
 
 
 def highest_chunks(found: Found, k: int) -> Tensor:
-    """The k chunks of each sample with the highest scores, of equal ones the first, int64 ``[B, min(k, P·C)]``.
+    """The k chunks of each sample with the highest scores, of equal ones the first, int64 ``[L, B, min(k, P·C)]``.
 
     They are numbered slot by slot, ascending.
     """
-    n_samples, n_slots, n_chunks = len(found.row_BP), found.n_slots, found.n_chunks
-    n_kept_slots = min(k, n_slots)
+    samples, n_chunks = found.row_LBP.shape[:2], found.n_chunks
+    n_kept_slots = min(k, found.n_slots)
     n_kept = min(k, n_kept_slots * n_chunks)
-    chosen_Bk = found.row_BP.new_empty(n_samples, n_kept)
-    slots_Bk = found.row_BP.new_empty(n_samples, n_kept_slots) if n_kept_slots < n_slots else None
+    chosen_LBk = found.row_LBP.new_empty(*samples, n_kept)
+    slots_LBk = found.row_LBP.new_empty(*samples, n_kept_slots) if n_kept_slots < found.n_slots else None
     _kernels().choose.launch(
-        (n_samples,),
-        *(found.highest_BPC, slots_Bk, chosen_Bk, n_slots, n_chunks, n_kept_slots, n_kept),
-        HAS_SLOTS=slots_Bk is not None,
+        (samples.numel(),),
+        *(found.highest_LBPC, slots_LBk, chosen_LBk, found.n_slots, n_chunks, n_kept_slots, n_kept),
+        HAS_SLOTS=slots_LBk is not None,
         BLOCK=_SELECTED,
         num_warps=8,
     )
-    return chosen_Bk
+    return chosen_LBk
 
 
 def finalists(
-    chosen_Bk: Tensor,
-    parts: list[tuple[Factors, Rows, int, int]],
-    n_neurons: int,
-    chunk: int,
-    found: Found,
+    chosen_LBk: Tensor, kinds: Sequence[Kind], n_neurons: int, chunk: int, found: Found
 ) -> tuple[Tensor, Tensor]:
-    """The contributions of chosen chunks, float32 ``[B, k, c]``, and the place of the first of each, int64 ``[B, k]``.
+    """The contributions of chosen chunks, float32 ``[L, B, k, c]``, and the place of the first of each, int64
+    ``[L, B, k]``.
 
     Args:
-        chosen_Bk: which, as `highest_chunks` numbers them.
-        parts: the kinds of experts of the layer, each with the numbers of its first expert and neuron there.
-        n_neurons: those of the layer.
+        chosen_LBk: which, as `highest_chunks` numbers them.
+        kinds: the kinds of experts of the layers.
+        n_neurons: those of a layer.
         chunk: c.
-        found: of the scans of all parts.
+        found: of the scan of all kinds.
     """
-    (n_samples, n_kept), device = chosen_Bk.shape, chosen_Bk.device
-    score_Bkc = torch.empty(n_samples, n_kept, chunk, dtype=torch.float32, device=device)
-    place_Bk = torch.empty_like(chosen_Bk)
-    for number, (factors, rows, first_expert, first_neuron) in enumerate(parts):
-        n_rows, width = factors.projected_SI.shape
+    n_layers, n_samples, n_kept = chosen_LBk.shape
+    score_LBkc = torch.empty(*chosen_LBk.shape, chunk, dtype=torch.float32, device=chosen_LBk.device)
+    place_LBk = torch.empty_like(chosen_LBk)
+    for number, kind in enumerate(kinds):
         _kernels().finalists.launch(
-            (n_samples * n_kept,),
-            *(chosen_Bk, found.highest_BPC, found.row_BP, *factors.tensors, rows.expert_S, score_Bkc, place_Bk),
-            *(n_kept, found.n_slots, found.n_chunks, found.n_ranks, n_rows, rows.first_row),
-            *(first_expert, first_neuron, n_neurons, width, *factors.strides),
-            **factors.flags,
+            (n_samples * n_kept, n_layers),
+            *(kind.table_LF, chosen_LBk, found.highest_LBPC, found.row_LBP, score_LBkc, place_LBk),
+            *(n_samples, n_kept, found.n_slots, found.n_chunks, found.n_ranks),
+            *(kind.first_expert, kind.first_neuron, n_neurons),
+            *(kind.factors_L[0].projected_SI.shape[1], *kind.factors_L[0].strides),
+            **kind.layout,
             IS_FIRST=number == 0,
             CHUNK=chunk,
             num_warps=1,
         )
-    return score_Bkc, place_Bk
+    return score_LBkc, place_LBk
 
 
 def can_order(score_BM: Tensor) -> bool:

@@ -5,6 +5,8 @@ Numbers that differ from batch to batch are not specialized: a kernel would be c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -42,16 +44,25 @@ def _row(
     return of_act, factor, n_counted
 
 
-@kernel(do_not_specialize=["n_chunks", "n_ranks", "n_experts", "use_stride", "first_row", "first_rank"])
+_FIELDS = tl.constexpr(10)
+"""Of a row of the table: where act, act_row, projected, weight, is_row, token, expert and rank are, how many rows there
+are and the number of the first; see `mui_callback.fused.scores.Kind.table_LF`."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _at(table: tl.tensor, field: tl.constexpr, kind: tl.constexpr, IS_ALIGNED: tl.constexpr) -> tl.tensor:
+    """A pointer of a table."""
+    pointer = tl.load(table + field).to(tl.pointer_type(kind))
+    if IS_ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@kernel(
+    do_not_specialize=["n_chunks", "n_ranks", "n_experts", "n_layers", "places_of_layer", "first_rank"],
+)
 def scan(
-    act: tl.tensor,
-    act_row: tl.tensor,
-    projected: tl.tensor,
-    weight: tl.tensor,
-    is_row: tl.tensor,
-    token: tl.tensor,
-    expert: tl.tensor,
-    rank: tl.tensor,
+    table: tl.tensor,
     place: tl.tensor,
     highest: tl.tensor,
     row_of_slot: tl.tensor,
@@ -61,48 +72,65 @@ def scan(
     n_chunks: tl.tensor,
     n_ranks: tl.tensor,
     n_experts: tl.tensor,
-    use_stride: tl.tensor,
-    first_row: tl.tensor,
+    n_layers: tl.tensor,
+    places_of_layer: tl.tensor,
     first_rank: tl.tensor,
     act_stride: tl.tensor,
     projected_stride: tl.tensor,
+    ACT: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
     HAS_ACT_ROW: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program is one row, BLOCK chunks of it at a time."""
-    row = tl.program_id(0).to(tl.int64)
-    of_act, factor, n_counted = _row(row, act_row, weight, is_row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
-    number = tl.where(n_counted > 0, tl.load(expert + row), n_experts)
-    of_token = tl.load(token + row)
-    slot = tl.load(place + of_token) * n_ranks + first_rank + tl.load(rank + row)
-    tl.store(row_of_slot + slot, first_row + row)
-    first_of_slot = highest + slot * (n_chunks + 1)
-    total = 0.0
-    highest_of_row = float("-inf")
-    bad = 0
-    for first in range(0, width, BLOCK * CHUNK):
-        chunks = first // CHUNK + tl.arange(0, BLOCK)
-        columns = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        is_there = columns < n_counted
-        a = tl.load(act + of_act * act_stride + columns, mask=is_there, other=0.0)
-        p = tl.load(projected + row * projected_stride + columns, mask=is_there, other=0.0)
-        f = _products(a, p, factor)
-        is_finite = tl.abs(f) < float("inf")  # not for NaN either
-        is_entry = is_finite & is_there
-        total += tl.sum(tl.sum(tl.where(is_entry, tl.abs(f), 0.0), axis=1), axis=0)
-        bad += tl.sum(tl.sum((is_there & ~is_finite).to(tl.int32), axis=1), axis=0)
-        best = tl.max(tl.where(is_entry, f, float("-inf")), axis=1)
-        tl.store(first_of_slot + 1 + chunks, best, mask=chunks * CHUNK < width)
-        highest_of_row = tl.maximum(highest_of_row, tl.max(best, axis=0))
-    tl.store(first_of_slot, highest_of_row)
-    of_use = of_token * use_stride + number * 2
-    tl.store(use + of_use, total)
-    tl.store(use + of_use + 1, 1.0)
-    if bad > 0:
-        tl.atomic_add(n_bad, bad)
+    """One program is one row of one layer, BLOCK chunks of it at a time."""
+    row, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    table += layer * _FIELDS
+    if row < tl.load(table + 8):
+        of_act, factor, n_counted = _row(
+            row,
+            _at(table, 1, tl.int64, False),
+            _at(table, 3, tl.float32, False),
+            _at(table, 4, tl.int8, False),
+            width,
+            HAS_ACT_ROW,
+            HAS_WEIGHT,
+            HAS_ROWS,
+        )
+        act = _at(table, 0, ACT, IS_ALIGNED) + of_act * act_stride
+        projected = _at(table, 2, PROJECTED, IS_ALIGNED) + row * projected_stride
+        number = tl.where(n_counted > 0, tl.load(_at(table, 6, tl.int64, False) + row), n_experts)
+        of_token = tl.load(_at(table, 5, tl.int64, False) + row)
+        rank = first_rank + tl.load(_at(table, 7, tl.int64, False) + row)
+        slot = layer * places_of_layer + tl.load(place + of_token) * n_ranks + rank
+        tl.store(row_of_slot + slot, tl.load(table + 9) + row)
+        first_of_slot = highest + slot * (n_chunks + 1)
+        total = 0.0
+        highest_of_row = float("-inf")
+        bad = 0
+        for first in range(0, width, BLOCK * CHUNK):
+            chunks = first // CHUNK + tl.arange(0, BLOCK)
+            columns = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+            is_there = columns < n_counted
+            a = tl.load(act + columns, mask=is_there, other=0.0)
+            p = tl.load(projected + columns, mask=is_there, other=0.0)
+            f = _products(a, p, factor)
+            is_finite = tl.abs(f) < float("inf")  # not for NaN either
+            is_entry = is_finite & is_there
+            bad += tl.sum(tl.sum((is_there & (is_finite == 0)).to(tl.int32), axis=1), axis=0)
+            total += tl.sum(tl.sum(tl.where(is_entry, tl.abs(f), 0.0), axis=1), axis=0)
+            best = tl.max(tl.where(is_entry, f, float("-inf")), axis=1)
+            tl.store(first_of_slot + 1 + chunks, best, mask=chunks * CHUNK < width)
+            highest_of_row = tl.maximum(highest_of_row, tl.max(best, axis=0))
+        tl.store(first_of_slot, highest_of_row)
+        of_use = ((of_token * n_layers + layer) * (n_experts + 1) + number) * 2
+        tl.store(use + of_use, total)
+        tl.store(use + of_use + 1, 1.0)
+        if bad > 0:
+            tl.atomic_add(n_bad, bad)
 
 
 @kernel()
@@ -239,68 +267,69 @@ def choose(
 
 @kernel(
     do_not_specialize=[
-        "n_kept",
-        "n_slots",
-        "n_chunks",
-        "n_ranks",
-        "n_rows",
-        "first_row",
-        "first_expert",
-        "first_neuron",
-        "n_neurons",
+        *("n_samples", "n_kept", "n_slots", "n_chunks", "n_ranks"),
+        *("first_expert", "first_neuron", "n_neurons"),
     ]
 )
 def finalists(
+    table: tl.tensor,
     chosen: tl.tensor,
     highest: tl.tensor,
     row_of_slot: tl.tensor,
-    act: tl.tensor,
-    act_row: tl.tensor,
-    projected: tl.tensor,
-    weight: tl.tensor,
-    is_row: tl.tensor,
-    expert: tl.tensor,
     score: tl.tensor,
     place: tl.tensor,
+    n_samples: tl.tensor,
     n_kept: tl.tensor,
     n_slots: tl.tensor,
     n_chunks: tl.tensor,
     n_ranks: tl.tensor,
-    n_rows: tl.tensor,
-    first_row: tl.tensor,
     first_expert: tl.tensor,
     first_neuron: tl.tensor,
     n_neurons: tl.tensor,
     width: tl.tensor,
     act_stride: tl.tensor,
     projected_stride: tl.tensor,
+    ACT: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
     HAS_ACT_ROW: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     IS_FIRST: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    """One program is one chunk; where it is in the rows of these experts, its contributions are written. IS_FIRST: also
-    what stands for no chunk."""
-    number = tl.program_id(0).to(tl.int64)
-    sample = number // n_kept
+    """One program is one chunk of one layer; where it is in the rows of these experts, its contributions are written.
+    IS_FIRST: also what stands for no chunk."""
+    layer = tl.program_id(1).to(tl.int64)
+    table += layer * _FIELDS
+    number = layer * n_samples * n_kept + tl.program_id(0)
     column = tl.load(chosen + number)
     offsets = tl.arange(0, CHUNK)
     slot = column // n_chunks
-    of_slot = sample * n_slots + slot
+    of_slot = number // n_kept * n_slots + slot
     is_chunk = tl.load(highest + of_slot * (n_chunks + 1) + 1 + column % n_chunks) > float("-inf")
-    row = tl.load(row_of_slot + of_slot, mask=is_chunk, other=-1) - first_row
-    is_here = is_chunk & (row >= 0) & (row < n_rows)
+    row = tl.load(row_of_slot + of_slot, mask=is_chunk, other=-1) - tl.load(table + 9)
+    is_here = is_chunk & (row >= 0) & (row < tl.load(table + 8))
     row = tl.where(is_here, row, 0)
-    of_act, factor, n_counted = _row(row, act_row, weight, is_row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
+    of_act, factor, n_counted = _row(
+        row,
+        _at(table, 1, tl.int64, False),
+        _at(table, 3, tl.float32, False),
+        _at(table, 4, tl.int8, False),
+        width,
+        HAS_ACT_ROW,
+        HAS_WEIGHT,
+        HAS_ROWS,
+    )
     n_counted = tl.where(is_here, n_counted, 0)
     columns = (column % n_chunks) * CHUNK + offsets
     is_there = columns < n_counted
-    a = tl.load(act + of_act * act_stride + columns, mask=is_there, other=0.0)
-    p = tl.load(projected + row * projected_stride + columns, mask=is_there, other=0.0)
+    a = tl.load(_at(table, 0, ACT, IS_ALIGNED) + of_act * act_stride + columns, mask=is_there, other=0.0)
+    p = tl.load(_at(table, 2, PROJECTED, IS_ALIGNED) + row * projected_stride + columns, mask=is_there, other=0.0)
     f = _products(a, p, factor)
     found = tl.where(is_there & (tl.abs(f) < float("inf")), f, float("-inf"))
-    neuron = first_neuron + (tl.load(expert + row) - first_expert) * width + (column % n_chunks) * CHUNK
+    own = tl.load(_at(table, 6, tl.int64, False) + row) - first_expert
+    neuron = first_neuron + own * width + (column % n_chunks) * CHUNK
     found_at = tl.where(is_here, (slot // n_ranks) * n_neurons + neuron, 0)
     n_written = tl.where(is_here, CHUNK, 0)
     if IS_FIRST:
@@ -350,6 +379,11 @@ def predictions(
     of_target = tl.load(logits + row * stride + target).to(tl.float32)
     tl.store(loss + row, highest + tl.log(total) - of_target)
     tl.store(is_correct + row, best == target)
+
+
+def type_of(tensor: Tensor) -> Any:
+    """What Triton calls the type of the elements."""
+    return getattr(tl, str(tensor.dtype).removeprefix("torch."))
 
 
 def try_out(one: Tensor) -> None:

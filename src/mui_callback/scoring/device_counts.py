@@ -6,7 +6,7 @@ sample, L layers, R scored tokens, C choices of all samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from mui_callback.parallel.peers import Peers
 from mui_callback.rules import Rule
 from mui_callback.scoring.contributions import LayerScores, Responses, identity_error
 from mui_callback.scoring.key_marks import KeyMarks, entries_needed
-from mui_callback.scoring.layer_buffers import LayerBuffers
-from mui_callback.scoring.layer_rows import LayerRows
+from mui_callback.scoring.layer_rows import LayerRows, Parts, alike, can_wait, n_bytes
 from mui_callback.scoring.meeting import Meeting
+from mui_callback.scoring.rows import joined
 from mui_callback.scoring.select import NeuronScores, neurons_above, thresholds
 from mui_callback.scoring.topk import Candidates, Finalists, merge_candidates
 
+_WAITING = 2**28
+"""Bytes of contributions that wait for those of other layers, as to look at them together takes fewer kernels."""
 _PENDING = 2**26
 """Bytes of finalists that wait for those of other layers, as to rank them together takes fewer operators."""
 
@@ -172,28 +174,23 @@ class BatchCounts:
         self.responses = responses
         self.sample_B = sample_B
         self.meetings = meetings
+        self._waiting: dict[int, Parts] = {}
+        """By layer, contributions that are looked at together with those of the next layers."""
+        self._waiting_for: Hashable = None
+        """What the next layer has to have in common with them."""
+        self._use: dict[int, list[tuple[list[int], Tensor]]] = {}
+        """By identity of the meeting: layers, and `LayerRows.use` of these."""
+        self._n_not_finite: list[Tensor] = []
+        self._pending: dict[tuple[int, ...], Finalists] = {}
+        """By layers, whose samples come one after the other."""
         self._found: dict[int, Candidates] = {}
-        self._buffers: dict[int, LayerBuffers] = {}
-        """By identity of the meeting."""
-        self._pending: dict[int, Finalists] = {}
         self._above: dict[int, NeuronScores] = {}
         """By layer, neurons that the loosest of the rules ``topscore`` may take."""
 
     def add_layer(self, layer: int, scores: LayerScores) -> None:
         """Count the key neurons and the contributions of one layer, or of what of it is in this process."""
-        n_neurons, k = self.counts.layout.layers[layer].n_neurons, self.counts.k[layer]
-        meeting = self.meetings[layer]
         if scores.parts:  # none where another process counts
-            if id(meeting) not in self._buffers:
-                responses = self.responses if meeting is None else meeting.responses
-                self._buffers[id(meeting)] = LayerBuffers(responses, len(self.meetings))
-            n_experts = self.counts.layout.layers[layer].n_experts
-            rows = LayerRows.of(scores.parts, self._buffers[id(meeting)], n_experts, layer)
-            self._pend(layer, rows.finalists(k, n_neurons))
-            if self.counts.topscore:
-                # where the highest score is negative, the loosest rule is the one with the highest ratio
-                of_rules = [thresholds(marks.rule.value, rows.highest_B) for marks in self.counts.topscore]
-                self._above[layer] = neurons_above(rows, n_neurons, torch.stack(of_rules).amin(0))
+            self._wait(layer, scores.parts)
         if scores.made_R is not None:
             counts = self.counts
             errors = counts.later_error if layer in counts.checked else counts.identity_error
@@ -205,6 +202,7 @@ class BatchCounts:
 
         Whoever shares experts with others sends them no scores but their samples' best candidates.
         """
+        self._look_at_waiting()
         self._rank_pending()
         self._add_totals()
         alone: dict[int, Candidates] = {}
@@ -254,28 +252,57 @@ class BatchCounts:
                     threshold_B = thresholds(marks.rule.value, highest)
                     marks.add_neurons(sample_B, layer, self._above[layer].at_least(threshold_B))
 
-    def _pend(self, layer: int, finalists: Finalists) -> None:
-        self._pending[layer] = finalists
+    def _wait(self, layer: int, parts: Parts) -> None:
+        """For layers that are alike, as many as may be in memory together."""
+        shape = self.counts.layout.layers[layer]
+        kind = (alike(parts), id(self.meetings[layer]), shape.n_experts, shape.n_neurons, self.counts.k[layer])
+        if kind != self._waiting_for:
+            self._look_at_waiting()
+        self._waiting_for = kind
+        self._waiting[layer] = parts
+        if not can_wait(parts) or sum(map(n_bytes, self._waiting.values())) >= _WAITING:
+            self._look_at_waiting()
+
+    def _look_at_waiting(self) -> None:
+        if not self._waiting:
+            return
+        layers, parts_L = zip(*self._waiting.items(), strict=True)
+        self._waiting, self._waiting_for = {}, None
+        counts, shape, meeting = self.counts, self.counts.layout.layers[layers[0]], self.meetings[layers[0]]
+        responses = self.responses if meeting is None else meeting.responses
+        rows = LayerRows.of(parts_L, responses, shape.n_experts)
+        self._use.setdefault(id(meeting), []).append((list(layers), rows.use(responses)))
+        self._n_not_finite.append(rows.found.n_not_finite)
+        if counts.topscore:
+            # where the highest score is negative, the loosest rule is the one with the highest ratio
+            of_rules = [thresholds(marks.rule.value, rows.highest_LB) for marks in counts.topscore]
+            for number, (layer, loosest_B) in enumerate(zip(layers, torch.stack(of_rules).amin(0), strict=True)):
+                self._above[layer] = neurons_above(rows, number, shape.n_neurons, loosest_B)
+        self._pending[layers] = rows.finalists(counts.k[layers[0]], shape.n_neurons)
         if sum(one.score_Bkc.nbytes for one in self._pending.values()) > _PENDING:
             self._rank_pending()
 
     def _rank_pending(self) -> None:
         """The highest entries of all layers that wait, together where they have equally many samples and chunks."""
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for layer, finalists in self._pending.items():
-            alike.setdefault((*finalists.place_Bk.shape, self.counts.k[layer]), []).append(layer)
-        for (n_samples, _, k), layers in alike.items():
-            found = Finalists.joined([self._pending[layer] for layer in layers]).entries(k)
+        groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for layers, finalists in self._pending.items():
+            n_samples, n_chunks = len(finalists.place_Bk) // len(layers), finalists.place_Bk.shape[1]
+            groups.setdefault((n_samples, n_chunks, self.counts.k[layers[0]]), []).append(layers)
+        for (n_samples, _, k), together in groups.items():
+            found = Finalists.joined([self._pending[layers] for layers in together]).entries(k)
             parts = zip(torch.split(found.score, n_samples), torch.split(found.place, n_samples), strict=True)
-            self._found |= {layer: Candidates(*part) for layer, part in zip(layers, parts, strict=True)}
+            numbers = [layer for layers in together for layer in layers]
+            self._found |= {layer: Candidates(*part) for layer, part in zip(numbers, parts, strict=True)}
         self._pending = {}
 
     def _add_totals(self) -> None:
         """Mass and rows of each sample in each expert of all layers, and of these what is kept."""
         counts = self.counts
-        for buffers in self._buffers.values():
-            counts.not_finite += buffers.n_not_finite
-            layers, use_BE2 = buffers.use()
+        if self._n_not_finite:
+            counts.not_finite += torch.stack(self._n_not_finite).sum()
+        for found in self._use.values():
+            layers = [layer for some, _ in found for layer in some]
+            use_BE2 = joined([use for _, use in found], dim=1)
             meeting = self.meetings[layers[0]]
             sample_B = self.sample_B if meeting is None else meeting.sample_B
             is_of_QB = counts.task_of_sample[sample_B] == torch.arange(counts.n_tasks, device=counts.device)[:, None]

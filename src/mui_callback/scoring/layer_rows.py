@@ -1,95 +1,116 @@
-"""What one pass over the contributions of a layer finds, those of all kinds of experts together.
+"""What one pass over the contributions of layers finds, those of all kinds of experts together.
 
 Each scored token of a sample has a slot for each of its rows, and each row has chunks of neurons. The k highest entries
 of a sample are in the k chunks with the highest maxima, so only those are multiplied again.
 
-Shapes: B samples, R scored tokens, S rows, P slots of a sample, X slots of all samples, C chunks of the widest rows, k
-chunks of a sample that are chosen, M chunks, c neurons of a chunk, E experts.
+Shapes: L layers that are looked at together, B samples, R scored tokens, S rows, P slots of a sample, X slots of all
+samples, C chunks of the widest rows, k chunks of a sample that are chosen, M chunks, c neurons of a chunk, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mui_callback.fused import scores
-from mui_callback.fused.scores import Found, Rows
-from mui_callback.scoring.contributions import ExpertScores
-from mui_callback.scoring.layer_buffers import LayerBuffers
+from mui_callback.fused.scores import Found, Kind, Rows
+from mui_callback.scoring.contributions import ExpertScores, Responses
 from mui_callback.scoring.rows import CHUNK, NOTHING
 from mui_callback.scoring.topk import Finalists, ordered_topk
+
+Parts = Sequence[ExpertScores]
+"""Kinds of experts of a layer, in the order of their neurons."""
 
 
 @dataclass(frozen=True)
 class LayerRows:
-    """The contributions of a layer to the tokens of some samples, once looked at."""
+    """The contributions of layers that are alike (see `alike`) to the tokens of some samples, once looked at."""
 
-    parts: tuple[ExpertScores, ...]
-    """By kind of experts, in the order of their neurons."""
+    parts_L: tuple[Parts, ...]
     found: Found
-    is_fused: bool
-    """Whether there are kernels for all of them."""
+    kinds: tuple[Kind, ...]
+    """As kernels take them; none if there are no kernels for them."""
 
     @classmethod
-    def of(cls, parts: Sequence[ExpertScores], buffers: LayerBuffers, n_experts: int, layer: int = 0) -> LayerRows:
-        """Look at all contributions of one kind of experts or of several.
+    def of(cls, parts_L: Sequence[Parts], tokens: Responses, n_experts: int) -> LayerRows:
+        """Look at all contributions.
 
         Args:
-            parts: in the order of their neurons.
-            buffers: where to leave what is found.
+            parts_L: those of each layer.
+            tokens: the scored tokens.
             n_experts: E.
-            layer: number of the layer.
         """
+        parts, n_layers, device = parts_L[0], len(parts_L), tokens.row_R.device
         n_ranks, n_chunks = sum(part.rows_per_token for part in parts), max(part.rows.n_chunks for part in parts)
-        found = buffers.take(layer, n_ranks, n_chunks, n_experts)
-        numbered = list(_numbered(parts))
-        is_fused = bool(numbered) and all(part.rows.is_fused for part, _ in numbered)
-        for part, rows in numbered:
-            if is_fused:
-                scores.scan(part.rows.factors, rows, buffers.tokens.place_R, CHUNK, found)
-            else:
-                _scan(part, rows, buffers.tokens.place_R, found)
-        return cls(tuple(parts), found, is_fused)
+        places = (n_layers, tokens.n_rows, tokens.n_orders * n_ranks)
+        use = (len(tokens.row_R), n_layers, n_experts + 1, 2)
+        found = Found(
+            torch.full((*places, 1 + n_chunks), NOTHING, dtype=torch.float32, device=device),
+            torch.zeros(places, dtype=torch.int64, device=device),
+            torch.zeros(use, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
+            n_ranks,
+        )
+        kinds = _kinds(parts_L) if _are_fused(parts) else ()
+        if kinds:
+            scores.scan(kinds, tokens.place_R, CHUNK, found)
+        else:
+            for layer, parts in enumerate(parts_L):
+                for part, rows in _numbered(parts):
+                    _scan(part, rows, tokens.place_R, found, layer)
+        return cls(tuple(parts_L), found, kinds)
+
+    def use(self, tokens: Responses) -> Tensor:
+        """Σ|f| and number of rows of each sample in each expert, those of one layer after the other, float64
+        ``[B, L·E, 2]``."""
+        use_RLE2 = self.found.use_RLE2
+        use_BLE2 = torch.mm(tokens.is_of_BR, use_RLE2.flatten(1)).view(-1, *use_RLE2.shape[1:])
+        return use_BLE2[:, :, :-1].flatten(1, 2)
 
     @property
-    def highest_B(self) -> Tensor:
-        """The highest contribution of each sample, float32 ``[B]``; `NOTHING` if there is none."""
-        highest_BP = self.found.highest_BPC[..., 0]
-        return torch.nn.functional.pad(highest_BP, (0, 1), value=NOTHING).amax(1)  # there may be no slots
+    def highest_LB(self) -> Tensor:
+        """The highest contribution of each sample, float32 ``[L, B]``; `NOTHING` if there is none."""
+        highest_LBP = self.found.highest_LBPC[..., 0]
+        return torch.nn.functional.pad(highest_LBP, (0, 1), value=NOTHING).amax(-1)  # there may be no slots
 
     def finalists(self, k: int, n_neurons: int) -> Finalists:
-        """The chunks in which the k highest entries of each sample are.
+        """The chunks in which the k highest entries of each sample are, those of one layer after the other.
 
         Args:
             k: entries.
-            n_neurons: those of the layer.
+            n_neurons: those of a layer.
         """
-        if self.is_fused:
-            numbered = _numbered(self.parts)
-            of_kinds = [(part.rows.factors, rows, part.first_expert, part.first_neuron) for part, rows in numbered]
-            chosen_Bk = scores.highest_chunks(self.found, k)
-            return Finalists(*scores.finalists(chosen_Bk, of_kinds, n_neurons, CHUNK, self.found))
-        highest_BM, n_chunks = self.found.highest_BPC[..., 1:].flatten(1), self.found.n_chunks
+        if self.kinds:
+            chosen_LBk = scores.highest_chunks(self.found, k)
+            score_LBkc, place_LBk = scores.finalists(chosen_LBk, self.kinds, n_neurons, CHUNK, self.found)
+            return Finalists(score_LBkc.flatten(0, 1), place_LBk.flatten(0, 1))
+        return Finalists.joined([self._finalists(layer, k, n_neurons) for layer in range(len(self.parts_L))])
+
+    def _finalists(self, layer: int, k: int, n_neurons: int) -> Finalists:
+        found, n_chunks = self.found, self.found.n_chunks
+        highest_BM = found.highest_LBPC[layer, ..., 1:].flatten(1)
         chosen_Bk = ordered_topk(highest_BM, k)
         slot_Bk, chunk_Bk = chosen_Bk // n_chunks, chosen_Bk % n_chunks
-        score_Mc, neuron_M = self.of_chunks(self.found.row_BP.gather(1, slot_Bk).flatten(), chunk_Bk.flatten())
+        row_Bk = found.row_LBP[layer].gather(1, slot_Bk)
+        score_Mc, neuron_M = self.of_chunks(layer, row_Bk.flatten(), chunk_Bk.flatten())
         is_missing_Bk = highest_BM.gather(1, chosen_Bk) == NOTHING
         score_Bkc = score_Mc.view(*chosen_Bk.shape, CHUNK).masked_fill_(is_missing_Bk[..., None], NOTHING)
-        return Finalists(score_Bkc, slot_Bk // self.found.n_ranks * n_neurons + neuron_M.view_as(chosen_Bk))
+        return Finalists(score_Bkc, slot_Bk // found.n_ranks * n_neurons + neuron_M.view_as(chosen_Bk))
 
-    def of_chunks(self, row_M: Tensor, chunk_M: Tensor) -> tuple[Tensor, Tensor]:
+    def of_chunks(self, layer: int, row_M: Tensor, chunk_M: Tensor) -> tuple[Tensor, Tensor]:
         """The contributions of some chunks, float32 ``[M, c]``, and the neuron of the first of each, int64 ``[M]``.
 
         Args:
+            layer: which of these layers.
             row_M: number of the row of each, among those of all kinds.
             chunk_M: number of each in its row.
         """
         score_Mc = torch.full((len(row_M), CHUNK), NOTHING, dtype=torch.float32, device=row_M.device)
         neuron_M = chunk_M * CHUNK
-        for part, rows in _numbered(self.parts):
+        for part, rows in _numbered(self.parts_L[layer]):
             own_M, last = row_M - rows.first_row, part.rows.n_rows - 1
             is_own_M, own_M = (own_M >= 0) & (own_M <= last), own_M.clamp(0, last)
             score_Mc = part.rows.of_chunks(own_M, chunk_M).where(is_own_M[:, None], score_Mc)
@@ -97,7 +118,43 @@ class LayerRows:
         return score_Mc, neuron_M
 
 
-def _numbered(parts: Sequence[ExpertScores]) -> Iterator[tuple[ExpertScores, Rows]]:
+def can_wait(parts: Parts) -> bool:
+    """Whether a layer may be looked at later, together with others: there are kernels, and nobody writes to it."""
+    return _are_fused(parts) and not any(part.rows.is_lent for part in parts)
+
+
+def n_bytes(parts: Parts) -> int:
+    """What the factors of the contributions take."""
+    return sum(part.rows.act.nbytes + part.rows.projected_SI.nbytes for part in parts)
+
+
+def _are_fused(parts: Parts) -> bool:
+    with_rows = [part.rows for part in parts if part.rows.n_rows]
+    return bool(with_rows) and all(rows.is_fused for rows in with_rows)
+
+
+def alike(parts: Parts) -> Hashable:
+    """The same for layers that kernels may take together."""
+    return tuple(
+        (part.rows.n_rows > 0, part.rows.factors.layout, part.rows_per_token, part.first_expert, part.first_neuron)
+        for part in parts
+    )
+
+
+def _kinds(parts_L: Sequence[Parts]) -> tuple[Kind, ...]:
+    by_layer = [list(_numbered(parts)) for parts in parts_L]
+    return tuple(
+        Kind(
+            [part.rows.factors for part, _ in of_layers],
+            [rows for _, rows in of_layers],
+            of_layers[0][0].first_expert,
+            of_layers[0][0].first_neuron,
+        )
+        for of_layers in zip(*by_layer, strict=True)
+    )
+
+
+def _numbered(parts: Parts) -> Iterator[tuple[ExpertScores, Rows]]:
     """Those kinds of experts that have rows, and which these are."""
     first_row = first_rank = 0
     for part in parts:
@@ -107,16 +164,16 @@ def _numbered(parts: Sequence[ExpertScores]) -> Iterator[tuple[ExpertScores, Row
         first_rank += part.rows_per_token
 
 
-def _scan(part: ExpertScores, rows: Rows, place_R: Tensor, found: Found) -> None:
+def _scan(part: ExpertScores, rows: Rows, place_R: Tensor, found: Found, layer: int) -> None:
     """See `mui_callback.fused.scores.scan`."""
     summary, is_row_S = part.rows.summary(), part.rows.is_row_S
     slot_S = place_R[part.token_S] * found.n_ranks + (part.rank_S + rows.first_rank)
-    n_chunks, n_experts = part.rows.n_chunks, found.use_RE2.shape[1] - 1
-    highest_XC = found.highest_BPC.view(-1, 1 + found.n_chunks)
+    n_chunks, n_experts = part.rows.n_chunks, found.use_RLE2.shape[2] - 1
+    highest_XC = found.highest_LBPC[layer].view(-1, 1 + found.n_chunks)
     highest_SC = torch.cat([summary.highest_SC.amax(1, keepdim=True), summary.highest_SC], 1)
     highest_XC[:, : 1 + n_chunks].index_copy_(0, slot_S, highest_SC)
-    found.row_BP.view(-1)[slot_S] = torch.arange(part.rows.n_rows, device=slot_S.device) + rows.first_row
+    found.row_LBP[layer].view(-1)[slot_S] = torch.arange(part.rows.n_rows, device=slot_S.device) + rows.first_row
     expert_S = part.expert_S if is_row_S is None else part.expert_S.where(is_row_S, n_experts)
     use_S2 = torch.stack([summary.mass_S, torch.ones_like(summary.mass_S)], dim=1).double()
-    found.use_RE2[part.token_S, expert_S] = use_S2  # not added: a token has one row in an expert
+    found.use_RLE2[:, layer][part.token_S, expert_S] = use_S2  # not added: a token has one row in an expert
     found.n_not_finite.add_(summary.n_not_finite)

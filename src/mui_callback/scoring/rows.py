@@ -55,6 +55,8 @@ class Contributions:
     """False where no expert was chosen: nothing of such a row counts. None if all are rows."""
     act_row_S: Tensor | None = None
     """Where the activations of each row are, int64; None if they are in order."""
+    is_lent: bool = False
+    """Whether the activations are the model's, which may write to them once their layer is over."""
 
     @property
     def n_rows(self) -> int:

@@ -42,15 +42,15 @@ def thresholds(ratio: float, highest_B: Tensor) -> Tensor:
     return torch.where(rounded_B < exact_B, up_B, rounded_B).masked_fill(highest_B == NOTHING, float("inf"))
 
 
-def neurons_above(rows: LayerRows, n_neurons: int, threshold_B: Tensor) -> NeuronScores:
-    """Each sample's neurons that have an entry of at least its threshold in one layer.
+def neurons_above(rows: LayerRows, layer: int, n_neurons: int, threshold_B: Tensor) -> NeuronScores:
+    """Each sample's neurons that have an entry of at least its threshold in one of some layers.
 
     How many there are is asked of the device, which waits for it.
     """
     sample_M, slot_M, chunk_M = torch.nonzero(
-        rows.found.highest_BPC[..., 1:] >= threshold_B[:, None, None], as_tuple=True
+        rows.found.highest_LBPC[layer, ..., 1:] >= threshold_B[:, None, None], as_tuple=True
     )
-    score_Mc, neuron_M = rows.of_chunks(rows.found.row_BP[sample_M, slot_M], chunk_M)
+    score_Mc, neuron_M = rows.of_chunks(layer, rows.found.row_LBP[layer, sample_M, slot_M], chunk_M)
     is_above_Mc = score_Mc >= threshold_B[sample_M][:, None]
     key_Mc = (sample_M * n_neurons + neuron_M)[:, None] + torch.arange(CHUNK, device=neuron_M.device)
     return highest_of_each(key_Mc[is_above_Mc], score_Mc[is_above_Mc], n_neurons)
