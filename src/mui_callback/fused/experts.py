@@ -50,7 +50,8 @@ def gated(gate: Gate, up_S2: Tensor, bias_E2: Tensor | None, expert_S: Tensor) -
     act_SI = up_S2.new_empty(n_rows, n_columns // 2)
     _kernels().gated.launch(
         (n_rows, -(-width // _BLOCK)),
-        *(up_S2, bias_E2, expert_S, act_SI, width, up_S2.stride(0), gate.alpha, gate.limit),
+        (up_S2, bias_E2, expert_S, act_SI),
+        (width, up_S2.stride(0), gate.alpha, gate.limit),
         HAS_BIAS=bias_E2 is not None,
         IS_INTERLEAVED=gate.is_interleaved,
         BLOCK=_BLOCK,
@@ -75,7 +76,8 @@ def combined(
     out_TD = raw_SD.new_empty(n_tokens, width)
     _kernels().combined.launch(
         (n_tokens, -(-width // _BLOCK)),
-        *(raw_SD, bias_ED, row_TK, expert_TK.contiguous(), weight_TK.contiguous(), out_TD, width, n_local),
+        (raw_SD, bias_ED, row_TK, expert_TK.contiguous(), weight_TK.contiguous(), out_TD),
+        (width, n_local),
         HAS_BIAS=bias_ED is not None,
         TOP_K=top_k,
         BLOCK=_BLOCK,
@@ -117,11 +119,14 @@ def sort_pairs(
     expert_TK = expert_TK.contiguous()
     constants = {"HAS_SCORED": number_T is not None, "TOP_K": top_k, "BINS": bins, "BLOCK": block}
     kernels = _kernels()
-    kernels.count.launch((n_blocks,), expert_TK, number_T, counts, n_pairs, n_local, **constants)
+    kernels.count.launch((n_blocks,), (expert_TK, number_T, counts), (n_pairs, n_local), **constants)
     kernels.sort.launch(
         (n_blocks,),
-        *(expert_TK, weight_TK.contiguous(), number_T, counts, starts, ends_E),
-        *(order_S, from_S, expert_S, row_S, *(of_scored or (None,) * 6), n_pairs, n_local, first),
+        (
+            *(expert_TK, weight_TK.contiguous(), number_T, counts, starts, ends_E),
+            *(order_S, from_S, expert_S, row_S, *(of_scored or (None,) * 6)),
+        ),
+        (n_pairs, n_local, first),
         **constants,
         TILE=_TILE,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -27,47 +29,62 @@ class Kernel:
         self._function = function
         self._compiled: dict[tuple[object, ...], Any] = {}
 
-    def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        """Run it on the device of its first argument.
+    def launch(
+        self, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: Sequence[float] = (), **constants: Any
+    ) -> None:
+        """Run it on the device of the first tensor, which need not be the present one.
 
         Args:
             grid: programs, along up to three axes.
-            args: tensors, None or numbers, in the order of the kernel.
-            constants: what it is compiled with, in the order of the kernel behind the arguments, and `num_warps`.
+            tensors: the first arguments of the kernel; the first one is there.
+            numbers: the next ones, int or float.
+            constants: what it is compiled with, in the order of the kernel behind the numbers, and `num_warps`.
         """
-        device: torch.device = args[0].device
-        if device.index == torch.cuda.current_device():
-            self._launch(grid, args, constants)
+        first = tensors[0]
+        assert first is not None
+        index = first.device.index
+        if index == torch.cuda.current_device():
+            self._launch(index, grid, tensors, numbers, constants)
         else:
-            with torch.cuda.device(device):
-                self._launch(grid, args, constants)
+            with torch.cuda.device(index):
+                self._launch(index, grid, tensors, numbers, constants)
 
-    def _launch(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    def _launch(
+        self,
+        index: int,
+        grid: tuple[int, ...],
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[float],
+        constants: dict[str, Any],
+    ) -> None:
         if not Kernel.keeps_compiled:
-            self._function[grid](*args, **constants)
+            self._function[grid](*tensors, *numbers, **constants)
             return
-        key: list[object] = [args[0].device.index, *constants.values()]
-        values = []
-        for arg in args:
-            if isinstance(arg, Tensor):
-                value = arg.data_ptr()
-                key += (arg.dtype, value % 16)
-            else:
-                value = arg
-                key.append(_kind(value))
-            values.append(value)
-        compiled = self._compiled.get(tuple(key))
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        are_aligned = reduce(or_, filter(None, pointers)) % 16 == 0
+        alignment = () if are_aligned else tuple(pointer and pointer % 16 for pointer in pointers)
+        key = (index, *dtypes, alignment, *map(_kind, numbers), *constants.values())
+        compiled = self._compiled.get(key)
         if compiled is None:
-            self._compiled[tuple(key)] = self._function[grid](*args, **constants)
-        else:
-            compiled[(*grid, 1, 1)[:3]](*values, *(value for name, value in constants.items() if name != "num_warps"))
+            self._compiled[key] = self._function[grid](*tensors, *numbers, **constants)
+            return
+        compiled.run(
+            *(*grid, 1, 1)[:3],
+            triton.runtime.driver.active.get_current_stream(index),
+            *(compiled.function, compiled.packed_metadata),
+            *(None, None, None),  # what profilers of Triton hang in
+            *pointers,
+            *numbers,
+            *(value for name, value in constants.items() if name != "num_warps"),
+        )
 
 
-def _kind(value: Any) -> object:
-    """What a number or None is compiled for."""
-    if type(value) is int:
-        return (value % 16 == 0) + 2 * (value == 1) + 4 * (value >= 2**31)
-    return type(value)
+def _kind(number: float) -> int:
+    """What Triton compiles anew for."""
+    if isinstance(number, float):
+        return -1
+    return (number % 16 == 0) | (number == 1) << 1 | (number >= 2**31) << 2
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., None]], Kernel]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,11 +92,14 @@ class Kind:
     """One kind of experts of L layers, whose factors have the same layout."""
 
     factors_L: Sequence[Factors]
-    rows_L: Sequence[Rows]
+    first_rank: int
+    """Number of the lowest rank of their rows among the ranks of a token in the layer."""
     first_expert: int
     """Number in the layer of the first of these experts."""
     first_neuron: int
     """Number in the layer of its first neuron."""
+    table_LF: Tensor
+    """Where the tensors of each layer are, and its numbers, in the order in which kernels read them, int64."""
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -110,17 +112,28 @@ class Kind:
             **factors.flags,
         }
 
-    @cached_property
-    def table_LF(self) -> Tensor:
-        """Where the tensors of each layer are, and its numbers, in the order in which kernels read them, int64."""
-        device = self.factors_L[0].act.device
-        table = [
+
+def kinds(of_kinds: Sequence[Sequence[tuple[Factors, Rows, int, int]]]) -> tuple[Kind, ...]:
+    """Kinds of experts as kernels take them.
+
+    Args:
+        of_kinds: for each kind and each layer, what its contributions are made of, which rows they are, and the numbers
+            of its first expert and neuron in the layer.
+    """
+    table = [
+        [
             [0 if tensor is None else tensor.data_ptr() for tensor in (*factors.tensors, *rows.tensors)]
             + [len(factors.projected_SI), rows.first_row]
-            for factors, rows in zip(self.factors_L, self.rows_L, strict=True)
+            for factors, rows, *_ in of_layers
         ]
-        host = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
-        return host.to(device, non_blocking=True)
+        for of_layers in of_kinds
+    ]
+    device = of_kinds[0][0][0].act.device
+    table_KLF = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return tuple(
+        Kind([factors for factors, *_ in of_layers], of_layers[0][1].first_rank, *of_layers[0][2:], table_LF)
+        for of_layers, table_LF in zip(of_kinds, table_KLF.unbind(0), strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -155,24 +168,26 @@ class Found:
         return self.highest_LBPC.shape[3] - 1
 
 
-def scan(kinds: Sequence[Kind], place_R: Tensor, chunk: int, found: Found) -> None:
+def scan(of_kinds: Sequence[Kind], place_R: Tensor, chunk: int, found: Found) -> None:
     """One pass over the contributions of all experts of some layers.
 
     Args:
-        kinds: what the contributions are made of.
+        of_kinds: what the contributions are made of.
         place_R: number of each scored token among the places for those of all samples, int64.
         chunk: c.
         found: is written to.
     """
     n_layers, n_experts = len(found.row_LBP), found.use_RLE2.shape[2] - 1
-    for kind in kinds:
+    for kind in of_kinds:
         n_rows, width = max(len(one.projected_SI) for one in kind.factors_L), kind.factors_L[0].projected_SI.shape[1]
         n_own = -(-width // chunk)
         _kernels().scan.launch(
             (n_rows, n_layers),
-            *(kind.table_LF, place_R, found.highest_LBPC, found.row_LBP, found.use_RLE2, found.n_not_finite),
-            *(width, found.n_chunks, found.n_ranks, n_experts, n_layers, found.row_LBP.stride(0)),
-            *(kind.rows_L[0].first_rank, *kind.factors_L[0].strides),
+            (kind.table_LF, place_R, found.highest_LBPC, found.row_LBP, found.use_RLE2, found.n_not_finite),
+            (
+                *(width, found.n_chunks, found.n_ranks, n_experts, n_layers, found.row_LBP.stride(0)),
+                *(kind.first_rank, *kind.factors_L[0].strides),
+            ),
             **kind.layout,
             CHUNK=chunk,
             BLOCK=min(max(1, _BLOCK // chunk), 1 << (n_own - 1).bit_length()),
@@ -184,7 +199,7 @@ def sums(factors: Factors) -> Tensor:
     n_rows, width = factors.projected_SI.shape
     sum_S = torch.empty(n_rows, dtype=torch.float32, device=factors.act.device)
     _kernels().sums.launch(
-        (n_rows,), *(*factors.tensors, sum_S, width, *factors.strides), **factors.flags, BLOCK=_BLOCK
+        (n_rows,), (*factors.tensors, sum_S), (width, *factors.strides), **factors.flags, BLOCK=_BLOCK
     )
     return sum_S
 
@@ -201,7 +216,8 @@ def highest_chunks(found: Found, k: int) -> Tensor:
     slots_LBk = found.row_LBP.new_empty(*samples, n_kept_slots) if n_kept_slots < found.n_slots else None
     _kernels().choose.launch(
         (samples.numel(),),
-        *(found.highest_LBPC, slots_LBk, chosen_LBk, found.n_slots, n_chunks, n_kept_slots, n_kept),
+        (found.highest_LBPC, slots_LBk, chosen_LBk),
+        (found.n_slots, n_chunks, n_kept_slots, n_kept),
         HAS_SLOTS=slots_LBk is not None,
         BLOCK=_SELECTED,
         num_warps=8,
@@ -210,14 +226,14 @@ def highest_chunks(found: Found, k: int) -> Tensor:
 
 
 def finalists(
-    chosen_LBk: Tensor, kinds: Sequence[Kind], n_neurons: int, chunk: int, found: Found
+    chosen_LBk: Tensor, of_kinds: Sequence[Kind], n_neurons: int, chunk: int, found: Found
 ) -> tuple[Tensor, Tensor]:
     """The contributions of chosen chunks, float32 ``[L, B, k, c]``, and the place of the first of each, int64
     ``[L, B, k]``.
 
     Args:
         chosen_LBk: which, as `highest_chunks` numbers them.
-        kinds: the kinds of experts of the layers.
+        of_kinds: the kinds of experts of the layers.
         n_neurons: those of a layer.
         chunk: c.
         found: of the scan of all kinds.
@@ -225,13 +241,15 @@ def finalists(
     n_layers, n_samples, n_kept = chosen_LBk.shape
     score_LBkc = torch.empty(*chosen_LBk.shape, chunk, dtype=torch.float32, device=chosen_LBk.device)
     place_LBk = torch.empty_like(chosen_LBk)
-    for number, kind in enumerate(kinds):
+    for number, kind in enumerate(of_kinds):
         _kernels().finalists.launch(
             (n_samples * n_kept, n_layers),
-            *(kind.table_LF, chosen_LBk, found.highest_LBPC, found.row_LBP, score_LBkc, place_LBk),
-            *(n_samples, n_kept, found.n_slots, found.n_chunks, found.n_ranks),
-            *(kind.first_expert, kind.first_neuron, n_neurons),
-            *(kind.factors_L[0].projected_SI.shape[1], *kind.factors_L[0].strides),
+            (kind.table_LF, chosen_LBk, found.highest_LBPC, found.row_LBP, score_LBkc, place_LBk),
+            (
+                *(n_samples, n_kept, found.n_slots, found.n_chunks, found.n_ranks),
+                *(kind.first_expert, kind.first_neuron, n_neurons),
+                *(kind.factors_L[0].projected_SI.shape[1], *kind.factors_L[0].strides),
+            ),
             **kind.layout,
             IS_FIRST=number == 0,
             CHUNK=chunk,
@@ -249,7 +267,9 @@ def order_keys(score_BM: Tensor) -> Tensor:
     """Numbers that are in the order of the scores and, of equal ones, against that of the columns, int64 ``[B, M]``."""
     key_BM = torch.empty(score_BM.shape, dtype=torch.int64, device=score_BM.device)
     n_scores = score_BM.numel()
-    _kernels().order_keys.launch((-(-n_scores // _BLOCK),), score_BM, key_BM, n_scores, score_BM.shape[1], BLOCK=_BLOCK)
+    _kernels().order_keys.launch(
+        (-(-n_scores // _BLOCK),), (score_BM, key_BM), (n_scores, score_BM.shape[1]), BLOCK=_BLOCK
+    )
     return key_BM
 
 
@@ -265,7 +285,8 @@ def predictions(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
     is_correct_R = torch.empty(n_rows, dtype=torch.bool, device=logits_RV.device)
     _kernels().predictions.launch(
         (n_rows,),
-        *(logits_RV, target_R.contiguous(), loss_R, is_correct_R, n_logits, logits_RV.stride(0)),
+        (logits_RV, target_R.contiguous(), loss_R, is_correct_R),
+        (n_logits, logits_RV.stride(0)),
         BLOCK=_LOGITS,
     )
     return loss_R, is_correct_R

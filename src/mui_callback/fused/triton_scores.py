@@ -389,24 +389,23 @@ def type_of(tensor: Tensor) -> Any:
 def try_out(one: Tensor) -> None:
     """Run what takes the newest version of Triton, as it is run later; raises whatever does not work."""
     number, two = one.long() * 0, one.new_ones(2)
-    order_keys.launch((1,), one, number.clone(), 1, 1, BLOCK=1024)
+    order_keys.launch((1,), (one, number.clone()), (1, 1), BLOCK=1024)
     for slots in (None, number):
-        choose.launch(
-            *((1,), two, slots, number.clone(), 1, 1, 1, 1),
-            HAS_SLOTS=slots is not None,
-            BLOCK=2048,
-            num_warps=8,
-        )
+        _choose_one(two, slots, number.clone())
+
+
+def _choose_one(two: Tensor, slots: Tensor | None, chosen: Tensor) -> None:
+    choose.launch((1,), (two, slots, chosen), (1, 1, 1, 1), HAS_SLOTS=slots is not None, BLOCK=2048, num_warps=8)
 
 
 def launches_compiled(one: Tensor) -> bool:
     """Whether a compiled kernel can be launched again, in this version of Triton, and does the same."""
-    found = [torch.zeros_like(one, dtype=torch.int64) for _ in range(2)]
+    two, found = one.new_ones(2), [torch.full_like(one, -1, dtype=torch.int64) for _ in range(2)]
     Kernel.keeps_compiled = True
     try:
-        for key in found:
-            order_keys.launch((1,), one, key, 1, 1, BLOCK=1024)
-        Kernel.keeps_compiled = bool(torch.equal(*found) and found[0].any())
+        for chosen in found:
+            _choose_one(two, None, chosen)
+        Kernel.keeps_compiled = not any(chosen.any() for chosen in found)
     except Exception:  # whatever it makes of arguments that it does not want
         Kernel.keeps_compiled = False
     return Kernel.keeps_compiled

@@ -142,16 +142,11 @@ def alike(parts: Parts) -> Hashable:
 
 
 def _kinds(parts_L: Sequence[Parts]) -> tuple[Kind, ...]:
-    by_layer = [list(_numbered(parts)) for parts in parts_L]
-    return tuple(
-        Kind(
-            [part.rows.factors for part, _ in of_layers],
-            [rows for _, rows in of_layers],
-            of_layers[0][0].first_expert,
-            of_layers[0][0].first_neuron,
-        )
-        for of_layers in zip(*by_layer, strict=True)
-    )
+    by_layer = [
+        [(part.rows.factors, rows, part.first_expert, part.first_neuron) for part, rows in _numbered(parts)]
+        for parts in parts_L
+    ]
+    return scores.kinds(list(zip(*by_layer, strict=True)))
 
 
 def _numbered(parts: Parts) -> Iterator[tuple[ExpertScores, Rows]]:
