@@ -25,7 +25,7 @@ from mui_callback.experts.down import Product
 from mui_callback.experts.follower import DispatchFollower
 from mui_callback.experts.gates import GateReader
 from mui_callback.experts.located import at_positions, at_tokens
-from mui_callback.experts.precision import without_autocast
+from mui_callback.experts.precision import unrecorded
 from mui_callback.experts.tail import Tail
 from mui_callback.forgiving import attempt
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens
@@ -109,7 +109,7 @@ class CalledRecorder:
         return cut.value.clone()  # models write to the outputs of their experts in place
 
     def _add(self, direct: DirectRows, expert: int, product: Product, gate: Tensor | None) -> None:
-        with torch.no_grad(), without_autocast(product.out.device):
+        with unrecorded(product.out.device):
             direct.add(expert, product, activations(product, gate, self.activation))
 
     def _pass(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:

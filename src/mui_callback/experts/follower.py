@@ -17,7 +17,7 @@ from mui_callback.experts.dispatch import Arrivals, Sent
 from mui_callback.experts.down import Product
 from mui_callback.experts.expert_parallelism import Spread
 from mui_callback.experts.followed import FollowedRows
-from mui_callback.experts.precision import without_autocast
+from mui_callback.experts.precision import unrecorded
 from mui_callback.forgiving import attempt
 from mui_callback.scoring.contributions import ScoredTokens, number_among_equals
 from mui_callback.scoring.rows import Contributions
@@ -67,7 +67,7 @@ class DispatchFollower:
         """To be called after the router, when it is known what comes."""
         if self._announced is not None:
             tokens, readout_RD = self._announced
-            with torch.no_grad(), without_autocast(readout_RD.device):
+            with unrecorded(readout_RD.device):
                 self._rows = FollowedRows(self._sent(tokens), readout_RD, self.n_local, self.first_down)
 
     def take(self, expert: int, product: Product, gate: Tensor | None, activation: Activation) -> None:
@@ -87,7 +87,7 @@ class DispatchFollower:
         `rows`."""
         if self._rows is not None:
             self._rows.meet()
-            with torch.no_grad(), without_autocast(self._rows.device):
+            with unrecorded(self._rows.device):
                 _, error = attempt(self._rows.add_waiting)
             self._error = self._error or error
 
@@ -127,7 +127,7 @@ class DispatchFollower:
         return self._rows
 
     def _take(self, first: int, product: Product, gate: Tensor | None, activation: Activation) -> None:
-        with torch.no_grad(), without_autocast(product.out.device):
+        with unrecorded(product.out.device):
             self._followed.add(first, product, activations(product, gate, activation))
 
     def _sent(self, tokens: ScoredTokens) -> Sent:

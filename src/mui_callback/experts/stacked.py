@@ -135,12 +135,11 @@ class StackedExperts:
         Returns:
             The output ``[T, D]`` in the dtype of the input, and the rows behind it.
         """
-        module = self.module
-        width = module.down_proj.shape[1 if module.is_transposed else 2]
-        if (len(module.down_proj), width) != (self.n_local, self.width):
+        module, down = self.module, self.module.down_proj.detach()
+        if (len(down), down.shape[1 if module.is_transposed else 2]) != (self.n_local, self.width):
             raise ProbeError(
                 f"{self.path}.down_proj: expected {self.n_local} whole experts of {self.width} neurons in this "
-                f"process, got {tuple(module.down_proj.shape)}"
+                f"process, got {tuple(down.shape)}"
             )
         sorted_rows, pairs = sort_pairs(expert_TK, weight_TK, self.n_local, tokens)
         expert_S, row_TK, end_E = sorted_rows.expert_S, sorted_rows.row_TK, sorted_rows.end_E
@@ -148,7 +147,7 @@ class StackedExperts:
         act_SI, up_S = self._activations(rows_at(x_TD, sorted_rows.from_S), expert_S, end_E, keep_gate=keep_gate)
         if is_masked_EI is not None:
             act_SI = act_SI.masked_fill(is_masked_EI[expert_S.long()], 0)
-        raw_SD, bias = self._product(act_SI, "down_proj", end_E), self._bias("down_proj")
+        raw_SD, bias = self._product(act_SI, down, end_E), self._bias("down_proj")
         if can_run(raw_SD, weight_TK) and not module.has_post_expert_norm:
             out_TD = fused.combined(raw_SD, bias, row_TK, expert_TK, weight_TK, self.n_local)
         else:
@@ -166,7 +165,7 @@ class StackedExperts:
             act_SI=act_SI,
             raw_SD=raw_SD if module.has_post_expert_norm else None,
             up_S=up_S,
-            down=module.down_proj.detach(),
+            down=down,
             down_bias=None if bias is None else bias.detach(),
         )
         return out_TD.to(x_TD.dtype), rows
@@ -176,7 +175,7 @@ class StackedExperts:
     ) -> tuple[Tensor, Tensor | None]:
         """``[S, I]``, and what they are made of, if that is to be kept."""
         module, (name, _) = self.module, self._weight_names()
-        up_S, bias = self._product(x_SD, name, end_E), self._bias(name)
+        up_S, bias = self._product(x_SD, getattr(module, name), end_E), self._bias(name)
         gate = known_gate(module) if can_run(up_S) and not keep_gate else None
         if gate is not None:
             return fused.gated(gate, up_S, bias, expert_S), None
@@ -208,8 +207,7 @@ class StackedExperts:
             )
         return gate_SI
 
-    def _product(self, x_SN: Tensor, name: str, end_E: Tensor) -> Tensor:
-        weight = getattr(self.module, name)
+    def _product(self, x_SN: Tensor, weight: Tensor, end_E: Tensor) -> Tensor:
         return grouped_mm(x_SN, weight if self.module.is_transposed else weight.transpose(-2, -1), end_E)
 
     def _bias(self, name: str) -> Tensor | None:

@@ -20,7 +20,7 @@ from mui_callback.experts.base import First
 from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.pairs import Pairs
-from mui_callback.experts.precision import without_autocast
+from mui_callback.experts.precision import unrecorded
 from mui_callback.experts.tail import Tail
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_of_row
 from mui_callback.scoring.rows import Contributions, rows_at
@@ -76,7 +76,7 @@ class StackedRecorder:
             yield
 
     def _run(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        with torch.no_grad(), without_autocast(x_TD.device):
+        with unrecorded(x_TD.device):
             out_TD, self.rows = self.experts.run(
                 *(x_TD, expert_TK, weight_TK),
                 keep_gate=self.keep_gate,

@@ -17,6 +17,8 @@ from mui_callback.fused.available import can_run
 _BLOCK = 1024
 _PAIRS = 256
 """Pairs of a program that sorts them, of which there are the more of the more there are."""
+_FEW_PAIRS = 2**14
+"""Pairs that each program may count by itself."""
 _MANY_PAIRS = 2**16
 _TILE = 32
 """Pairs, or programs, that are compared with those of a program at a time."""
@@ -105,9 +107,10 @@ def sort_pairs(
     """
     (n_tokens, top_k), device = expert_TK.shape, expert_TK.device
     n_pairs, n_kinds = n_tokens * top_k, 1 if number_T is None else 2
-    block = _PAIRS if n_pairs <= _MANY_PAIRS else 4 * _PAIRS
+    block, are_counted = _PAIRS if n_pairs <= _MANY_PAIRS else 4 * _PAIRS, n_pairs > _FEW_PAIRS
     bins, n_blocks = max(32, 1 << (n_local - 1).bit_length()), -(-n_pairs // block)
-    counts, starts = torch.empty(2, n_kinds, n_blocks, bins, dtype=torch.int32, device=device).unbind(0)
+    starts = torch.empty(n_kinds, n_blocks, bins, dtype=torch.int32, device=device)
+    counts = torch.empty_like(starts) if are_counted else None
     ends_E = torch.empty(n_kinds, n_local, dtype=torch.int32, device=device)
     order_S, from_S, expert_S, row_S = torch.empty(4, n_pairs, dtype=torch.int64, device=device).unbind(0)
     of_scored: tuple[Tensor, ...] = ()
@@ -119,7 +122,8 @@ def sort_pairs(
     expert_TK = expert_TK.contiguous()
     constants = {"HAS_SCORED": number_T is not None, "TOP_K": top_k, "BINS": bins, "BLOCK": block}
     kernels = _kernels()
-    kernels.count.launch((n_blocks,), (expert_TK, number_T, counts), (n_pairs, n_local), **constants)
+    if are_counted:
+        kernels.count.launch((n_blocks,), (expert_TK, number_T, counts), (n_pairs, n_local), **constants)
     kernels.sort.launch(
         (n_blocks,),
         (
@@ -128,6 +132,7 @@ def sort_pairs(
         ),
         (n_pairs, n_local, first),
         **constants,
+        ARE_COUNTED=are_counted,
         TILE=_TILE,
     )
     rows = order_S, from_S, expert_S, row_S.view(n_tokens, top_k), ends_E[0]

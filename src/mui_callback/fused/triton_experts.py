@@ -110,23 +110,54 @@ def count(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _starts(
-    counts: tl.tensor, starts: tl.tensor, ends: tl.tensor, n_local: tl.tensor, BINS: tl.constexpr, TILE: tl.constexpr
-) -> None:
-    """Where the rows of each expert begin that this program finds; the last one also says where all rows of it end."""
-    block, n_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    bins = tl.arange(0, BINS)
+def _added_up(counts: tl.tensor, BINS: tl.constexpr, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """How many pairs each expert has, and how many of these come before those of this program, as `count` found."""
+    block, n_blocks = tl.program_id(0), tl.num_programs(0)
     total = tl.zeros((BINS,), dtype=tl.int32)
     before = tl.zeros((BINS,), dtype=tl.int32)
     for first in range(0, n_blocks, TILE):
         blocks = first + tl.arange(0, TILE)
-        places = blocks[:, None] * BINS + bins[None, :]
+        places = blocks[:, None] * BINS + tl.arange(0, BINS)[None, :]
         found = tl.load(counts + places, mask=blocks[:, None] < n_blocks, other=0)
         total += tl.sum(found, axis=0)
         before += tl.sum(tl.where(blocks[:, None] < block, found, 0), axis=0)
+    return total, before
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _counted(
+    expert: tl.tensor,
+    number: tl.tensor,
+    n_pairs: tl.tensor,
+    n_local: tl.tensor,
+    ONLY_SCORED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The same, counted here; for few pairs, of which each program looks at all."""
+    total = tl.zeros((BINS,), dtype=tl.int32)
+    before = tl.zeros((BINS,), dtype=tl.int32)
+    for first in range(0, n_pairs, 2048):
+        pair = first + tl.arange(0, 2048)
+        counts = pair < n_pairs
+        own = tl.minimum(tl.load(expert + pair, mask=counts, other=0), n_local - 1).to(tl.int32)
+        if ONLY_SCORED:
+            counts = tl.load(number + pair // TOP_K, mask=counts, other=-1) >= 0
+        total += tl.histogram(own, BINS, mask=counts)
+        before += tl.histogram(own, BINS, mask=counts & (pair < tl.program_id(0) * BLOCK))
+    return total, before
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_starts(
+    total: tl.tensor, before: tl.tensor, starts: tl.tensor, ends: tl.tensor, n_local: tl.tensor, BINS: tl.constexpr
+) -> None:
+    """Where the rows of each expert begin that this program finds; the last one also says where all rows of it end."""
+    block, bins = tl.program_id(0).to(tl.int64), tl.arange(0, BINS)
     end = tl.cumsum(total, axis=0)
     tl.store(starts + block * BINS + bins, end - total + before)
-    if block == n_blocks - 1:
+    if block == tl.num_programs(0) - 1:
         tl.store(ends + bins, end, mask=bins < n_local)
 
 
@@ -155,14 +186,24 @@ def sort(
     TOP_K: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ARE_COUNTED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One program finds the rows of BLOCK pairs, and the places of those of scored tokens, after `count`."""
-    block, n_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    of_scored = n_blocks * BINS
-    _starts(counts, starts, ends, n_local, BINS, TILE)
+    """One program finds the rows of BLOCK pairs, and where those of scored tokens are among their own. ARE_COUNTED: after
+    `count`."""
+    block = tl.program_id(0).to(tl.int64)
+    of_scored = tl.num_programs(0) * BINS
+    if ARE_COUNTED:
+        total, before = _added_up(counts, BINS, TILE)
+    else:
+        total, before = _counted(expert, number, n_pairs, n_local, False, TOP_K, BINS, BLOCK)
+    _store_starts(total, before, starts, ends, n_local, BINS)
     if HAS_SCORED:
-        _starts(counts + of_scored, starts + of_scored, ends + n_local, n_local, BINS, TILE)
+        if ARE_COUNTED:
+            total, before = _added_up(counts + of_scored, BINS, TILE)
+        else:
+            total, before = _counted(expert, number, n_pairs, n_local, True, TOP_K, BINS, BLOCK)
+        _store_starts(total, before, starts + of_scored, ends + n_local, n_local, BINS)
     tl.debug_barrier()  # what is stored above is read below
     pair = block * BLOCK + tl.arange(0, BLOCK)
     is_pair = pair < n_pairs

@@ -16,7 +16,7 @@ from mui_callback.errors import InterruptedPassError, ProbeError
 from mui_callback.experts.base import First, Recorder
 from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.layer import ExpertLayer
-from mui_callback.experts.precision import without_autocast
+from mui_callback.experts.precision import unrecorded
 from mui_callback.experts.tail import Tail
 from mui_callback.forgiving import attempt, described
 from mui_callback.parallel.processes import out_of_memory
@@ -131,7 +131,7 @@ class LayerReader:
             self._note_own_bias(out)
         with self._together():
             self._trace(out, readouts, tokens, learns=learns)
-        with torch.no_grad(), without_autocast(out.device):
+        with unrecorded(out.device):
             parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
             if check:
                 return self._with_sums(parts or (), error, out, readouts, tokens, readout_RD, is_output=is_output)
