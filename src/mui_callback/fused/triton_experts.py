@@ -189,8 +189,8 @@ def sort(
     ARE_COUNTED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One program finds the rows of BLOCK pairs, and where those of scored tokens are among their own. ARE_COUNTED: after
-    `count`."""
+    """One program finds the rows of BLOCK pairs, and where those of scored tokens are among their own. ARE_COUNTED:
+    after `count`."""
     block = tl.program_id(0).to(tl.int64)
     of_scored = tl.num_programs(0) * BINS
     if ARE_COUNTED:
