@@ -67,7 +67,7 @@ class LayerRows:
         """Σ|f| and number of rows of each sample in each expert, those of one layer after the other, float64
         ``[B, L·E, 2]``."""
         use_RLE2 = self.found.use_RLE2
-        use_BLE2 = torch.mm(tokens.is_of_BR, use_RLE2.flatten(1)).view(-1, *use_RLE2.shape[1:])
+        use_BLE2 = tokens.by_sample(use_RLE2.flatten(1)).view(-1, *use_RLE2.shape[1:])
         return use_BLE2[:, :, :-1].flatten(1, 2)
 
     @property
