@@ -187,6 +187,13 @@ def rows_at(x: Tensor, row_M: Tensor) -> Tensor:
     return x[row_M] if x.is_cuda else x.index_select(0, row_M)
 
 
+def added_up(x_SD: Tensor, row_TK: Tensor) -> Tensor:
+    """The sum of K rows each, ``[T, D]``."""
+    if x_SD.device.type == "cpu" and x_SD.dtype == torch.float32:  # without any of them in memory twice
+        return torch.nn.functional.embedding_bag(row_TK, x_SD, mode="sum")
+    return x_SD[row_TK].sum(dim=1)
+
+
 def inner(one_MD: Tensor, other_MD: Tensor) -> Tensor:
     """Their inner products row by row, float32 ``[M]``; some rows at a time, for the products take twice the memory."""
     size = max(1, _INNER // max(one_MD.shape[1], 1))
