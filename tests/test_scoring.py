@@ -93,7 +93,7 @@ def rows_of(data: st.DataObject) -> tuple[Contributions, np.ndarray]:
 def test_one_pass_finds_what_a_loop_finds(data: st.DataObject, at_once: int) -> None:
     rows, naive = rows_of(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "_AT_ONCE", at_once)
+        patch.setattr(rows_module, "_IN_CACHE", at_once)
         summary, sums = rows.summary(), rows.sums()
     is_row = np.ones(rows.n_rows, dtype=bool) if rows.is_row_S is None else rows.is_row_S.numpy()
     assert int(summary.n_not_finite) == int((~np.isfinite(naive[is_row])).sum())

@@ -32,7 +32,7 @@ from mui_callback.fused import experts as fused
 from mui_callback.fused.available import can_run
 from mui_callback.parallel.weights import check_readable, whole_shape
 from mui_callback.scoring.contributions import ScoredTokens
-from mui_callback.scoring.rows import rows_at
+from mui_callback.scoring.rows import added_up, rows_at
 from mui_callback.settings import Activation
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -154,8 +154,7 @@ class StackedExperts:
             raw_SD = raw_SD if bias is None else raw_SD + bias[expert_S.long()]
             out_SD = module.post_expert_norm(raw_SD) if module.has_post_expert_norm else raw_SD
             weight_S = weight_TK.masked_fill(expert_TK >= self.n_local, 0).flatten()[sorted_rows.order_S]
-            out_SD = rows_at(out_SD * weight_S.unsqueeze(-1), row_TK.flatten())
-            out_TD = out_SD.view(*expert_TK.shape, -1).sum(dim=1)
+            out_TD = added_up(out_SD * weight_S.unsqueeze(-1), row_TK)
 
         rows = RoutedRows(
             expert_TK,

@@ -67,7 +67,7 @@ class LayerRows:
         """Σ|f| and number of rows of each sample in each expert, those of one layer after the other, float64
         ``[B, L·E, 2]``."""
         use_RLE2 = self.found.use_RLE2
-        use_BLE2 = torch.mm(tokens.is_of_BR, use_RLE2.flatten(1)).view(-1, *use_RLE2.shape[1:])
+        use_BLE2 = tokens.by_sample(use_RLE2.flatten(1)).view(-1, *use_RLE2.shape[1:])
         return use_BLE2[:, :, :-1].flatten(1, 2)
 
     @property
@@ -169,6 +169,7 @@ def _scan(part: ExpertScores, rows: Rows, place_R: Tensor, found: Found, layer: 
     highest_XC[:, : 1 + n_chunks].index_copy_(0, slot_S, highest_SC)
     found.row_LBP[layer].view(-1)[slot_S] = torch.arange(part.rows.n_rows, device=slot_S.device) + rows.first_row
     expert_S = part.expert_S if is_row_S is None else part.expert_S.where(is_row_S, n_experts)
-    use_S2 = torch.stack([summary.mass_S, torch.ones_like(summary.mass_S)], dim=1).double()
-    found.use_RLE2[:, layer][part.token_S, expert_S] = use_S2  # not added: a token has one row in an expert
+    mass_RE, n_rows_RE = found.use_RLE2[:, layer].unbind(-1)  # not added to: a token has one row in an expert
+    mass_RE[part.token_S, expert_S] = summary.mass_S.double()
+    n_rows_RE[part.token_S, expert_S] = n_rows_RE.new_ones(())
     found.n_not_finite.add_(summary.n_not_finite)

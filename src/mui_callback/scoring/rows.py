@@ -24,7 +24,8 @@ NOTHING = float("-inf")
 """Score of an entry that does not exist."""
 _AT_ONCE = 2**24
 """Products that are in memory together, where no kernel fuses what is done with them."""
-
+_IN_CACHE = 2**17
+"""The same on a CPU, where what is done next finds them in the cache of its core."""
 _INNER = 2**22
 """Products that are in memory together where rows are multiplied with rows."""
 
@@ -84,27 +85,31 @@ class Contributions:
         return scores.Factors(self.act, self.act_row_S, self.projected_SI, self.weight_S, self.is_row_S)
 
     def summary(self) -> Summary:
-        """One pass over all of them."""
+        """One pass over all of them; a second one if some do not count, which on a CPU is seen from the sums."""
+        if self._may_all_count:
+            found = self._summary(all_count=True)
+            if found.mass_S.isfinite().all():
+                return found
+        return self._summary(all_count=False)
+
+    def _summary(self, *, all_count: bool) -> Summary:
         device = self.act.device
-        mass_S = torch.zeros(self.n_rows, dtype=torch.float32, device=device)
-        highest_SC = torch.full((self.n_rows, self.n_chunks), NOTHING, dtype=torch.float32, device=device)
+        mass_S = torch.empty(self.n_rows, dtype=torch.float32, device=device)
+        highest_SC = torch.empty(self.n_rows, self.n_chunks, dtype=torch.float32, device=device)
         n_not_finite = torch.zeros((), dtype=torch.int64, device=device)
         for rows in self._pieces():
-            score_SI = self._products(rows)
-            mass_S[rows] = score_SI.abs().sum(-1)
-            if device.type != "cpu" or not mass_S[rows].isfinite().all():  # most often there is nothing to look for
+            score_SI = counted_SI = self._products(rows)
+            if not all_count:
                 is_bad_SI = ~score_SI.isfinite()
                 if self.is_row_S is not None:
                     is_bad_SI &= self.is_row_S[rows, None]
                 n_not_finite += is_bad_SI.sum()
                 score_SI = self._masked(score_SI, rows)
-                mass_S[rows] = score_SI.masked_fill(score_SI == NOTHING, 0).abs_().sum(-1)
-            elif self.is_row_S is not None:
-                mass_S[rows] = mass_S[rows].where(self.is_row_S[rows], 0)
-                score_SI = score_SI.masked_fill_(~self.is_row_S[rows, None], NOTHING)
+                counted_SI = score_SI.masked_fill(score_SI == NOTHING, 0)
             if self.width % CHUNK:
                 score_SI = torch.nn.functional.pad(score_SI, (0, -self.width % CHUNK), value=NOTHING)
             torch.amax(score_SI.view(len(score_SI), self.n_chunks, CHUNK), -1, out=highest_SC[rows])
+            torch.sum(counted_SI.abs_(), -1, out=mass_S[rows])
         return Summary(mass_S, highest_SC, n_not_finite)
 
     def of_chunks(self, row_M: Tensor, chunk_M: Tensor) -> Tensor:
@@ -114,36 +119,41 @@ class Contributions:
             row_M: row of each chunk.
             chunk_M: number of each chunk in its row.
         """
-        column_Mc = chunk_M[:, None] * CHUNK + torch.arange(CHUNK, device=chunk_M.device)
-        is_column_Mc = column_Mc < self.width
-        column_Mc = column_Mc.clamp(max=self.width - 1)
         act_row_M = row_M if self.act_row_S is None else self.act_row_S[row_M]
-        score_Mc = (
-            self.act[act_row_M[:, None], column_Mc].float() * self.projected_SI[row_M[:, None], column_Mc].float()
-        )
+        score_Mc = _chunks_at(self.act, act_row_M, chunk_M).float()
+        score_Mc = score_Mc * _chunks_at(self.projected_SI, row_M, chunk_M).float()
         if self.weight_S is not None:
             score_Mc *= self.weight_S[row_M, None]
-        is_entry_Mc = is_column_Mc & score_Mc.isfinite()
+        is_entry_Mc = score_Mc.isfinite() & (_columns(chunk_M) < self.width)
         if self.is_row_S is not None:
             is_entry_Mc &= self.is_row_S[row_M, None]
         return score_Mc.masked_fill_(~is_entry_Mc, NOTHING)
 
     def sums(self) -> Tensor:
-        """Σ f over the finite ones of each row, float64 ``[S]``; where a kernel runs, added up in float32."""
+        """Σ f over the finite ones of each row, float64 ``[S]``, added up in float32."""
         if self.is_fused:
             return scores.sums(self.factors).double()
-        sums = [
-            self._masked(self._products(rows), rows).nan_to_num_(neginf=0.0).sum(-1, dtype=torch.float64)
-            for rows in self._pieces()
-        ]
-        return torch.cat([self.act.new_zeros(0, dtype=torch.float64), *sums])
+        sum_S = torch.empty(self.n_rows, dtype=torch.float32, device=self.act.device)
+        if self._may_all_count:
+            for rows in self._pieces():
+                torch.sum(self._products(rows), -1, out=sum_S[rows])
+            if sum_S.isfinite().all():
+                return sum_S.double()
+        for rows in self._pieces():
+            torch.sum(self._masked(self._products(rows), rows).nan_to_num_(neginf=0.0), -1, out=sum_S[rows])
+        return sum_S.double()
+
+    @property
+    def _may_all_count(self) -> bool:
+        """Whether to look for what does not count only after it was found in a sum, which a GPU would be waited for."""
+        return self.is_row_S is None and self.act.device.type == "cpu"
 
     def all(self) -> Tensor:
         """All of them, float32 ``[S, I]``; `NOTHING` for what does not count."""
         return self._masked(self._products(slice(None)), slice(None))
 
     def _pieces(self) -> Iterator[slice]:
-        size = max(1, _AT_ONCE // max(self.width, 1))
+        size = max(1, (_IN_CACHE if self.act.device.type == "cpu" else _AT_ONCE) // max(self.width, 1))
         for start in range(0, self.n_rows, size):
             yield slice(start, start + size)
 
@@ -159,9 +169,29 @@ class Contributions:
         return score_SI.masked_fill_(~is_entry_SI, NOTHING)
 
 
+def _chunks_at(x_SI: Tensor, row_M: Tensor, chunk_M: Tensor) -> Tensor:
+    """Neurons of some chunks of some rows, ``[M, c]``; anything beyond the last neuron of a row."""
+    n_chunks, rest = divmod(x_SI.shape[1], CHUNK)
+    if rest:
+        return x_SI[row_M[:, None], _columns(chunk_M).clamp(max=x_SI.shape[1] - 1)]
+    return x_SI.view(len(x_SI), n_chunks, CHUNK)[row_M, chunk_M.clamp(max=n_chunks - 1)]
+
+
+def _columns(chunk_M: Tensor) -> Tensor:
+    """The neurons of some chunks by their number in a row, int64 ``[M, c]``."""
+    return chunk_M[:, None] * CHUNK + torch.arange(CHUNK, device=chunk_M.device)
+
+
 def rows_at(x: Tensor, row_M: Tensor) -> Tensor:
     """``x[row_M]``, by whichever operator is the faster one on the device."""
     return x[row_M] if x.is_cuda else x.index_select(0, row_M)
+
+
+def added_up(x_SD: Tensor, row_TK: Tensor) -> Tensor:
+    """The sum of K rows each, ``[T, D]``."""
+    if x_SD.device.type == "cpu" and x_SD.dtype == torch.float32:  # without any of them in memory twice
+        return torch.nn.functional.embedding_bag(row_TK, x_SD, mode="sum")
+    return x_SD[row_TK].sum(dim=1)
 
 
 def inner(one_MD: Tensor, other_MD: Tensor) -> Tensor:
