@@ -94,7 +94,7 @@ def common_device(model: nn.Module) -> torch.device:
     Raises:
         UnsupportedModelError: there are several.
     """
-    devices = sorted({str(_device(weight)) for weight in model.parameters()})
+    devices = sorted(map(str, {_device(weight) for weight in model.parameters()}))
     if len(devices) != 1 or devices[0].startswith(("mps", "meta")):
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected all weights on one CPU or CUDA device, got them on {', '.join(devices)}"

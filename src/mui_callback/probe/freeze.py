@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Raises:
         ProbeError: a forward pass in eval mode wrote to a parameter, which cannot be undone.
     """
-    versions = {name: parameter._version for name, parameter in model.named_parameters()}
-    sums = {name: checksum(parameter) for name, parameter in _rewritten_parameters(model)}
+    named_modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    versions = {name: parameter._version for name, parameter in parameters.items()}
+    sums = {name: checksum(parameter) for name, parameter in _rewritten_parameters(named_modules)}
     contents = _Contents()
-    states = [_ObjectState(config, contents) for config in _configs(model)]
-    modules = [_ModuleState(module, contents) for module in model.modules()]
+    states = [_ObjectState(config, contents) for config in _configs(named_modules.values())]
+    modules = [_ModuleState(module, contents) for module in named_modules.values()]
     with ExitStack() as restoring:  # each of them, whatever the others raise; attributes first
         # Casts of weights made under no_grad have no history. Older versions of torch reuse them, to train with, in
         # an autocast that surrounds all of this.
@@ -59,8 +62,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
             yield
     written = [
         name
-        for name, parameter in model.named_parameters()
-        if parameter._version != versions.get(name) and (name not in sums or sums[name] != checksum(parameter))
+        for name, parameter in parameters.items()
+        if parameter._version != versions[name] and (name not in sums or sums[name] != checksum(parameter))
     ]
     if written:
         raise ProbeError(
@@ -106,9 +109,9 @@ def _without_global_backward_hooks() -> Iterator[None]:
             registry.update(hooks)
 
 
-def _rewritten_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _rewritten_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters that a forward may write to without changing them: adapters put themselves into stacked weights so."""
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if "ParamWrapper" in type(module).__name__ or hasattr(module, "parametrizations"):
             for name, parameter in module.named_parameters():
                 yield f"{path}.{name}" if path else name, parameter
@@ -125,11 +128,15 @@ class _Contents:
         self._empty: list[Any] = []
         self._others: list[Callable[[], Any]] = []
 
-    def hold(self, value: Any) -> None:
-        if type(value) in _CONTAINERS and not value:
-            self._empty.append(value)
-        elif restore := _content(value):
-            self._others.append(restore)
+    def hold(self, values: Iterable[Any]) -> None:
+        for value in values:
+            kind = type(value)
+            if kind in _WITHOUT_CONTENT:  # most of what there is
+                continue
+            if kind in _CONTAINERS and not value:
+                self._empty.append(value)
+            elif restore := _content(value):
+                self._others.append(restore)
 
     def restore(self) -> None:
         _call_all(chain((container.clear for container in self._empty if container), self._others))
@@ -142,13 +149,16 @@ class _ObjectState:
 
     def __init__(self, owner: Any, contents: _Contents) -> None:
         self.owner = owner
-        self.attributes = {name: value for name, value in vars(owner).items() if name not in _LEARNT}
-        for value in self.attributes.values():
-            contents.hold(value)
+        self.attributes = dict(vars(owner))
+        for name in _LEARNT:
+            self.attributes.pop(name, None)
+        contents.hold(self.attributes.values())
 
     def restore_attributes(self) -> None:
         # What did not change is not touched: compiled code may be guarded by the version of a dict.
         attributes: dict[str, Any] = vars(self.owner)
+        if len(attributes) == len(self.attributes) and all(map(is_, attributes.values(), self.attributes.values())):
+            return
         for name in attributes.keys() - self.attributes.keys() - _LEARNT:
             del attributes[name]
         for name, value in self.attributes.items():
@@ -176,7 +186,7 @@ def _content(value: Any, holders: tuple[Any, ...] = ()) -> Callable[[], Any] | N
     Parameters, modules and other objects that a container holds are put back as they are, not copied.
     """
     kind = type(value)
-    if kind in _WITHOUT_CONTENT or issubclass(kind, nn.Module):  # most of what there is
+    if kind in _WITHOUT_CONTENT or issubclass(kind, nn.Module):
         return None
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
@@ -241,9 +251,9 @@ def _identities(container: Any) -> list[Any]:
     return list(map(id, container))
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def _configs(modules: Iterable[nn.Module]) -> list[Any]:
     """The config objects of the modules, each once."""
-    configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
+    configs = {id(config): config for config in (getattr(module, "config", None) for module in modules)}
     return [config for config in configs.values() if hasattr(config, "__dict__")]
 
 
