@@ -41,6 +41,7 @@ def test_a_pass_is_that_of_loops_and_counts_everything(tmp_path: Path) -> None:
 
 def test_a_pass_with_other_tokens(tmp_path: Path) -> None:
     options = ("--shapes", "demo", "--scored", "response", "--tokens", "zipf", "--layers", "1", "--profile")
+    options += ("--batches-per-pass", "2")
     found, said = run(tmp_path, "probe_pass.py", "--times-only", "--no-check", *options, "--trace", str(tmp_path))
     assert [result["layers"] for result in found["results"]] == [1, 1]
     assert "aten::topk" in said

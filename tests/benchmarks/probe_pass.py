@@ -4,8 +4,8 @@
     python tests/benchmarks/probe_pass.py --shapes olmoe,qwen3 --batches 4x512,16x512 --out pass.json
 
 The plain forward is one without gradients, with transformers' own ``grouped_mm`` experts and the logits of every
-position, without a cache of keys and values, as the probe has none. A pass has several batches (``--batches-per-pass``)
-of one shape; the first of each also checks the conservation identity, so what further ones cost is said apart (steady).
+position, without a cache of keys and values, as the probe has none. A pass has the batches of 64 samples, all of one
+shape; the first of each also checks the conservation identity, so what further ones cost is said apart (steady).
 Before anything is timed, the probe is compared with plain loops on two layers of the shape.
 
 ``--tasks`` measures a whole ``measure()`` at its defaults instead: three tasks with the lengths of GSM8K, ARC and
@@ -47,6 +47,8 @@ from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.probe.batches import Batch, make_batches
 from mui_callback.probe.samples import TokenSample
 
+SAMPLES = 64
+"""Of a pass; as many as are probed by default."""
 CHECKED = BatchShape(8, 12)
 """Samples that the probe is compared with loops on, scored from the middle on."""
 
@@ -56,7 +58,7 @@ def arguments() -> argparse.Namespace:
     common_arguments(parser, repeats=7)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="default: all")
     parser.add_argument("--batches", help="such as 4x512,16x512; default: those of the shape")
-    parser.add_argument("--batches-per-pass", type=int, default=4)
+    parser.add_argument("--batches-per-pass", type=int, help=f"default: those of {SAMPLES} samples")
     parser.add_argument("--layers", type=int, help="only the first layers, to fit into memory or time")
     parser.add_argument("--attention", help="for the plain forward and the probe; default: that of the shape")
     parser.add_argument("--tokens", choices=("uniform", "zipf"), default="uniform")
@@ -83,6 +85,10 @@ class Bench:
     def layers(self) -> int:
         return int(self.model.config.num_hidden_layers)
 
+    def n_batches(self, batch: BatchShape) -> int:
+        """Of a pass."""
+        return int(self.args.batches_per_pass or max(1, SAMPLES // batch.rows))
+
     def probe(self, samples: Sequence[TokenSample], batch: BatchShape) -> MUIProbe:
         fraction = self.shape.fraction(tiny=self.args.tiny)
         return MUIProbe(
@@ -99,7 +105,7 @@ class Bench:
 
 def measure(bench: Bench, batch: BatchShape) -> dict[str, Any]:
     """Everything about one batch shape; seconds, bytes and counts."""
-    n, device = bench.args.batches_per_pass, bench.device
+    n, device = bench.n_batches(batch), bench.device
     rng = np.random.default_rng(bench.args.seed)
     vocab = bench.model.config.vocab_size
     samples = draw_samples(rng, vocab, batch, n + 1, bench.args.tokens, bench.args.scored)
@@ -114,6 +120,7 @@ def measure(bench: Bench, batch: BatchShape) -> dict[str, Any]:
     return {
         "shape": bench.shape.name,
         "batch": str(batch),
+        "batches": n,
         **times(medians(seconds), n, batch),
         "first_pass_seconds": first,
         "memory": memory(plain, probes[n].measure, device),
@@ -303,7 +310,7 @@ def run_shape(args: argparse.Namespace, shape: Shape) -> Iterator[dict[str, Any]
 
 def show_profile(bench: Bench, batch: BatchShape) -> None:
     """Where the time goes in a warm pass, and in plain forwards."""
-    args, n = bench.args, bench.args.batches_per_pass
+    args, n = bench.args, bench.n_batches(batch)
     rng = np.random.default_rng(args.seed)
     samples = draw_samples(rng, bench.model.config.vocab_size, batch, n, args.tokens, args.scored)
     probe = bench.probe(samples, batch)
@@ -330,7 +337,7 @@ def line(result: dict[str, Any]) -> list[object]:
     waits = found.get("waits_per_batch") or found.get("host_reads_per_batch") or {}
     per_layer = found.get("operators_per_layer") or {}
     return [
-        *(result["shape"], result["batch"]),
+        *(result["shape"], result["batch"], result.get("batches")),
         *(result.get(name) for name in ("plain_ms", "probe_ms", "ratio", "first_batch_ms", "steady_ms")),
         *(result.get(name) for name in ("steady_ratio", "probe_tokens_per_second")),
         None if extra is None else extra / 2**30,
@@ -339,7 +346,7 @@ def line(result: dict[str, Any]) -> list[object]:
 
 
 COLUMNS = [
-    *("shape", "batch", "plain ms", "probe ms", "ratio", "first batch ms", "steady ms", "steady ratio"),
+    *("shape", "batch", "batches", "plain ms", "probe ms", "ratio", "first batch ms", "steady ms", "steady ratio"),
     *("tokens/s", "extra GiB", "waits (plain)", "waits (probe)", "operators a layer (plain)", "(probe)"),
 ]
 

@@ -180,7 +180,7 @@ class BatchCounts:
         """What the next layer has to have in common with them."""
         self._use: dict[int, list[tuple[list[int], Tensor]]] = {}
         """By identity of the meeting: layers, and `LayerRows.use` of these."""
-        self._n_not_finite: list[Tensor] = []
+        self._n_not_finite = torch.zeros((), dtype=torch.int32, device=counts.device)
         self._pending: dict[tuple[int, ...], Finalists] = {}
         """By layers, whose samples come one after the other."""
         self._found: dict[int, Candidates] = {}
@@ -270,9 +270,8 @@ class BatchCounts:
         self._waiting, self._waiting_for = {}, None
         counts, shape, meeting = self.counts, self.counts.layout.layers[layers[0]], self.meetings[layers[0]]
         responses = self.responses if meeting is None else meeting.responses
-        rows = LayerRows.of(parts_L, responses, shape.n_experts)
+        rows = LayerRows.of(parts_L, responses, shape.n_experts, self._n_not_finite)
         self._use.setdefault(id(meeting), []).append((list(layers), rows.use(responses)))
-        self._n_not_finite.append(rows.found.n_not_finite)
         if counts.topscore:
             # where the highest score is negative, the loosest rule is the one with the highest ratio
             of_rules = [thresholds(marks.rule.value, rows.highest_LB) for marks in counts.topscore]
@@ -298,8 +297,7 @@ class BatchCounts:
     def _add_totals(self) -> None:
         """Mass and rows of each sample in each expert of all layers, and of these what is kept."""
         counts = self.counts
-        if self._n_not_finite:
-            counts.not_finite += torch.stack(self._n_not_finite).sum()
+        counts.not_finite += self._n_not_finite
         for found in self._use.values():
             layers = [layer for some, _ in found for layer in some]
             use_BE2 = joined([use for _, use in found], dim=1)

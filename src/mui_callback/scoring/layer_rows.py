@@ -35,26 +35,29 @@ class LayerRows:
     """As kernels take them; none if there are no kernels for them."""
 
     @classmethod
-    def of(cls, parts_L: Sequence[Parts], tokens: Responses, n_experts: int) -> LayerRows:
+    def of(
+        cls, parts_L: Sequence[Parts], tokens: Responses, n_experts: int, n_not_finite: Tensor | None = None
+    ) -> LayerRows:
         """Look at all contributions.
 
         Args:
             parts_L: those of each layer.
             tokens: the scored tokens.
             n_experts: E.
+            n_not_finite: see `Found`; is added to. None: begins with 0.
         """
         parts, n_layers, device = parts_L[0], len(parts_L), tokens.row_R.device
         n_ranks, n_chunks = sum(part.rows_per_token for part in parts), max(part.rows.n_chunks for part in parts)
         places = (n_layers, tokens.n_rows, tokens.n_orders * n_ranks)
         use = (len(tokens.row_R), n_layers, n_experts + 1, 2)
+        kinds = _kinds(parts_L) if _are_fused(parts) else ()
         found = Found(
             torch.full((*places, 1 + n_chunks), NOTHING, dtype=torch.float32, device=device),
-            torch.zeros(places, dtype=torch.int64, device=device),
+            (torch.empty if kinds else torch.zeros)(places, dtype=torch.int64, device=device),
             torch.zeros(use, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.int32, device=device),
+            torch.zeros((), dtype=torch.int32, device=device) if n_not_finite is None else n_not_finite,
             n_ranks,
         )
-        kinds = _kinds(parts_L) if _are_fused(parts) else ()
         if kinds:
             scores.scan(kinds, tokens.place_R, CHUNK, found)
         else:
