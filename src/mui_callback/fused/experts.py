@@ -16,12 +16,15 @@ from mui_callback.fused.available import can_run
 
 _BLOCK = 1024
 _PAIRS = 256
-"""Pairs of a program that sorts them, of which there are the more of the more there are."""
+"""Pairs that a program sorts."""
 _FEW_PAIRS = 2**14
 """Pairs that each program may count by itself."""
-_MANY_PAIRS = 2**16
-_TILE = 32
-"""Pairs, or programs, that are compared with those of a program at a time."""
+_COMPARED = 16
+"""Pairs that are compared with those of a program at a time; with more, not all are in registers."""
+_BINS = 32
+"""Experts, at least, that are counted together."""
+_COUNTS = 64
+"""Programs whose counts are added up at a time."""
 _EXPERTS = 512
 """Experts that pairs are sorted by."""
 
@@ -107,10 +110,9 @@ def sort_pairs(
     """
     (n_tokens, top_k), device = expert_TK.shape, expert_TK.device
     n_pairs, n_kinds = n_tokens * top_k, 1 if number_T is None else 2
-    block, are_counted = _PAIRS if n_pairs <= _MANY_PAIRS else 4 * _PAIRS, n_pairs > _FEW_PAIRS
-    bins, n_blocks = max(32, 1 << (n_local - 1).bit_length()), -(-n_pairs // block)
+    bins, n_blocks = max(_BINS, 1 << (n_local - 1).bit_length()), -(-n_pairs // _PAIRS)
     starts = torch.empty(n_kinds, n_blocks, bins, dtype=torch.int32, device=device)
-    counts = torch.empty_like(starts) if are_counted else None
+    counts = None
     ends_E = torch.empty(n_kinds, n_local, dtype=torch.int32, device=device)
     order_S, from_S, expert_S, row_S = torch.empty(4, n_pairs, dtype=torch.int64, device=device).unbind(0)
     of_scored: tuple[Tensor, ...] = ()
@@ -120,10 +122,14 @@ def sort_pairs(
         is_row_P = torch.empty(n_scored * top_k, dtype=torch.bool, device=device)
         of_scored = from_P, expert_P, weight_P, row_P, rank_P, is_row_P
     expert_TK = expert_TK.contiguous()
-    constants = {"HAS_SCORED": number_T is not None, "TOP_K": top_k, "BINS": bins, "BLOCK": block}
+    constants = {"HAS_SCORED": number_T is not None, "TOP_K": top_k, "BINS": bins, "BLOCK": _PAIRS}
     kernels = _kernels()
-    if are_counted:
+    if n_pairs > _FEW_PAIRS:
+        counts = torch.empty(n_kinds, n_blocks + 1, bins, dtype=torch.int32, device=device)
         kernels.count.launch((n_blocks,), (expert_TK, number_T, counts), (n_pairs, n_local), **constants)
+        kernels.accumulate.launch(
+            (n_kinds, bins // _BINS), (counts,), (n_blocks,), BINS=bins, BINS_HERE=_BINS, TILE=_COUNTS
+        )
     kernels.sort.launch(
         (n_blocks,),
         (
@@ -132,8 +138,8 @@ def sort_pairs(
         ),
         (n_pairs, n_local, first),
         **constants,
-        ARE_COUNTED=are_counted,
-        TILE=_TILE,
+        ARE_COUNTED=counts is not None,
+        TILE=_COMPARED,
     )
     rows = order_S, from_S, expert_S, row_S.view(n_tokens, top_k), ends_E[0]
     return rows, (*of_scored, ends_E[1]) if of_scored else ()

@@ -101,27 +101,36 @@ def count(
     pair = block * BLOCK + tl.arange(0, BLOCK)
     is_pair = pair < n_pairs
     own = tl.minimum(tl.load(expert + pair, mask=is_pair, other=0), n_local - 1).to(tl.int32)
-    bins = tl.arange(0, BINS)
-    tl.store(counts + block * BINS + bins, tl.histogram(own, BINS, mask=is_pair))
+    own_counts = counts + block * BINS + tl.arange(0, BINS)
+    tl.store(own_counts, tl.histogram(own, BINS, mask=is_pair))
     if HAS_SCORED:
         is_scored = tl.load(number + pair // TOP_K, mask=is_pair, other=-1) >= 0
-        of_scored = counts + (tl.num_programs(0) + block) * BINS
-        tl.store(of_scored + bins, tl.histogram(own, BINS, mask=is_scored))
+        tl.store(own_counts + (tl.num_programs(0) + 1) * BINS, tl.histogram(own, BINS, mask=is_scored))
+
+
+@kernel(do_not_specialize=["n_blocks"])
+def accumulate(
+    counts: tl.tensor, n_blocks: tl.tensor, BINS: tl.constexpr, BINS_HERE: tl.constexpr, TILE: tl.constexpr
+) -> None:
+    """One program turns what `count` found of some experts into what was found before each program, and in all behind
+    these."""
+    own = counts + tl.program_id(0) * (n_blocks + 1) * BINS + tl.program_id(1) * BINS_HERE
+    before = tl.zeros((BINS_HERE,), dtype=tl.int32)
+    for first in range(0, n_blocks, TILE):
+        blocks = first + tl.arange(0, TILE)
+        places = blocks[:, None] * BINS + tl.arange(0, BINS_HERE)[None, :]
+        found = tl.load(own + places, mask=blocks[:, None] < n_blocks, other=0)
+        up_to = before[None, :] + tl.cumsum(found, axis=0)
+        tl.store(own + places, up_to - found, mask=blocks[:, None] < n_blocks)
+        before += tl.sum(found, axis=0)
+    tl.store(own + n_blocks * BINS + tl.arange(0, BINS_HERE), before)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _added_up(counts: tl.tensor, BINS: tl.constexpr, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """How many pairs each expert has, and how many of these come before those of this program, as `count` found."""
-    block, n_blocks = tl.program_id(0), tl.num_programs(0)
-    total = tl.zeros((BINS,), dtype=tl.int32)
-    before = tl.zeros((BINS,), dtype=tl.int32)
-    for first in range(0, n_blocks, TILE):
-        blocks = first + tl.arange(0, TILE)
-        places = blocks[:, None] * BINS + tl.arange(0, BINS)[None, :]
-        found = tl.load(counts + places, mask=blocks[:, None] < n_blocks, other=0)
-        total += tl.sum(found, axis=0)
-        before += tl.sum(tl.where(blocks[:, None] < block, found, 0), axis=0)
-    return total, before
+def _accumulated(counts: tl.tensor, BINS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """How many pairs each expert has, and how many of these come before those of this program."""
+    block, n_blocks, bins = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.arange(0, BINS)
+    return tl.load(counts + n_blocks * BINS + bins), tl.load(counts + block * BINS + bins)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -135,7 +144,7 @@ def _counted(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The same, counted here; for few pairs, of which each program looks at all."""
+    """The same, counted by this program, which looks at all pairs."""
     total = tl.zeros((BINS,), dtype=tl.int32)
     before = tl.zeros((BINS,), dtype=tl.int32)
     for first in range(0, n_pairs, 2048):
@@ -190,35 +199,37 @@ def sort(
     TILE: tl.constexpr,
 ) -> None:
     """One program finds the rows of BLOCK pairs, and where those of scored tokens are among their own. ARE_COUNTED:
-    after `count`."""
-    block = tl.program_id(0).to(tl.int64)
-    of_scored = tl.num_programs(0) * BINS
+    after `count` and `accumulate`."""
+    block, n_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    starts_of_scored = starts + n_blocks * BINS
     if ARE_COUNTED:
-        total, before = _added_up(counts, BINS, TILE)
+        total, before = _accumulated(counts, BINS)
     else:
         total, before = _counted(expert, number, n_pairs, n_local, False, TOP_K, BINS, BLOCK)
     _store_starts(total, before, starts, ends, n_local, BINS)
     if HAS_SCORED:
         if ARE_COUNTED:
-            total, before = _added_up(counts + of_scored, BINS, TILE)
+            total, before = _accumulated(counts + (n_blocks + 1) * BINS, BINS)
         else:
             total, before = _counted(expert, number, n_pairs, n_local, True, TOP_K, BINS, BLOCK)
-        _store_starts(total, before, starts + of_scored, ends + n_local, n_local, BINS)
+        _store_starts(total, before, starts_of_scored, ends + n_local, n_local, BINS)
     tl.debug_barrier()  # what is stored above is read below
-    pair = block * BLOCK + tl.arange(0, BLOCK)
+    offsets = tl.arange(0, BLOCK)
+    pair = block * BLOCK + offsets
     is_pair = pair < n_pairs
     token = pair // TOP_K
     chosen = tl.load(expert + pair, mask=is_pair, other=0)
-    own = tl.minimum(chosen, n_local - 1)
+    own = tl.minimum(chosen, n_local - 1).to(tl.int32)
     scored = tl.full((BLOCK,), -1, dtype=tl.int64)
     if HAS_SCORED:
         scored = tl.load(number + token, mask=is_pair, other=-1)
     n_before = tl.zeros((BLOCK,), dtype=tl.int32)
     n_scored_before = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(0, BLOCK, TILE):
-        other = block * BLOCK + start + tl.arange(0, TILE)
-        of_other = tl.minimum(tl.load(expert + other, mask=other < n_pairs, other=0), n_local - 1)
-        comes_before = (of_other[None, :] == own[:, None]) & (other[None, :] < pair[:, None])
+        others = start + tl.arange(0, TILE)
+        other = block * BLOCK + others
+        of_other = tl.minimum(tl.load(expert + other, mask=other < n_pairs, other=0), n_local - 1).to(tl.int32)
+        comes_before = (of_other[None, :] == own[:, None]) & (others[None, :] < offsets[:, None])
         n_before += tl.sum(comes_before.to(tl.int32), axis=1)
         if HAS_SCORED:
             is_scored = tl.load(number + other // TOP_K, mask=other < n_pairs, other=-1) >= 0
@@ -226,7 +237,7 @@ def sort(
     at = (tl.load(starts + block * BINS + own, mask=is_pair, other=0) + n_before).to(tl.int64)
     tl.store(order + at, pair, mask=is_pair)
     tl.store(from_S + at, token, mask=is_pair)
-    tl.store(expert_S + at, own, mask=is_pair)
+    tl.store(expert_S + at, own.to(tl.int64), mask=is_pair)
     tl.store(row + pair, at, mask=is_pair)
     if HAS_SCORED:
         is_there = scored >= 0
@@ -234,9 +245,9 @@ def sort(
         for k in tl.static_range(TOP_K):
             of_other = tl.load(expert + token * TOP_K + k, mask=is_there, other=0)
             rank += ((of_other < chosen) | ((of_other == chosen) & (k < pair % TOP_K))).to(tl.int64)
-        place = tl.load(starts + of_scored + block * BINS + own, mask=is_there, other=0) + n_scored_before
+        place = tl.load(starts_of_scored + block * BINS + own, mask=is_there, other=0) + n_scored_before
         tl.store(from_P + place, scored - first, mask=is_there)
-        tl.store(expert_P + place, own, mask=is_there)
+        tl.store(expert_P + place, own.to(tl.int64), mask=is_there)
         tl.store(row_P + place, at, mask=is_there)
         tl.store(rank_P + place, rank, mask=is_there)
         tl.store(weight_P + place, tl.load(weight + pair, mask=is_there, other=0.0).to(tl.float32), mask=is_there)
