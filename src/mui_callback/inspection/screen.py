@@ -64,7 +64,7 @@ def show_cost(console: Console, cost: ProbeCost, probe: Path | None, *, has_toke
         f"{cost.passes} forward passes.\n{unit}"
         f"{_operations(cost.forward_flops)} for the forward passes, "
         f"{_operations(cost.score_flops)} more ({share:.2g} %) for the scores.\n"
-        f"{_size(cost.score_bytes)} for the scores of one layer at a time, {_size(cost.host_bytes)} to the host once.",
+        f"{_size(cost.score_bytes)} for the scores of a layer, {_size(cost.host_bytes)} to the host once.",
         highlight=False,
     )
 

@@ -260,7 +260,8 @@ class BatchCounts:
             self._look_at_waiting()
         self._waiting_for = kind
         self._waiting[layer] = parts
-        if not can_wait(parts) or sum(map(n_bytes, self._waiting.values())) >= _WAITING:
+        is_last = layer == len(self.meetings) - 1  # behind it come the logits, which take most memory of all
+        if is_last or not can_wait(parts) or sum(map(n_bytes, self._waiting.values())) >= _WAITING:
             self._look_at_waiting()
 
     def _look_at_waiting(self) -> None:
