@@ -58,6 +58,22 @@ def _at(table: tl.tensor, field: tl.constexpr, kind: tl.constexpr, IS_ALIGNED: t
     return pointer
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _row_of(
+    table: tl.tensor,
+    row: tl.tensor,
+    width: tl.tensor,
+    HAS_ACT_ROW: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """See `_row`."""
+    act_row, weight = _at(table, 1, tl.int64, False), _at(table, 3, tl.float32, False)
+    is_row = _at(table, 4, tl.int8, False)
+    of_act, factor, n_counted = _row(row, act_row, weight, is_row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
+    return of_act, factor, n_counted
+
+
 @kernel(
     do_not_specialize=["n_chunks", "n_ranks", "n_experts", "n_layers", "places_of_layer", "first_rank"],
 )
@@ -90,16 +106,7 @@ def scan(
     row, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     table += layer * _FIELDS
     if row < tl.load(table + 8):
-        of_act, factor, n_counted = _row(
-            row,
-            _at(table, 1, tl.int64, False),
-            _at(table, 3, tl.float32, False),
-            _at(table, 4, tl.int8, False),
-            width,
-            HAS_ACT_ROW,
-            HAS_WEIGHT,
-            HAS_ROWS,
-        )
+        of_act, factor, n_counted = _row_of(table, row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
         act = _at(table, 0, ACT, IS_ALIGNED) + of_act * act_stride
         projected = _at(table, 2, PROJECTED, IS_ALIGNED) + row * projected_stride
         number = tl.where(n_counted > 0, tl.load(_at(table, 6, tl.int64, False) + row), n_experts)
@@ -311,16 +318,7 @@ def finalists(
     row = tl.load(row_of_slot + of_slot, mask=is_chunk, other=-1) - tl.load(table + 9)
     is_here = is_chunk & (row >= 0) & (row < tl.load(table + 8))
     row = tl.where(is_here, row, 0)
-    of_act, factor, n_counted = _row(
-        row,
-        _at(table, 1, tl.int64, False),
-        _at(table, 3, tl.float32, False),
-        _at(table, 4, tl.int8, False),
-        width,
-        HAS_ACT_ROW,
-        HAS_WEIGHT,
-        HAS_ROWS,
-    )
+    of_act, factor, n_counted = _row_of(table, row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
     n_counted = tl.where(is_here, n_counted, 0)
     columns = (column % n_chunks) * CHUNK + offsets
     is_there = columns < n_counted

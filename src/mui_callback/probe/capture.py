@@ -2,7 +2,7 @@
 
 `instrument` attaches the recorders of all experts. When the last expert of a layer has run, its contributions are
 computed and handed on. In between, from the entry of the layer to its output, autograd records what happens outside of
-the experts (see `experts.tail`), unless it was learned that nothing has to be asked of it, and nothing else is recorded.
+the experts (see `experts.tail`), unless it was learned that nothing has to be asked of it. Nothing else is recorded.
 
 What goes wrong in reading does not interrupt the forward pass of the model, in which other processes may wait for this
 one: the first error is kept, to be raised when the pass is over.
