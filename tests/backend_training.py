@@ -16,7 +16,7 @@ from backends import BACKENDS, Backend, Trainee
 from distributed_training import noted, output_dir
 from mui_callback import MemorySink, MUIMonitor, MUIProbe, MUIReport, ProbeSet
 from mui_callback.probe.samples import TokenChoice, TokenSample
-from mui_callback.scoring.device_counts import BatchCounts
+from mui_callback.scoring.batch_counts import BatchCounts
 from mui_callback.sinks.base import ProbePoint
 from tiny import VOCAB
 from tiny_samples import make_samples

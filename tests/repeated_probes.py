@@ -16,7 +16,7 @@ from backend_training import SETTINGS, many
 from backends import BACKENDS
 from mui_callback import MUIProbe, MUIReport
 from mui_callback.errors import ProbeError
-from mui_callback.scoring.device_counts import BatchCounts
+from mui_callback.scoring.batch_counts import BatchCounts
 from tiny import VOCAB
 
 

@@ -330,3 +330,26 @@ def test_a_buffer_that_waits_for_a_backward_pass_is_not_touched() -> None:
     loss.backward()
     assert module.weight.grad is not None
     assert module.weight.grad.tolist() == [[4.0] * 4] * 4  # two rows of ones, scaled by 2
+
+
+class Renaming(nn.Module):
+    """Has as many attributes after a forward as before, and the same values in the same order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        del self.before
+        self.after = None
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_names_of_attributes_are_restored(training: bool) -> None:
+    module = Renaming().train(training)
+    with frozen(module):
+        module(torch.ones(1))
+        assert "before" not in vars(module)
+    assert "before" in vars(module)
+    assert "after" not in vars(module)

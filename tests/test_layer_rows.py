@@ -55,9 +55,9 @@ def kinds(draw: st.DrawFn) -> tuple[list[ExpertScores], Responses, list[np.ndarr
     return parts, responses, naive
 
 
-def negative(parts: list[ExpertScores]) -> list[ExpertScores]:
-    """Those of another layer, that is alike."""
-    return [replace(part, rows=replace(part.rows, act=-part.rows.act)) for part in parts]
+def of_another_layer(parts: list[ExpertScores]) -> list[ExpertScores]:
+    """That is alike, with other contributions."""
+    return [replace(part, rows=replace(part.rows, act=-2 * part.rows.act)) for part in parts]
 
 
 @given(kinds())
@@ -67,7 +67,7 @@ def test_what_is_found_of_a_layer_is_what_a_loop_finds(
 ) -> None:
     parts, responses, naive = made
     n_experts = max(part.first_expert + part.rows_per_token for part in parts)
-    rows = LayerRows.of([negative(parts), parts], responses, n_experts)
+    rows = LayerRows.of([of_another_layer(parts), parts], responses, n_experts)
     n_ranks, n_chunks = sum(part.rows_per_token for part in parts), max(part.rows.n_chunks for part in parts)
     n_slots = responses.n_orders * n_ranks
     highest = np.full((responses.n_rows, n_slots, 1 + n_chunks), -math.inf)
@@ -96,9 +96,9 @@ def test_what_is_found_of_a_layer_is_what_a_loop_finds(
     assert rows.found.use_RLE2[:, 1, :-1].numpy() == pytest.approx(use)
     assert int(rows.found.n_not_finite) == 2 * n_bad
     of_samples = [use[responses.row_R.numpy() == sample].sum(0) for sample in range(responses.n_rows)]
-    own, other = rows.use(responses).unflatten(1, (2, n_experts)).unbind(1)[::-1]
+    other, own = rows.use(responses).unflatten(1, (2, n_experts)).unbind(1)
     assert own.numpy() == pytest.approx(np.stack(of_samples))
-    assert torch.equal(own, other)  # of a negative contribution the mass is the same
+    assert torch.equal(other, own * torch.tensor([2.0, 1.0]))
 
 
 @given(kinds(), st.integers(1, 9))
@@ -108,7 +108,7 @@ def test_the_finalists_hold_the_highest_entries(
 ) -> None:
     parts, responses, naive = made
     n_neurons = max(part.first_neuron + part.rows_per_token * part.rows.width for part in parts)
-    both = LayerRows.of([negative(parts), parts], responses, 99).finalists(k, n_neurons).entries(k)
+    both = LayerRows.of([of_another_layer(parts), parts], responses, 99).finalists(k, n_neurons).entries(k)
     found = Candidates(both.score[responses.n_rows :], both.place[responses.n_rows :])
     entries: list[list[tuple[float, int]]] = [[] for _ in range(responses.n_rows)]
     for part, f in zip(parts, naive, strict=True):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mui_callback.counts import ProbeCounts
 from mui_callback.layout import ExpertLayout, LayerShape
 from mui_callback.rules import Rule
-from mui_callback.scoring import device_counts
+from mui_callback.scoring import batch_counts
+from mui_callback.scoring.batch_counts import BatchCounts
 from mui_callback.scoring.contributions import ExpertScores, LayerScores, Responses
 from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.scoring.key_marks import KeyMarks
@@ -145,7 +146,7 @@ def counted(made: Made, rules: tuple[str, ...], batches: list[list[int]]) -> Pro
         device=CPU,
     )
     for samples in batches:
-        batch = counts.batch(made.responses(samples), torch.tensor(samples), [None] * len(made.layout.layers))
+        batch = BatchCounts(counts, made.responses(samples), torch.tensor(samples), [None] * len(made.layout.layers))
         for number in range(len(made.layout.layers)):
             batch.add_layer(number, made.layer(number, samples))
         batch.finish()
@@ -160,7 +161,9 @@ def test_key_neurons_are_those_of_a_sort_of_all_entries(
     order = data.draw(st.permutations(range(len(made.length_N))))
     cut = data.draw(st.integers(0, len(order) - 1))
     with pytest.MonkeyPatch.context() as patch:  # ranked layer by layer, some at a time, all at once
-        patch.setattr(device_counts, "_PENDING", data.draw(st.sampled_from([0, 2000, 2**26])))
+        patch.setattr(batch_counts, "can_wait", lambda parts: data.draw(st.booleans()))
+        patch.setattr(batch_counts, "_SCANNED_TOGETHER", data.draw(st.sampled_from([0, 2000, 2**28])))
+        patch.setattr(batch_counts, "_RANKED_TOGETHER", data.draw(st.sampled_from([0, 2000, 2**26])))
         counts = counted(made, tuple(rules[:n_rules]), [part for part in (order[:cut], order[cut:]) if part])
     for rule, found in zip(rules, counts.key_sets, strict=False):
         ends = [0, *found.end.tolist()]

@@ -47,7 +47,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(action: Action, device: torch.device) -> float:
-    """Wall time of an action, from an idle device to an idle device; none has to collect what others left."""
+    """Wall time of an action, from an idle device to an idle device; what earlier ones left is collected before."""
     gc.collect()
     synchronize(device)
     start = time.perf_counter()

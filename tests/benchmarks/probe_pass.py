@@ -4,9 +4,9 @@
     python tests/benchmarks/probe_pass.py --shapes olmoe,qwen3 --batches 4x512,16x512 --out pass.json
 
 The plain forward is one without gradients, with transformers' own ``grouped_mm`` experts and the logits of every
-position, without a cache of keys and values, as the probe has none. A pass has the batches of 64 samples, all of one
-shape; the first of each also checks the conservation identity, so what further ones cost is said apart (steady).
-Before anything is timed, the probe is compared with plain loops on two layers of the shape.
+position, without a cache of keys and values, as the probe has none. A pass has 64 samples of one shape, or
+``--batches-per-pass`` batches; its first batch also checks the conservation identity, so what further ones cost is said
+apart (steady). Before anything is timed, the probe is compared with plain loops on two layers of the shape.
 
 ``--tasks`` measures a whole ``measure()`` at its defaults instead: three tasks with the lengths of GSM8K, ARC and
 HumanEval, 200 samples each.
@@ -48,7 +48,7 @@ from mui_callback.probe.batches import Batch, make_batches
 from mui_callback.probe.samples import TokenSample
 
 SAMPLES = 64
-"""Of a pass; as many as are probed by default."""
+"""Of a pass; as many as `MUICallback` takes of the eval data by default."""
 CHECKED = BatchShape(8, 12)
 """Samples that the probe is compared with loops on, scored from the middle on."""
 

@@ -25,8 +25,8 @@ from mui_callback.experts.down import Product
 from mui_callback.experts.follower import DispatchFollower
 from mui_callback.experts.gates import GateReader
 from mui_callback.experts.located import at_positions, at_tokens
-from mui_callback.experts.precision import unrecorded
 from mui_callback.experts.tail import Tail
+from mui_callback.experts.unrecorded import unrecorded
 from mui_callback.forgiving import attempt
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens
 from mui_callback.scoring.rows import Contributions, joined, rows_at

@@ -1,13 +1,12 @@
 """Rows of experts that are read where they call their down projection, however it is known which token they are for.
 
 Shapes: P rows that go to scored tokens, U of these that are left when several of one token in one expert are one, W =
-neurons of one down projection.
+neurons of one down projection, S = P·n rows where each holds n experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ class CalledRows:
     rows_per_token: int
     are_repeated: bool = False
     """Whether one was called for a token more than once."""
+    _rows_of_experts: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     @classmethod
     def ranked(
@@ -82,17 +82,13 @@ class CalledRows:
 
     def _of_experts(self, n: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """Token, expert and rank of each row, where each down projection holds n experts; kept, for other layers."""
-        if (n, first) not in self._kept:
+        if (n, first) not in self._rows_of_experts:
             down_P, token_P, rank_P = self.down_P, self.token_P, self.rank_P
             if n > 1:
                 down_P, rank_P = _side_by_side(down_P, n), _side_by_side(rank_P, n)
                 token_P = token_P.repeat_interleave(n)
-            self._kept[n, first] = token_P, first + down_P if first else down_P, rank_P
-        return self._kept[n, first]
-
-    @cached_property
-    def _kept(self) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
-        return {}
+            self._rows_of_experts[n, first] = token_P, first + down_P if first else down_P, rank_P
+        return self._rows_of_experts[n, first]
 
     def _united(self, rows: Contributions, n_downs: int) -> tuple[CalledRows, Contributions]:
         """One row for all calls of a down projection for a token."""

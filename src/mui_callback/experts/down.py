@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mui_callback.errors import ProbeError, UnsupportedModelError
-from mui_callback.experts.grouped import group_offsets, grouped_mm
+from mui_callback.experts.grouped import group_ends, grouped_mm
 from mui_callback.experts.linear import widths
 from mui_callback.parallel.weights import check_readable
 
@@ -47,7 +47,7 @@ class Product:
         if self.weight is not None:
             if self.expert_S is None:
                 return readout_PD.to(self.weight.dtype) @ self.weight
-            return grouped_mm(readout_PD, self.weight, group_offsets(self.expert_S[place_P], len(self.weight)))
+            return grouped_mm(readout_PD, self.weight, group_ends(self.expert_S[place_P], len(self.weight)))
         readout_SD = self.out.new_zeros(self.out.numel() // self.out.shape[-1], self.out.shape[-1])
         readout_SD[place_P] = readout_PD.to(readout_SD.dtype)
         (grad,) = torch.autograd.grad(self.out, self.act, readout_SD.view_as(self.out), retain_graph=True)

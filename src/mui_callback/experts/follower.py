@@ -17,7 +17,7 @@ from mui_callback.experts.dispatch import Arrivals, Sent
 from mui_callback.experts.down import Product
 from mui_callback.experts.expert_parallelism import Spread
 from mui_callback.experts.followed import FollowedRows
-from mui_callback.experts.precision import unrecorded
+from mui_callback.experts.unrecorded import unrecorded
 from mui_callback.forgiving import attempt
 from mui_callback.scoring.contributions import ScoredTokens, number_among_equals
 from mui_callback.scoring.rows import Contributions

@@ -18,7 +18,7 @@ def numbers(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.arange(n, dtype=dtype, device=device)
 
 
-def group_offsets(expert_S: Tensor, n_experts: int) -> Tensor:
+def group_ends(expert_S: Tensor, n_experts: int) -> Tensor:
     """End of each expert's rows, int32 ``[E]``, for expert ids ``[S]`` of any integer type in ascending order.
 
     Rows with an id of `n_experts` or more belong to no group. Nothing is moved to the host.
@@ -27,7 +27,7 @@ def group_offsets(expert_S: Tensor, n_experts: int) -> Tensor:
     return torch.searchsorted(expert_S, experts, right=True, out_int32=True)
 
 
-def grouped_mm(x_SN: Tensor, weight_ENM: Tensor, offsets_E: Tensor) -> Tensor:
+def grouped_mm(x_SN: Tensor, weight_ENM: Tensor, end_E: Tensor) -> Tensor:
     """``x[s] @ weight[expert of s]`` for every row, ``[S, M]`` in the dtype of the weight.
 
     Uses `torch.nn.functional.grouped_mm` where the layout and the dtype allow it; elsewhere one product per
@@ -35,10 +35,10 @@ def grouped_mm(x_SN: Tensor, weight_ENM: Tensor, offsets_E: Tensor) -> Tensor:
     """
     x_SN = x_SN.to(weight_ENM.dtype)
     if _has_kernel(x_SN, weight_ENM):
-        return torch.nn.functional.grouped_mm(x_SN, weight_ENM, offs=offsets_E)
+        return torch.nn.functional.grouped_mm(x_SN, weight_ENM, offs=end_E)
     out_SM = x_SN.new_zeros(x_SN.shape[0], weight_ENM.shape[2])
     start = 0
-    for expert, end in enumerate(offsets_E.tolist()):
+    for expert, end in enumerate(end_E.tolist()):
         if end > start:
             out_SM[start:end] = x_SN[start:end] @ weight_ENM[expert]
         start = end

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mui_callback.experts.grouped import group_offsets, numbers
+from mui_callback.experts.grouped import group_ends, numbers
 from mui_callback.fused import experts as fused
 from mui_callback.scoring.contributions import ScoredTokens
 
@@ -45,7 +45,7 @@ class SortedRows:
         expert_S, order_S = expert_S.sort(stable=True)
         row_S = torch.empty_like(order_S)
         row_S[order_S] = numbers(len(order_S), order_S.dtype, order_S.device)
-        end_E = group_offsets(expert_S, n_local)
+        end_E = group_ends(expert_S, n_local)
         return cls(order_S, order_S // expert_TK.shape[1], expert_S, row_S.view_as(expert_TK), end_E)
 
 
@@ -62,7 +62,7 @@ class Pairs:
     row_P: Tensor
     """Where the activations are, int64."""
     rank_P: Tensor
-    """Number among the pairs of its row, by expert, int64."""
+    """Number among the pairs of its token, by expert, int64."""
     is_row_P: Tensor | None
     """False where the router chose no expert of this process, bool; None if it is known that there is no such pair."""
     end_E: Tensor
@@ -70,11 +70,11 @@ class Pairs:
 
     @classmethod
     def of(cls, place_R: Tensor, expert_TK: Tensor, weight_TK: Tensor, row_TK: Tensor, n_local: int) -> Pairs:
-        """All pairs of some rows.
+        """All pairs of some tokens.
 
         Args:
-            place_R: which rows, int64.
-            expert_TK: experts of each row, int64; those of `n_local` and more are none.
+            place_R: which tokens, int64.
+            expert_TK: experts of each token, int64; those of `n_local` and more are none.
             weight_TK: routing weights, of any floating-point type.
             row_TK: where the activations of each pair are, int64.
             n_local: experts of this process.
@@ -94,7 +94,7 @@ class Pairs:
             row_TK.flatten()[pair_P],
             rank_RK.flatten()[order_P],
             None if not is_row_P.is_cuda and bool(is_row_P.all()) else is_row_P,
-            group_offsets(own_P, n_local),
+            group_ends(own_P, n_local),
         )
 
 
@@ -111,7 +111,8 @@ def sort_pairs(
     """
     if not fused.can_sort(expert_TK, weight_TK, n_local):
         return SortedRows.of(expert_TK, n_local), None
-    is_known = tokens is not None and len(tokens.number_T) == len(expert_TK) and len(tokens.position_R) > 0
-    scored = (tokens.number_T, tokens.first, len(tokens.position_R)) if tokens and is_known else (None, 0, 0)
+    scored: tuple[Tensor | None, int, int] = None, 0, 0
+    if tokens is not None and len(tokens.position_R) and len(tokens.number_T) == len(expert_TK):  # else refused later
+        scored = tokens.number_T, tokens.first, len(tokens.position_R)
     rows, pairs = fused.sort_pairs(expert_TK, weight_TK, n_local, *scored)
     return SortedRows(*rows), Pairs(*pairs) if pairs else None

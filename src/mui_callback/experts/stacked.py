@@ -25,14 +25,13 @@ from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.known_gates import known_gate
 from mui_callback.experts.norms import channel_scale
 from mui_callback.experts.pairs import sort_pairs
-from mui_callback.experts.precision import without_autocast
 from mui_callback.experts.stacked_recorder import RoutedRows, StackedRecorder
 from mui_callback.experts.tail import Tail
 from mui_callback.fused import experts as fused
 from mui_callback.fused.available import can_run
 from mui_callback.parallel.weights import check_readable, whole_shape
 from mui_callback.scoring.contributions import ScoredTokens
-from mui_callback.scoring.rows import added_up, rows_at
+from mui_callback.scoring.rows import rows_at
 from mui_callback.settings import Activation
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -105,7 +104,7 @@ class StackedExperts:
 
         def forward(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
             note_use()
-            with without_autocast(x_TD.device):
+            with torch.autocast(x_TD.device.type, enabled=False):
                 return self.run(x_TD, expert_TK, weight_TK, own)[0]
 
         with route_experts_through(self.module, forward):
@@ -129,8 +128,8 @@ class StackedExperts:
         Experts are numbered as in this process. An id of E stands for "no expert" (some routers skip, some experts
         are elsewhere): such a pair is computed with the last expert and weighted with zero, so that no row
         is left unwritten. The activations of the neurons in ``is_masked_EI`` are set to zero. With `keep_gate`, the
-        rows hold what activations are made of. Where `tokens` are known, those of the positions of the batch, the rows
-        may hold their pairs.
+        rows hold what activations are made of. With `tokens`, those of the batch whose positions the experts
+        are given, the rows may hold their pairs.
 
         Returns:
             The output ``[T, D]`` in the dtype of the input, and the rows behind it.
@@ -154,7 +153,7 @@ class StackedExperts:
             raw_SD = raw_SD if bias is None else raw_SD + bias[expert_S.long()]
             out_SD = module.post_expert_norm(raw_SD) if module.has_post_expert_norm else raw_SD
             weight_S = weight_TK.masked_fill(expert_TK >= self.n_local, 0).flatten()[sorted_rows.order_S]
-            out_TD = added_up(out_SD * weight_S.unsqueeze(-1), row_TK)
+            out_TD = _added_up(out_SD * weight_S.unsqueeze(-1), row_TK)
 
         rows = RoutedRows(
             expert_TK,
@@ -231,3 +230,10 @@ class StackedExperts:
         """The readout in front of the norm that follows an expert, float32 ``[P, D]``; `raw_PD` was its input."""
         raw_PD = raw_PD.float()
         return readout_PD * channel_scale(self.module.post_expert_norm(raw_PD), raw_PD)
+
+
+def _added_up(x_SD: Tensor, row_TK: Tensor) -> Tensor:
+    """The sum of K rows each, ``[T, D]``."""
+    if x_SD.device.type == "cpu" and x_SD.dtype == torch.float32:  # without any of them in memory twice
+        return torch.nn.functional.embedding_bag(row_TK, x_SD, mode="sum")
+    return x_SD[row_TK].sum(dim=1)

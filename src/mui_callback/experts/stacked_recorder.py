@@ -1,8 +1,8 @@
 """Reading experts with stacked weights.
 
-Shapes: T rows that the experts were given, K experts of a row, S = T·K pairs sorted by expert, I neurons of an expert,
-D width of the experts' input and output, N rows of T with scored tokens, P = N·K pairs of these, R scored tokens that
-meet.
+Shapes: T tokens that the experts were given, K experts of a token, S = T·K pairs sorted by expert, I neurons of an
+expert, D width of the experts' input and output, N of the T tokens that are scored, P = N·K pairs of these, R scored
+tokens that meet.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mui_callback.experts.base import First
 from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.pairs import Pairs
-from mui_callback.experts.precision import unrecorded
 from mui_callback.experts.tail import Tail
+from mui_callback.experts.unrecorded import unrecorded
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_of_row
 from mui_callback.scoring.rows import Contributions, rows_at
 from mui_callback.settings import Activation

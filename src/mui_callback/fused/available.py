@@ -27,7 +27,7 @@ def runs_on(device: torch.device) -> bool:
         with torch.cuda.device(device):
             one = torch.ones(1, 1, device=device)
             triton_scores.try_out(one)
-            if not triton_scores.launches_compiled(one):
+            if not triton_scores.try_compiled(one):
                 logger.info("MUI: Triton finds compiled kernels anew in each launch")
     except Exception as error:  # whatever a compiler or a driver raises
         logger.info("MUI: no fused kernels on %s, slower operators do the same (%s)", device, error)

@@ -64,7 +64,7 @@ class Kernel:
         dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         are_aligned = reduce(or_, filter(None, pointers)) % 16 == 0
         alignment = () if are_aligned else tuple(pointer and pointer % 16 for pointer in pointers)
-        key = (index, *dtypes, alignment, *map(_kind, numbers), *constants.values())
+        key = (index, *dtypes, alignment, *map(_specialization, numbers), *constants.values())
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self._function[grid](*tensors, *numbers, **constants)
@@ -80,7 +80,7 @@ class Kernel:
         )
 
 
-def _kind(number: float) -> int:
+def _specialization(number: float) -> int:
     """What Triton compiles anew for."""
     if isinstance(number, float):
         return -1

@@ -5,7 +5,7 @@ bit, sums up to rounding in float32.
 
 Shapes: L layers, S rows, I neurons of an expert, B samples, P slots for the rows of a sample, C chunks of neurons of a
 row, c neurons of a chunk, k chunks of a sample that are chosen, M scores of a sample, E experts, R scored tokens, V
-vocabulary, F fields of a table.
+vocabulary, K kinds of experts, F fields of a table.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Factors:
     @property
     def layout(self) -> Hashable:
         """The same for those that a kernel may take together: all but which tensors they are, and how many rows."""
-        kinds = (self.act.dtype, self.projected_SI.dtype, *self.flags.values())
-        return kinds, self.projected_SI.shape[1], self.strides, self.are_aligned
+        dtypes = (self.act.dtype, self.projected_SI.dtype)
+        return dtypes, *self.flags.values(), self.projected_SI.shape[1], self.strides, self.are_aligned
 
     @property
     def are_aligned(self) -> bool:
@@ -80,6 +80,10 @@ class Rows:
     """Number of the first of them among the rows of the layer."""
     first_rank: int
     """Number of their lowest rank among the ranks of a token in the layer."""
+    first_expert: int
+    """Number in the layer of the first of their experts."""
+    first_neuron: int
+    """Number in the layer of its first neuron."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -89,50 +93,53 @@ class Rows:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of experts of L layers, whose factors have the same layout."""
+    """One kind of experts of L layers, which differ in nothing but their tensors and how many rows they have."""
 
-    factors_L: Sequence[Factors]
-    first_rank: int
-    """Number of the lowest rank of their rows among the ranks of a token in the layer."""
-    first_expert: int
-    """Number in the layer of the first of these experts."""
-    first_neuron: int
-    """Number in the layer of its first neuron."""
+    factors: Factors
+    """Of the first layer."""
+    rows: Rows
+    """Of the first layer."""
+    n_rows: int
+    """S of the layer that has most."""
     table_LF: Tensor
-    """Where the tensors of each layer are, and its numbers, in the order in which kernels read them, int64."""
+    """Where the tensors of each layer are, and its numbers, in the order in which kernels read them, int64. Whoever has
+    it made has to keep the tensors."""
 
     @property
-    def layout(self) -> dict[str, Any]:
+    def width(self) -> int:
+        """I."""
+        return self.factors.projected_SI.shape[1]
+
+    @property
+    def constants(self) -> dict[str, Any]:
         """What kernels are compiled for."""
-        factors = self.factors_L[0]
         return {
-            "ACT": _kernels().type_of(factors.act),
-            "PROJECTED": _kernels().type_of(factors.projected_SI),
-            "IS_ALIGNED": factors.are_aligned,
-            **factors.flags,
+            "ACT": _kernels().type_of(self.factors.act),
+            "PROJECTED": _kernels().type_of(self.factors.projected_SI),
+            "IS_ALIGNED": self.factors.are_aligned,
+            **self.factors.flags,
         }
 
 
-def kinds(of_kinds: Sequence[Sequence[tuple[Factors, Rows, int, int]]]) -> tuple[Kind, ...]:
+def kinds_of(rows_KL: Sequence[Sequence[tuple[Factors, Rows]]]) -> tuple[Kind, ...]:
     """Kinds of experts as kernels take them.
 
     Args:
-        of_kinds: for each kind and each layer, what its contributions are made of, which rows they are, and the numbers
-            of its first expert and neuron in the layer.
+        rows_KL: for each of K kinds and each layer, what its contributions are made of, and which rows they are.
     """
     table = [
         [
             [0 if tensor is None else tensor.data_ptr() for tensor in (*factors.tensors, *rows.tensors)]
             + [len(factors.projected_SI), rows.first_row]
-            for factors, rows, *_ in of_layers
+            for factors, rows in rows_L
         ]
-        for of_layers in of_kinds
+        for rows_L in rows_KL
     ]
-    device = of_kinds[0][0][0].act.device
+    device = rows_KL[0][0][0].act.device
     table_KLF = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     return tuple(
-        Kind([factors for factors, *_ in of_layers], of_layers[0][1].first_rank, *of_layers[0][2:], table_LF)
-        for of_layers, table_LF in zip(of_kinds, table_KLF.unbind(0), strict=True)
+        Kind(*rows_L[0], max(len(factors.projected_SI) for factors, _ in rows_L), table_LF)
+        for rows_L, table_LF in zip(rows_KL, table_KLF.unbind(0), strict=True)
     )
 
 
@@ -168,27 +175,26 @@ class Found:
         return self.highest_LBPC.shape[3] - 1
 
 
-def scan(of_kinds: Sequence[Kind], place_R: Tensor, chunk: int, found: Found) -> None:
+def scan(kinds: Sequence[Kind], place_R: Tensor, chunk: int, found: Found) -> None:
     """One pass over the contributions of all experts of some layers.
 
     Args:
-        of_kinds: what the contributions are made of.
+        kinds: what the contributions are made of.
         place_R: number of each scored token among the places for those of all samples, int64.
         chunk: c.
         found: is written to.
     """
     n_layers, n_experts = len(found.row_LBP), found.use_RLE2.shape[2] - 1
-    for kind in of_kinds:
-        n_rows, width = max(len(one.projected_SI) for one in kind.factors_L), kind.factors_L[0].projected_SI.shape[1]
-        n_own = -(-width // chunk)
+    for kind in kinds:
+        n_own = -(-kind.width // chunk)
         _kernels().scan.launch(
-            (n_rows, n_layers),
+            (kind.n_rows, n_layers),
             (kind.table_LF, place_R, found.highest_LBPC, found.row_LBP, found.use_RLE2, found.n_not_finite),
             (
-                *(width, found.n_chunks, found.n_ranks, n_experts, n_layers, found.row_LBP.stride(0)),
-                *(kind.first_rank, *kind.factors_L[0].strides),
+                *(kind.width, found.n_chunks, found.n_ranks, n_experts, n_layers, found.row_LBP.stride(0)),
+                *(kind.rows.first_rank, *kind.factors.strides),
             ),
-            **kind.layout,
+            **kind.constants,
             CHUNK=chunk,
             BLOCK=min(max(1, _BLOCK // chunk), 1 << (n_own - 1).bit_length()),
         )
@@ -226,14 +232,14 @@ def highest_chunks(found: Found, k: int) -> Tensor:
 
 
 def finalists(
-    chosen_LBk: Tensor, of_kinds: Sequence[Kind], n_neurons: int, chunk: int, found: Found
+    chosen_LBk: Tensor, kinds: Sequence[Kind], n_neurons: int, chunk: int, found: Found
 ) -> tuple[Tensor, Tensor]:
     """The contributions of chosen chunks, float32 ``[L, B, k, c]``, and the place of the first of each, int64
     ``[L, B, k]``.
 
     Args:
         chosen_LBk: which, as `highest_chunks` numbers them.
-        of_kinds: the kinds of experts of the layers.
+        kinds: the kinds of experts of the layers.
         n_neurons: those of a layer.
         chunk: c.
         found: of the scan of all kinds.
@@ -241,16 +247,16 @@ def finalists(
     n_layers, n_samples, n_kept = chosen_LBk.shape
     score_LBkc = torch.empty(*chosen_LBk.shape, chunk, dtype=torch.float32, device=chosen_LBk.device)
     place_LBk = torch.empty_like(chosen_LBk)
-    for number, kind in enumerate(of_kinds):
+    for number, kind in enumerate(kinds):
         _kernels().finalists.launch(
             (n_samples * n_kept, n_layers),
             (kind.table_LF, chosen_LBk, found.highest_LBPC, found.row_LBP, score_LBkc, place_LBk),
             (
                 *(n_samples, n_kept, found.n_slots, found.n_chunks, found.n_ranks),
-                *(kind.first_expert, kind.first_neuron, n_neurons),
-                *(kind.factors_L[0].projected_SI.shape[1], *kind.factors_L[0].strides),
+                *(kind.rows.first_expert, kind.rows.first_neuron, n_neurons),
+                *(kind.width, *kind.factors.strides),
             ),
-            **kind.layout,
+            **kind.constants,
             IS_FIRST=number == 0,
             CHUNK=chunk,
             num_warps=1,

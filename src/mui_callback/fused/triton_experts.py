@@ -1,4 +1,7 @@
-"""The source of the kernels around the matrix products of experts; imported where Triton is there."""
+"""The source of the kernels around the matrix products of experts; imported where Triton is there.
+
+Shapes: S pairs of a token and an expert, P those of scored tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import triton
 import triton.language as tl
 
 from mui_callback.fused.launching import kernel
+
+_AT_ONCE = tl.constexpr(2048)
+"""Pairs that are counted at a time."""
 
 
 @kernel()
@@ -147,8 +153,8 @@ def _counted(
     """The same, counted by this program, which looks at all pairs."""
     total = tl.zeros((BINS,), dtype=tl.int32)
     before = tl.zeros((BINS,), dtype=tl.int32)
-    for first in range(0, n_pairs, 2048):
-        pair = first + tl.arange(0, 2048)
+    for first in range(0, n_pairs, _AT_ONCE):
+        pair = first + tl.arange(0, _AT_ONCE)
         counts = pair < n_pairs
         own = tl.minimum(tl.load(expert + pair, mask=counts, other=0), n_local - 1).to(tl.int32)
         if ONLY_SCORED:

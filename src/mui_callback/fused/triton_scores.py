@@ -44,15 +44,15 @@ def _row(
     return of_act, factor, n_counted
 
 
+_ACT, _ACT_ROW, _PROJECTED, _WEIGHT, _IS_ROW, _TOKEN, _EXPERT, _RANK, _N_ROWS, _FIRST_ROW = map(tl.constexpr, range(10))
+"""Fields of a row of a table, see `mui_callback.fused.scores.kinds_of`: where tensors are, and two numbers."""
 _FIELDS = tl.constexpr(10)
-"""Of a row of the table: where act, act_row, projected, weight, is_row, token, expert and rank are, how many rows there
-are and the number of the first; see `mui_callback.fused.scores.Kind.table_LF`."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _at(table: tl.tensor, field: tl.constexpr, kind: tl.constexpr, IS_ALIGNED: tl.constexpr) -> tl.tensor:
+def _at(table: tl.tensor, field: tl.constexpr, element: tl.constexpr, IS_ALIGNED: tl.constexpr) -> tl.tensor:
     """A pointer of a table."""
-    pointer = tl.load(table + field).to(tl.pointer_type(kind))
+    pointer = tl.load(table + field).to(tl.pointer_type(element))
     if IS_ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -67,15 +67,15 @@ def _row_of(
     HAS_WEIGHT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """See `_row`."""
-    act_row, weight = _at(table, 1, tl.int64, False), _at(table, 3, tl.float32, False)
-    is_row = _at(table, 4, tl.int8, False)
+    """The same of a row of a layer's table."""
+    act_row, weight = _at(table, _ACT_ROW, tl.int64, False), _at(table, _WEIGHT, tl.float32, False)
+    is_row = _at(table, _IS_ROW, tl.int8, False)
     of_act, factor, n_counted = _row(row, act_row, weight, is_row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
     return of_act, factor, n_counted
 
 
 @kernel(
-    do_not_specialize=["n_chunks", "n_ranks", "n_experts", "n_layers", "places_of_layer", "first_rank"],
+    do_not_specialize=["n_chunks", "n_ranks", "n_experts", "n_layers", "slots_of_layer", "first_rank"],
 )
 def scan(
     table: tl.tensor,
@@ -89,7 +89,7 @@ def scan(
     n_ranks: tl.tensor,
     n_experts: tl.tensor,
     n_layers: tl.tensor,
-    places_of_layer: tl.tensor,
+    slots_of_layer: tl.tensor,
     first_rank: tl.tensor,
     act_stride: tl.tensor,
     projected_stride: tl.tensor,
@@ -105,15 +105,15 @@ def scan(
     """One program is one row of one layer, BLOCK chunks of it at a time."""
     row, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     table += layer * _FIELDS
-    if row < tl.load(table + 8):
+    if row < tl.load(table + _N_ROWS):
         of_act, factor, n_counted = _row_of(table, row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
-        act = _at(table, 0, ACT, IS_ALIGNED) + of_act * act_stride
-        projected = _at(table, 2, PROJECTED, IS_ALIGNED) + row * projected_stride
-        number = tl.where(n_counted > 0, tl.load(_at(table, 6, tl.int64, False) + row), n_experts)
-        of_token = tl.load(_at(table, 5, tl.int64, False) + row)
-        rank = first_rank + tl.load(_at(table, 7, tl.int64, False) + row)
-        slot = layer * places_of_layer + tl.load(place + of_token) * n_ranks + rank
-        tl.store(row_of_slot + slot, tl.load(table + 9) + row)
+        act = _at(table, _ACT, ACT, IS_ALIGNED) + of_act * act_stride
+        projected = _at(table, _PROJECTED, PROJECTED, IS_ALIGNED) + row * projected_stride
+        number = tl.where(n_counted > 0, tl.load(_at(table, _EXPERT, tl.int64, False) + row), n_experts)
+        of_token = tl.load(_at(table, _TOKEN, tl.int64, False) + row)
+        rank = first_rank + tl.load(_at(table, _RANK, tl.int64, False) + row)
+        slot = layer * slots_of_layer + tl.load(place + of_token) * n_ranks + rank
+        tl.store(row_of_slot + slot, tl.load(table + _FIRST_ROW) + row)
         first_of_slot = highest + slot * (n_chunks + 1)
         total = 0.0
         highest_of_row = float("-inf")
@@ -315,18 +315,20 @@ def finalists(
     slot = column // n_chunks
     of_slot = number // n_kept * n_slots + slot
     is_chunk = tl.load(highest + of_slot * (n_chunks + 1) + 1 + column % n_chunks) > float("-inf")
-    row = tl.load(row_of_slot + of_slot, mask=is_chunk, other=-1) - tl.load(table + 9)
-    is_here = is_chunk & (row >= 0) & (row < tl.load(table + 8))
+    row = tl.load(row_of_slot + of_slot, mask=is_chunk, other=-1) - tl.load(table + _FIRST_ROW)
+    is_here = is_chunk & (row >= 0) & (row < tl.load(table + _N_ROWS))
     row = tl.where(is_here, row, 0)
     of_act, factor, n_counted = _row_of(table, row, width, HAS_ACT_ROW, HAS_WEIGHT, HAS_ROWS)
     n_counted = tl.where(is_here, n_counted, 0)
     columns = (column % n_chunks) * CHUNK + offsets
     is_there = columns < n_counted
-    a = tl.load(_at(table, 0, ACT, IS_ALIGNED) + of_act * act_stride + columns, mask=is_there, other=0.0)
-    p = tl.load(_at(table, 2, PROJECTED, IS_ALIGNED) + row * projected_stride + columns, mask=is_there, other=0.0)
+    a = tl.load(_at(table, _ACT, ACT, IS_ALIGNED) + of_act * act_stride + columns, mask=is_there, other=0.0)
+    p = tl.load(
+        _at(table, _PROJECTED, PROJECTED, IS_ALIGNED) + row * projected_stride + columns, mask=is_there, other=0.0
+    )
     f = _products(a, p, factor)
     found = tl.where(is_there & (tl.abs(f) < float("inf")), f, float("-inf"))
-    own = tl.load(_at(table, 6, tl.int64, False) + row) - first_expert
+    own = tl.load(_at(table, _EXPERT, tl.int64, False) + row) - first_expert
     neuron = first_neuron + own * width + (column % n_chunks) * CHUNK
     found_at = tl.where(is_here, (slot // n_ranks) * n_neurons + neuron, 0)
     n_written = tl.where(is_here, CHUNK, 0)
@@ -396,7 +398,7 @@ def _choose_one(two: Tensor, slots: Tensor | None, chosen: Tensor) -> None:
     choose.launch((1,), (two, slots, chosen), (1, 1, 1, 1), HAS_SLOTS=slots is not None, BLOCK=2048, num_warps=8)
 
 
-def launches_compiled(one: Tensor) -> bool:
+def try_compiled(one: Tensor) -> bool:
     """Whether a compiled kernel can be launched again, in this version of Triton, and does the same."""
     two, found = one.new_ones(2), [torch.full_like(one, -1, dtype=torch.int64) for _ in range(2)]
     Kernel.keeps_compiled = True

@@ -210,7 +210,7 @@ class _LayerCapture:
 
     def _hidden_states(self, out: Any) -> Tensor | None:
         """Of all that a module returns, the first tensor that was made of its experts' outputs."""
-        if isinstance(out, Tensor):
+        if isinstance(out, Tensor):  # most often, and no tree has to be walked
             return out
         tensors = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
         made = [part for part in tensors if part.requires_grad and self.reader.has_joined(part)]

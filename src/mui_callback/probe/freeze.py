@@ -128,7 +128,7 @@ class _Contents:
         self._empty: list[Any] = []
         self._others: list[Callable[[], Any]] = []
 
-    def hold(self, values: Iterable[Any]) -> None:
+    def add(self, values: Iterable[Any]) -> None:
         for value in values:
             kind = type(value)
             if kind in _WITHOUT_CONTENT:  # most of what there is
@@ -152,12 +152,13 @@ class _ObjectState:
         self.attributes = dict(vars(owner))
         for name in _LEARNT:
             self.attributes.pop(name, None)
-        contents.hold(self.attributes.values())
+        contents.add(self.attributes.values())
 
     def restore_attributes(self) -> None:
         # What did not change is not touched: compiled code may be guarded by the version of a dict.
         attributes: dict[str, Any] = vars(self.owner)
-        if len(attributes) == len(self.attributes) and all(map(is_, attributes.values(), self.attributes.values())):
+        before = self.attributes
+        if attributes.keys() == before.keys() and all(map(is_, attributes.values(), before.values())):
             return
         for name in attributes.keys() - self.attributes.keys() - _LEARNT:
             del attributes[name]

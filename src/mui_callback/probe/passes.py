@@ -31,6 +31,7 @@ from mui_callback.probe.head import LanguageModelHead, token_losses
 from mui_callback.probe.model_config import has_16_bits
 from mui_callback.probe.rounds import Round
 from mui_callback.probe.score_layer import LayerReader
+from mui_callback.scoring.batch_counts import BatchCounts
 from mui_callback.scoring.device_counts import DeviceCounts
 from mui_callback.settings import ProbeSettings
 
@@ -157,7 +158,7 @@ class _Running:
         shards, counts = self.of.shards, self.counts
         now = Round.of(batches, shards, self.of.layers, self.head, counts.device, self.of.settings.alignment)
         tokens = now.inputs.tokens
-        batch_counts = counts.batch(tokens, now.inputs.sample_B, now.meetings)
+        batch_counts = BatchCounts(counts, tokens, now.inputs.sample_B, now.meetings)
         is_token_T = now.inputs.attention_mask.flatten().bool() & (not batches[shards.own].is_stand_in)
         with (
             self.of.reading.batch(

@@ -16,8 +16,8 @@ from mui_callback.errors import InterruptedPassError, ProbeError
 from mui_callback.experts.base import First, Recorder
 from mui_callback.experts.cut import Cut, add_inner
 from mui_callback.experts.layer import ExpertLayer
-from mui_callback.experts.precision import unrecorded
 from mui_callback.experts.tail import Tail
+from mui_callback.experts.unrecorded import unrecorded
 from mui_callback.forgiving import attempt, described
 from mui_callback.parallel.processes import out_of_memory
 from mui_callback.scoring.contributions import ExpertScores, LayerScores, ScoredTokens, add_conserved

@@ -37,7 +37,7 @@ class KeyMarks:
         self._n_neurons = [layer.n_neurons for layer in layout.layers]
         self._first = np.cumsum([0, *self._n_neurons]).tolist()
         self._pairs = [torch.zeros(0, dtype=torch.int64, device=device)]
-        self._kept: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] = {}
+        self._columns_of: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] = {}
 
     @property
     def n_neurons(self) -> int:
@@ -69,12 +69,12 @@ class KeyMarks:
     def _columns(self, n_entries: Mapping[int, int]) -> tuple[Tensor, Tensor]:
         """Neurons of the layer of each entry of a sample, and the number of its first one, int64 ``[M]`` each."""
         key = tuple(n_entries.items())
-        if key not in self._kept:
+        if key not in self._columns_of:
             layers, sizes = list(n_entries), list(n_entries.values())
             columns = np.repeat([[self._n_neurons[layer], self._first[layer]] for layer in layers], sizes, axis=0)
             n_neurons_M, first_M = torch.from_numpy(columns.T.copy()).to(self._pairs[0].device).unbind(0)
-            self._kept[key] = n_neurons_M, first_M
-        return self._kept[key]
+            self._columns_of[key] = n_neurons_M, first_M
+        return self._columns_of[key]
 
     def add_neurons(self, sample_B: Tensor, layer: int, found: NeuronScores) -> None:
         """Take neurons of one layer, whose samples are numbered as in a batch."""

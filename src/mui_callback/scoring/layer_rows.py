@@ -35,34 +35,31 @@ class LayerRows:
     """As kernels take them; none if there are no kernels for them."""
 
     @classmethod
-    def of(
-        cls, parts_L: Sequence[Parts], tokens: Responses, n_experts: int, n_not_finite: Tensor | None = None
-    ) -> LayerRows:
+    def of(cls, parts_L: Sequence[Parts], tokens: Responses, n_experts: int) -> LayerRows:
         """Look at all contributions.
 
         Args:
             parts_L: those of each layer.
             tokens: the scored tokens.
             n_experts: E.
-            n_not_finite: see `Found`; is added to. None: begins with 0.
         """
         parts, n_layers, device = parts_L[0], len(parts_L), tokens.row_R.device
         n_ranks, n_chunks = sum(part.rows_per_token for part in parts), max(part.rows.n_chunks for part in parts)
-        places = (n_layers, tokens.n_rows, tokens.n_orders * n_ranks)
+        slots = (n_layers, tokens.n_rows, tokens.n_orders * n_ranks)
         use = (len(tokens.row_R), n_layers, n_experts + 1, 2)
         kinds = _kinds(parts_L) if _are_fused(parts) else ()
         found = Found(
-            torch.full((*places, 1 + n_chunks), NOTHING, dtype=torch.float32, device=device),
-            (torch.empty if kinds else torch.zeros)(places, dtype=torch.int64, device=device),
+            torch.full((*slots, 1 + n_chunks), NOTHING, dtype=torch.float32, device=device),
+            (torch.empty if kinds else torch.zeros)(slots, dtype=torch.int64, device=device),
             torch.zeros(use, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.int32, device=device) if n_not_finite is None else n_not_finite,
+            torch.zeros((), dtype=torch.int32, device=device),
             n_ranks,
         )
         if kinds:
             scores.scan(kinds, tokens.place_R, CHUNK, found)
         else:
-            for layer, parts in enumerate(parts_L):
-                for part, rows in _numbered(parts):
+            for layer, own in enumerate(parts_L):
+                for part, rows in _numbered(own):
                     _scan(part, rows, tokens.place_R, found, layer)
         return cls(tuple(parts_L), found, kinds)
 
@@ -145,11 +142,8 @@ def alike(parts: Parts) -> Hashable:
 
 
 def _kinds(parts_L: Sequence[Parts]) -> tuple[Kind, ...]:
-    by_layer = [
-        [(part.rows.factors, rows, part.first_expert, part.first_neuron) for part, rows in _numbered(parts)]
-        for parts in parts_L
-    ]
-    return scores.kinds(list(zip(*by_layer, strict=True)))
+    rows_LK = [[(part.rows.factors, rows) for part, rows in _numbered(parts)] for parts in parts_L]
+    return scores.kinds_of(list(zip(*rows_LK, strict=True)))
 
 
 def _numbered(parts: Parts) -> Iterator[tuple[ExpertScores, Rows]]:
@@ -157,7 +151,8 @@ def _numbered(parts: Parts) -> Iterator[tuple[ExpertScores, Rows]]:
     first_row = first_rank = 0
     for part in parts:
         if part.rows.n_rows:
-            yield part, Rows(part.token_S, part.expert_S, part.rank_S, first_row, first_rank)
+            firsts = (first_row, first_rank, part.first_expert, part.first_neuron)
+            yield part, Rows(part.token_S, part.expert_S, part.rank_S, *firsts)
         first_row += part.rows.n_rows
         first_rank += part.rows_per_token
 

@@ -133,15 +133,19 @@ class Contributions:
         """Σ f over the finite ones of each row, float64 ``[S]``, added up in float32."""
         if self.is_fused:
             return scores.sums(self.factors).double()
-        sum_S = torch.empty(self.n_rows, dtype=torch.float32, device=self.act.device)
         if self._may_all_count:
-            for rows in self._pieces():
-                torch.sum(self._products(rows), -1, out=sum_S[rows])
+            sum_S = self._sums(all_count=True)
             if sum_S.isfinite().all():
                 return sum_S.double()
+        return self._sums(all_count=False).double()
+
+    def _sums(self, *, all_count: bool) -> Tensor:
+        sum_S = torch.empty(self.n_rows, dtype=torch.float32, device=self.act.device)
         for rows in self._pieces():
-            torch.sum(self._masked(self._products(rows), rows).nan_to_num_(neginf=0.0), -1, out=sum_S[rows])
-        return sum_S.double()
+            score_SI = self._products(rows)
+            counted_SI = score_SI if all_count else self._masked(score_SI, rows).nan_to_num_(neginf=0.0)
+            torch.sum(counted_SI, -1, out=sum_S[rows])
+        return sum_S
 
     @property
     def _may_all_count(self) -> bool:
@@ -185,13 +189,6 @@ def _columns(chunk_M: Tensor) -> Tensor:
 def rows_at(x: Tensor, row_M: Tensor) -> Tensor:
     """``x[row_M]``, by whichever operator is the faster one on the device."""
     return x[row_M] if x.is_cuda else x.index_select(0, row_M)
-
-
-def added_up(x_SD: Tensor, row_TK: Tensor) -> Tensor:
-    """The sum of K rows each, ``[T, D]``."""
-    if x_SD.device.type == "cpu" and x_SD.dtype == torch.float32:  # without any of them in memory twice
-        return torch.nn.functional.embedding_bag(row_TK, x_SD, mode="sum")
-    return x_SD[row_TK].sum(dim=1)
 
 
 def inner(one_MD: Tensor, other_MD: Tensor) -> Tensor:
