@@ -199,13 +199,14 @@ def test_sorted_pairs_are_those_of_the_operators(dtype: torch.dtype, n_tokens: i
     number_T = torch.full((n_tokens,), -1, device=DEVICE)
     number_T[position_R] = 5 + torch.arange(n_scored, device=DEVICE)
     assert fused.can_sort(expert_TK, weight_TK, n_local)
+    assert not fused.can_sort(expert_TK, weight_TK, 513)
     expected = SortedRows.of(expert_TK, n_local)
-    for scored in ((number_T, 5, n_scored), (None, 0, 0)):
-        rows, pairs = fused.sort_pairs(expert_TK, weight_TK, n_local, *scored)
-        for own, other in zip(rows, vars(expected).values(), strict=True):
-            assert torch.equal(own.long(), other.long())
-    assert pairs == ()
-    _, found = fused.sort_pairs(expert_TK, weight_TK, n_local, number_T, 5, n_scored)
+    alone, none = fused.sort_pairs(expert_TK, weight_TK, n_local, None, 0, 0)
+    rows, found = fused.sort_pairs(expert_TK, weight_TK, n_local, number_T, 5, n_scored)
+    assert none == ()
+    for own, other, plain in zip(rows, alone, vars(expected).values(), strict=True):
+        assert torch.equal(own, other)
+        assert torch.equal(own.long(), plain.long())  # operators sort ids of 8 bits
     pairs = Pairs(*found)
     by_pair = Pairs.of(position_R, expert_TK, weight_TK, expected.row_TK, n_local)
     assert torch.equal(pairs.end_E, by_pair.end_E)

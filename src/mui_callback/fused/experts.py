@@ -1,7 +1,7 @@
 """What surrounds the matrix products of experts, in one pass each.
 
 Shapes: T tokens, K experts of a token, S = T·K rows of a token in an expert, I neurons of an expert, D width of its
-output, E experts, P rows of scored tokens.
+output, E experts, P rows of scored tokens; 2: of all tokens, and of scored ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BINS = 32
 _COUNTS = 64
 """Programs whose counts are added up at a time."""
 _EXPERTS = 512
-"""Experts that pairs are sorted by."""
+"""Experts, at most, that pairs are sorted by."""
 
 
 @dataclass(frozen=True)
@@ -109,31 +109,19 @@ def sort_pairs(
         n_scored: how many are.
     """
     (n_tokens, top_k), device = expert_TK.shape, expert_TK.device
-    n_pairs, n_kinds = n_tokens * top_k, 1 if number_T is None else 2
+    n_pairs, n_counted = n_tokens * top_k, 1 if number_T is None else 2
     bins, n_blocks = max(_BINS, 1 << (n_local - 1).bit_length()), -(-n_pairs // _PAIRS)
-    starts = torch.empty(n_kinds, n_blocks, bins, dtype=torch.int32, device=device)
-    counts = None
-    ends_E = torch.empty(n_kinds, n_local, dtype=torch.int32, device=device)
-    order_S, from_S, expert_S, row_S = torch.empty(4, n_pairs, dtype=torch.int64, device=device).unbind(0)
-    of_scored: tuple[Tensor, ...] = ()
-    if number_T is not None:
-        from_P, expert_P, row_P, rank_P = order_S.new_empty(4, n_scored * top_k).unbind(0)
-        weight_P = torch.empty(n_scored * top_k, dtype=torch.float32, device=device)
-        is_row_P = torch.empty(n_scored * top_k, dtype=torch.bool, device=device)
-        of_scored = from_P, expert_P, weight_P, row_P, rank_P, is_row_P
-    expert_TK = expert_TK.contiguous()
     constants = {"HAS_SCORED": number_T is not None, "TOP_K": top_k, "BINS": bins, "BLOCK": _PAIRS}
-    kernels = _kernels()
-    if n_pairs > _FEW_PAIRS:
-        counts = torch.empty(n_kinds, n_blocks + 1, bins, dtype=torch.int32, device=device)
-        kernels.count.launch((n_blocks,), (expert_TK, number_T, counts), (n_pairs, n_local), **constants)
-        kernels.accumulate.launch(
-            (n_kinds, bins // _BINS), (counts,), (n_blocks,), BINS=bins, BINS_HERE=_BINS, TILE=_COUNTS
-        )
-    kernels.sort.launch(
+    expert_TK = expert_TK.contiguous()
+    counts = _counts(expert_TK, number_T, n_local, constants) if n_pairs > _FEW_PAIRS else None
+    starts = torch.empty(n_counted, n_blocks, bins, dtype=torch.int32, device=device)
+    end_2E = torch.empty(n_counted, n_local, dtype=torch.int32, device=device)
+    order_S, from_S, expert_S, row_S = torch.empty(4, n_pairs, dtype=torch.int64, device=device).unbind(0)
+    of_scored = () if number_T is None else _of_pairs(n_scored * top_k, device)
+    _kernels().sort.launch(
         (n_blocks,),
         (
-            *(expert_TK, weight_TK.contiguous(), number_T, counts, starts, ends_E),
+            *(expert_TK, weight_TK.contiguous(), number_T, counts, starts, end_2E),
             *(order_S, from_S, expert_S, row_S, *(of_scored or (None,) * 6)),
         ),
         (n_pairs, n_local, first),
@@ -141,8 +129,28 @@ def sort_pairs(
         ARE_COUNTED=counts is not None,
         TILE=_COMPARED,
     )
-    rows = order_S, from_S, expert_S, row_S.view(n_tokens, top_k), ends_E[0]
-    return rows, (*of_scored, ends_E[1]) if of_scored else ()
+    rows = order_S, from_S, expert_S, row_S.view(n_tokens, top_k), end_2E[0]
+    return rows, (*of_scored, end_2E[1]) if of_scored else ()
+
+
+def _counts(expert_TK: Tensor, number_T: Tensor | None, n_local: int, constants: dict[str, int]) -> Tensor:
+    """Pairs of each expert before those of each program, and in all, int32; and of scored tokens behind these."""
+    n_pairs, n_counted, bins = expert_TK.numel(), 1 if number_T is None else 2, constants["BINS"]
+    n_blocks = -(-n_pairs // _PAIRS)
+    counts = torch.empty(n_counted, n_blocks + 1, bins, dtype=torch.int32, device=expert_TK.device)
+    _kernels().count.launch((n_blocks,), (expert_TK, number_T, counts), (n_pairs, n_local), **constants)
+    _kernels().accumulate.launch(
+        (n_counted, bins // _BINS), (counts,), (n_blocks,), BINS=bins, BINS_HERE=_BINS, TILE=_COUNTS
+    )
+    return counts
+
+
+def _of_pairs(n_pairs: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Empty fields of `Pairs`."""
+    from_P, expert_P, row_P, rank_P = torch.empty(4, n_pairs, dtype=torch.int64, device=device).unbind(0)
+    weight_P = torch.empty(n_pairs, dtype=torch.float32, device=device)
+    is_row_P = torch.empty(n_pairs, dtype=torch.bool, device=device)
+    return from_P, expert_P, weight_P, row_P, rank_P, is_row_P
 
 
 def _kernels() -> Any:

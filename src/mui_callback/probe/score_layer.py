@@ -132,17 +132,12 @@ class LayerReader:
         with self._together():
             self._trace(out, readouts, tokens, learns=learns)
         with unrecorded(out.device):
-            parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
             if check:
-                return self._with_sums(parts or (), error, out, readouts, tokens, readout_RD, is_output=is_output)
-            if error is not None:
-                raise error
-            return LayerScores(parts or ())
+                return self._with_sums(out, readouts, tokens, readout_RD, is_output=is_output)
+            return LayerScores(self._parts(tokens, readout_RD, self.activation))
 
     def _with_sums(
         self,
-        parts: tuple[ExpertScores, ...],
-        error: Exception | None,
         out: Tensor,
         readouts: Callable[[], Tensor],
         tokens: ScoredTokens,
@@ -152,7 +147,8 @@ class LayerReader:
     ) -> LayerScores:
         """The contributions, and what the conservation identity compares; an error is raised after the collective."""
         made, output, unmade = sums = torch.zeros(3, tokens.n_numbers, dtype=torch.float64, device=out.device)
-        if error is None:
+        parts, error = attempt(lambda: self._parts(tokens, readout_RD, self.activation))
+        if parts is not None:
             _, error = attempt(
                 lambda: self._add_up(parts, made, output, unmade, tokens, readout_RD, is_output=is_output)
             )
@@ -166,7 +162,7 @@ class LayerReader:
         if error is not None:
             raise error
         own = slice(tokens.first, tokens.first + len(tokens.position_R))
-        return LayerScores(parts, made[own], (output - unmade)[own])
+        return LayerScores(parts or (), made[own], (output - unmade)[own])
 
     def _together(self) -> AbstractContextManager[None]:
         """Where the processes that share the experts send each other tensors, so that none may stop alone."""
