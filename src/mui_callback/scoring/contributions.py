@@ -5,7 +5,8 @@
 The unembedding row of the target, W_head[y_t], enters as the *readout* of the token: what the output of an expert
 is multiplied with to become its share of the target's logit.
 
-Shapes: B samples, T positions of each, R scored tokens of the batch, S rows of scores, E experts.
+Shapes: B samples, T positions of each, R scored tokens of the batch, S rows of scores, E experts, M
+anything that is added up.
 """
 
 from __future__ import annotations

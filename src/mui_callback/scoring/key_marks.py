@@ -1,7 +1,7 @@
 """The key neurons of all samples under one threshold rule, gathered on the device batch by batch.
 
 Shapes: B samples of a batch, L layers, k entries of a sample in a layer, J neurons of all layers, N samples of the
-probe, M pairs of a sample and a key neuron.
+probe, M pairs of a sample and a key neuron, or entries of a sample in all layers.
 """
 
 from __future__ import annotations

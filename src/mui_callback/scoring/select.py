@@ -1,6 +1,7 @@
 """The entries of a layer that threshold rules take; see `mui_callback.rules`.
 
-Shapes: B samples, P slots of a sample, C chunks of a slot, c neurons of a chunk; M chunks or entries, U different ones.
+Shapes: L layers, B samples, P slots of a sample, C chunks of a slot, c neurons of a chunk; M chunks or entries, U
+different ones.
 """
 
 from __future__ import annotations
