@@ -135,7 +135,7 @@ def _are_fused(parts: Parts) -> bool:
 
 def alike(parts: Parts) -> Hashable:
     """The same for layers that kernels may take together."""
-    return tuple(
+    return _are_fused(parts), *(
         (part.rows.n_rows > 0, part.rows.factors.layout, part.rows_per_token, part.first_expert, part.first_neuron)
         for part in parts
     )
