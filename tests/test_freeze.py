@@ -338,10 +338,12 @@ class Renaming(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.before = None
+        self.one, self.other = 1, 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        del self.before
+        del self.before, self.one, self.other
         self.after = None
+        self.other, self.one = 1, 2
         return x
 
 
@@ -351,5 +353,7 @@ def test_names_of_attributes_are_restored(training: bool) -> None:
     with frozen(module):
         module(torch.ones(1))
         assert "before" not in vars(module)
+        assert (module.one, module.other) == (2, 1)
+    assert (module.one, module.other) == (1, 2)
     assert "before" in vars(module)
     assert "after" not in vars(module)

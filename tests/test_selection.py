@@ -109,16 +109,11 @@ class Made:
 
 @st.composite
 def made(draw: st.DrawFn, max_samples: int = 4) -> Made:
-    shapes = [
-        LayerShape(
-            number,
-            "",
-            draw(st.integers(1, 3)),
-            draw(st.sampled_from([1, 3, 65])),
-            draw(st.sampled_from([(), (2,), (2, 2, 70), (130,)])),
-        )
-        for number in range(draw(st.integers(1, 3)))
-    ]
+    experts = st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 65]), st.sampled_from([(), (2,), (2, 2, 70), (130,)]))
+    n_layers = draw(st.integers(1, 3))
+    alike = draw(st.booleans())
+    drawn = [draw(experts)] * n_layers if alike else [draw(experts) for _ in range(n_layers)]
+    shapes = [LayerShape(number, "", *one) for number, one in enumerate(drawn)]
     n = draw(st.integers(1, max_samples))
     lengths = draw(st.lists(st.integers(1, 3), min_size=n, max_size=n))
     kinds = draw(st.lists(st.sampled_from(list(KINDS)), min_size=n, max_size=n))

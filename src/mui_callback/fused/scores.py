@@ -160,7 +160,7 @@ class Found:
     """Σ|f| of each token in each expert, and how many rows it has there, float64 ``[R, L, E + 1, 2]``; the last expert
     is for what is no row."""
     n_not_finite: Tensor
-    """How many are NaN or infinite, and do not count; int32 scalar."""
+    """How many are NaN or infinite, and do not count; int64 scalar."""
     n_ranks: int
     """Slots of a token."""
 

@@ -90,6 +90,12 @@ def combined(
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=is_there)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _local(expert: tl.tensor, n_local: tl.tensor) -> tl.tensor:
+    """Numbers of experts of this process, int32; the last one for none, and no number is beyond."""
+    return tl.maximum(tl.minimum(expert, n_local - 1), 0).to(tl.int32)
+
+
 @kernel(do_not_specialize=["n_pairs", "n_local"])
 def count(
     expert: tl.tensor,
@@ -106,7 +112,7 @@ def count(
     block = tl.program_id(0).to(tl.int64)
     pair = block * BLOCK + tl.arange(0, BLOCK)
     is_pair = pair < n_pairs
-    own = tl.minimum(tl.load(expert + pair, mask=is_pair, other=0), n_local - 1).to(tl.int32)
+    own = _local(tl.load(expert + pair, mask=is_pair, other=0), n_local)
     own_counts = counts + block * BINS + tl.arange(0, BINS)
     tl.store(own_counts, tl.histogram(own, BINS, mask=is_pair))
     if HAS_SCORED:
@@ -156,7 +162,7 @@ def _counted(
     for first in range(0, n_pairs, _AT_ONCE):
         pair = first + tl.arange(0, _AT_ONCE)
         counts = pair < n_pairs
-        own = tl.minimum(tl.load(expert + pair, mask=counts, other=0), n_local - 1).to(tl.int32)
+        own = _local(tl.load(expert + pair, mask=counts, other=0), n_local)
         if ONLY_SCORED:
             counts = tl.load(number + pair // TOP_K, mask=counts, other=-1) >= 0
         total += tl.histogram(own, BINS, mask=counts)
@@ -225,7 +231,7 @@ def sort(
     is_pair = pair < n_pairs
     token = pair // TOP_K
     chosen = tl.load(expert + pair, mask=is_pair, other=0)
-    own = tl.minimum(chosen, n_local - 1).to(tl.int32)
+    own = _local(chosen, n_local)
     scored = tl.full((BLOCK,), -1, dtype=tl.int64)
     if HAS_SCORED:
         scored = tl.load(number + token, mask=is_pair, other=-1)
@@ -234,7 +240,7 @@ def sort(
     for start in range(0, BLOCK, TILE):
         others = start + tl.arange(0, TILE)
         other = block * BLOCK + others
-        of_other = tl.minimum(tl.load(expert + other, mask=other < n_pairs, other=0), n_local - 1).to(tl.int32)
+        of_other = _local(tl.load(expert + other, mask=other < n_pairs, other=0), n_local)
         comes_before = (of_other[None, :] == own[:, None]) & (others[None, :] < offsets[:, None])
         n_before += tl.sum(comes_before.to(tl.int32), axis=1)
         if HAS_SCORED:

@@ -117,7 +117,7 @@ def scan(
         first_of_slot = highest + slot * (n_chunks + 1)
         total = 0.0
         highest_of_row = float("-inf")
-        bad = 0
+        bad = tl.zeros((), dtype=tl.int64)
         for first in range(0, width, BLOCK * CHUNK):
             chunks = first // CHUNK + tl.arange(0, BLOCK)
             columns = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -400,6 +400,8 @@ def _choose_one(two: Tensor, slots: Tensor | None, chosen: Tensor) -> None:
 
 def try_compiled(one: Tensor) -> bool:
     """Whether a compiled kernel can be launched again, in this version of Triton, and does the same."""
+    if torch.version.hip is not None:  # where kernels are also compiled anew for the sizes of tensors
+        return False
     two, found = one.new_ones(2), [torch.full_like(one, -1, dtype=torch.int64) for _ in range(2)]
     Kernel.keeps_compiled = True
     try:

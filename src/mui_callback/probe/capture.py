@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -85,7 +86,9 @@ class Reading:
             )
 
     def note(self, error: Exception | None) -> None:
-        """Keep an error, if it is the first one."""
+        """Keep an error, if it is the first one, and none of the tensors that were at hand where it came from."""
+        if error is not None:
+            clear_frames(error.__traceback__)
         self.error = self.error or error
 
     def announce(self, index: int, reader: LayerReader) -> None:

@@ -158,7 +158,7 @@ class _ObjectState:
         # What did not change is not touched: compiled code may be guarded by the version of a dict.
         attributes: dict[str, Any] = vars(self.owner)
         before = self.attributes
-        if attributes.keys() == before.keys() and all(map(is_, attributes.values(), before.values())):
+        if list(attributes) == list(before) and all(map(is_, attributes.values(), before.values())):
             return
         for name in attributes.keys() - self.attributes.keys() - _LEARNT:
             del attributes[name]

@@ -175,6 +175,8 @@ class _Running:
             if losses is not None:
                 batch_counts.add_predictions(*losses)
         del logits_RV  # the largest of all, and ranking takes memory of its own
+        _, error = attempt(batch_counts.scan)
+        self.of.reading.note(error)
         batch_counts.finish()
 
 

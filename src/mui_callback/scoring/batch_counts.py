@@ -20,7 +20,7 @@ from mui_callback.scoring.select import NeuronScores, neurons_above, thresholds
 from mui_callback.scoring.topk import Candidates, Finalists, merge_candidates
 
 _SCANNED_TOGETHER = 2**28
-"""Bytes of contributions that wait for those of other layers, as to look at them together takes fewer kernels."""
+"""Bytes of layers that wait for each other, as to look at them together takes fewer kernels."""
 _RANKED_TOGETHER = 2**26
 """Bytes of finalists that wait for those of other layers, as to rank them together takes fewer operators."""
 
@@ -44,11 +44,13 @@ class BatchCounts:
         self.meetings = meetings
         self._unscanned: dict[int, Parts] = {}
         """By layer, contributions that are looked at together with those of the next layers."""
+        self._n_bytes = 0
+        """Of these."""
         self._alike: Hashable = None
         """What the next layer has to have in common with them."""
         self._use: dict[int, list[tuple[list[int], Tensor]]] = {}
         """By identity of the meeting: layers, and `LayerRows.use` of these."""
-        self._n_not_finite = torch.zeros((), dtype=torch.int32, device=counts.device)
+        self._n_not_finite = torch.zeros((), dtype=torch.int64, device=counts.device)
         self._unranked: dict[tuple[int, ...], Finalists] = {}
         """By layers, whose samples come one after the other."""
         self._found: dict[int, Candidates] = {}
@@ -63,19 +65,38 @@ class BatchCounts:
         if scores.parts:  # none where another process counts
             self._scan_later(layer, scores.parts)
         if layer == len(self.meetings) - 1:  # behind it come the logits, which take most memory of all
-            self._scan_all()
+            self.scan()
         if scores.made_R is not None:
             counts = self.counts
             errors = counts.later_error if layer in counts.checked else counts.identity_error
             errors[layer] = identity_error(scores)
             counts.checked.add(layer)
 
+    def scan(self) -> None:
+        """Look at what waits, if anything does."""
+        if not self._unscanned:
+            return
+        layers, parts_L = zip(*self._unscanned.items(), strict=True)
+        self._unscanned, self._alike, self._n_bytes = {}, None, 0
+        counts, shape, meeting = self.counts, self.counts.layout.layers[layers[0]], self.meetings[layers[0]]
+        responses = self._responses_in(layers[0])
+        rows = LayerRows.of(parts_L, responses, shape.n_experts)
+        self._n_not_finite += rows.found.n_not_finite
+        self._use.setdefault(id(meeting), []).append((list(layers), rows.use(responses)))
+        if counts.topscore:
+            # where the highest score is negative, the loosest rule is the one with the highest ratio
+            of_rules = [thresholds(marks.rule.value, rows.highest_LB) for marks in counts.topscore]
+            for number, (layer, loosest_B) in enumerate(zip(layers, torch.stack(of_rules).amin(0), strict=True)):
+                self._above[layer] = neurons_above(rows, number, shape.n_neurons, loosest_B)
+        self._unranked[layers] = rows.finalists(counts.k[layers[0]], shape.n_neurons)
+        if sum(one.score_Bkc.nbytes for one in self._unranked.values()) > _RANKED_TOGETHER:
+            self._rank_all()
+
     def finish(self) -> None:
-        """After the last layer: every process finds the key neurons of its own samples.
+        """After the last layer and `scan`: every process finds the key neurons of its own samples.
 
         Whoever shares experts with others sends them no scores but their samples' best candidates.
         """
-        self._scan_all()
         self._rank_all()
         self._add_totals()
         alone: dict[int, Candidates] = {}
@@ -127,33 +148,20 @@ class BatchCounts:
 
     def _scan_later(self, layer: int, parts: Parts) -> None:
         """For layers that are alike, as many as may be in memory together."""
-        shape = self.counts.layout.layers[layer]
+        shape, tokens = self.counts.layout.layers[layer], self._responses_in(layer)
         own = (alike(parts), id(self.meetings[layer]), shape.n_experts, shape.n_neurons, self.counts.k[layer])
         if own != self._alike:
-            self._scan_all()
+            self.scan()
         self._alike = own
         self._unscanned[layer] = parts
-        if not can_wait(parts) or sum(map(n_bytes, self._unscanned.values())) >= _SCANNED_TOGETHER:
-            self._scan_all()
+        self._n_bytes += n_bytes(parts, tokens, shape.n_experts)
+        if not can_wait(parts) or self._n_bytes >= _SCANNED_TOGETHER:
+            self.scan()
 
-    def _scan_all(self) -> None:
-        if not self._unscanned:
-            return
-        layers, parts_L = zip(*self._unscanned.items(), strict=True)
-        self._unscanned, self._alike = {}, None
-        counts, shape, meeting = self.counts, self.counts.layout.layers[layers[0]], self.meetings[layers[0]]
-        responses = self.responses if meeting is None else meeting.responses
-        rows = LayerRows.of(parts_L, responses, shape.n_experts)
-        self._n_not_finite += rows.found.n_not_finite
-        self._use.setdefault(id(meeting), []).append((list(layers), rows.use(responses)))
-        if counts.topscore:
-            # where the highest score is negative, the loosest rule is the one with the highest ratio
-            of_rules = [thresholds(marks.rule.value, rows.highest_LB) for marks in counts.topscore]
-            for number, (layer, loosest_B) in enumerate(zip(layers, torch.stack(of_rules).amin(0), strict=True)):
-                self._above[layer] = neurons_above(rows, number, shape.n_neurons, loosest_B)
-        self._unranked[layers] = rows.finalists(counts.k[layers[0]], shape.n_neurons)
-        if sum(one.score_Bkc.nbytes for one in self._unranked.values()) > _RANKED_TOGETHER:
-            self._rank_all()
+    def _responses_in(self, layer: int) -> Responses:
+        """The scored tokens that meet there."""
+        meeting = self.meetings[layer]
+        return self.responses if meeting is None else meeting.responses
 
     def _rank_all(self) -> None:
         """The highest entries of all layers that wait, together where they have equally many samples and chunks."""

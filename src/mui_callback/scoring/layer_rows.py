@@ -52,7 +52,7 @@ class LayerRows:
             torch.full((*slots, 1 + n_chunks), NOTHING, dtype=torch.float32, device=device),
             (torch.empty if kinds else torch.zeros)(slots, dtype=torch.int64, device=device),
             torch.zeros(use, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.int32, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
             n_ranks,
         )
         if kinds:
@@ -123,9 +123,12 @@ def can_wait(parts: Parts) -> bool:
     return _are_fused(parts) and not any(part.rows.is_lent for part in parts)
 
 
-def n_bytes(parts: Parts) -> int:
-    """What the factors of the contributions take."""
-    return sum(part.rows.act.nbytes + part.rows.projected_SI.nbytes for part in parts)
+def n_bytes(parts: Parts, tokens: Responses, n_experts: int) -> int:
+    """What a layer takes: the factors of its contributions, and what is found of them."""
+    n_slots = tokens.n_rows * tokens.n_orders * sum(part.rows_per_token for part in parts)
+    n_chunks = max(part.rows.n_chunks for part in parts)
+    found = n_slots * (4 * (1 + n_chunks) + 8) + 16 * len(tokens.row_R) * (n_experts + 1)
+    return found + sum(part.rows.act.nbytes + part.rows.projected_SI.nbytes for part in parts)
 
 
 def _are_fused(parts: Parts) -> bool:
