@@ -47,8 +47,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(action: Action, device: torch.device) -> float:
-    """Wall time of an action, from an idle device to an idle device; what earlier ones left is collected before."""
-    gc.collect()
+    """Wall time of an action, from an idle device to an idle device."""
     synchronize(device)
     start = time.perf_counter()
     action()
@@ -60,6 +59,8 @@ def interleaved(actions: Mapping[str, Action], repeats: int, device: torch.devic
     """Seconds of each action, one of each in every repeat, in an order that turns round; each is warmed up once."""
     for action in actions.values():
         seconds_of(action, device)
+    gc.collect()
+    gc.freeze()  # Python does not look through all that was made so far again, in whichever action it happens to
     found: dict[str, list[float]] = {name: [] for name in actions}
     for repeat in range(repeats):
         for name in list(actions)[:: 1 if repeat % 2 == 0 else -1]:
