@@ -14,6 +14,7 @@ from mui_callback.experts.pairs import Pairs, SortedRows
 from mui_callback.fused import available, scores
 from mui_callback.fused import experts as fused
 from mui_callback.fused.experts import Gate
+from mui_callback.fused.logits import can_predict
 from mui_callback.probe.head import token_losses
 from mui_callback.scoring.contributions import ExpertScores, Responses
 from mui_callback.scoring.layer_rows import LayerRows, alike, can_wait
@@ -250,7 +251,7 @@ def test_losses_and_first_choices_are_those_of_the_operators(dtype: torch.dtype,
     logits[2, : n_logits // 2], logits[3, -1], logits[4, 0] = -math.inf, math.inf, math.nan
     target[:20] = logits[:20].argmax(-1)
     target[5], target[6] = 0, n_logits - 1
-    assert scores.can_predict(logits) == (layout != "columns apart" or n_logits == 1)
+    assert can_predict(logits) == (layout != "columns apart" or n_logits == 1)
     loss, is_correct = token_losses(logits, target)
     with without_kernels():
         expected, is_expected = token_losses(logits, target)

@@ -1,11 +1,11 @@
-"""Passes over contributions and logits.
+"""Passes over contributions.
 
-They compute what `mui_callback.scoring` and `mui_callback.probe.head` do without them: products are the same to the
-bit, sums up to rounding in float32.
+They compute what `mui_callback.scoring` does without them: products are the same to the bit, sums up to rounding in
+float32.
 
 Shapes: L layers, S rows, I neurons of an expert, B samples, P slots for the rows of a sample, C chunks of neurons of a
-row, c neurons of a chunk, k chunks of a sample that are chosen, M scores of a sample, E experts, R scored tokens, V
-vocabulary, K kinds of experts, F fields of a table.
+row, c neurons of a chunk, k chunks of a sample that are chosen, M scores of a sample, E experts, R scored tokens, K
+kinds of experts, F fields of a table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ _BLOCK = 1024
 """Neurons that are in registers at a time."""
 _SELECTED = 2048
 """Scores that are."""
-_LOGITS = 4096
-"""Logits that are."""
 
 
 @dataclass(frozen=True)
@@ -277,25 +275,6 @@ def order_keys(score_BM: Tensor) -> Tensor:
         (-(-n_scores // _BLOCK),), (score_BM, key_BM), (n_scores, score_BM.shape[1]), BLOCK=_BLOCK
     )
     return key_BM
-
-
-def can_predict(logits_RV: Tensor) -> bool:
-    """Whether there is a kernel for `predictions` of these logits."""
-    return logits_RV.dtype.itemsize <= 4 and can_run(logits_RV)
-
-
-def predictions(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
-    """See `mui_callback.probe.head.token_losses`."""
-    n_rows, n_logits = logits_RV.shape
-    loss_R = torch.empty(n_rows, dtype=torch.float32, device=logits_RV.device)
-    is_correct_R = torch.empty(n_rows, dtype=torch.bool, device=logits_RV.device)
-    _kernels().predictions.launch(
-        (n_rows,),
-        (logits_RV, target_R.contiguous(), loss_R, is_correct_R),
-        (n_logits, logits_RV.stride(0)),
-        BLOCK=_LOGITS,
-    )
-    return loss_R, is_correct_R
 
 
 def _kernels() -> Any:

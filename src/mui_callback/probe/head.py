@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mui_callback.errors import ProbeError, UnsupportedModelError
-from mui_callback.fused import scores
+from mui_callback.fused.logits import can_predict, predictions
 from mui_callback.parallel.rows import check_rows, rows_of
 from mui_callback.parallel.shards import Shards
 from mui_callback.parallel.weights import check_readable, whole_shape
@@ -159,8 +159,8 @@ def _find_head(model: nn.Module) -> nn.Module | None:
 def token_losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (nats, float32) and whether the target is the highest logit (of equal ones the first),
     ``[R]`` each."""
-    if scores.can_predict(logits_RV):
-        return scores.predictions(logits_RV, target_R)
+    if can_predict(logits_RV):
+        return predictions(logits_RV, target_R)
     losses, correct = [logits_RV.new_zeros(0, dtype=torch.float32)], [logits_RV.new_zeros(0, dtype=torch.bool)]
     for logits, target in zip(torch.split(logits_RV, _ROWS_AT_ONCE), torch.split(target_R, _ROWS_AT_ONCE), strict=True):
         losses.append(torch.nn.functional.cross_entropy(logits.float(), target, reduction="none"))
