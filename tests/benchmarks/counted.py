@@ -52,6 +52,9 @@ class _Counting(TorchDispatchMode):
         self.seen = Dispatched()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._can_decompose():  # below autograd; anywhere else that comes first
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.seen.operators += not _is_view(func)

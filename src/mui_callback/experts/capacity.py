@@ -26,7 +26,8 @@ Consumer = Callable[[int, Tensor, Tensor], None]
 
 def routers(module: nn.Module) -> list[Any]:
     """The routers in a module whose capacity may be limited."""
-    return [part for part in module.modules() if all(hasattr(part, name) for name in (*_SETTINGS, "capacity_factor"))]
+    names = {*_SETTINGS, "capacity_factor"}
+    return [part for part in module.modules() if vars(part).keys() >= names]
 
 
 def let_all_pass(model: nn.Module) -> None:

@@ -21,5 +21,6 @@ def channel_scale(out: Tensor, x: Tensor) -> Tensor:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm: named so, and without a matrix."""
-    has_matrix = any(len(whole_shape(parameter)) > 1 for parameter in module.parameters())
-    return "norm" in type(module).__name__.lower() and not has_matrix
+    if "norm" not in type(module).__name__.lower():
+        return False
+    return all(len(whole_shape(parameter)) <= 1 for parameter in module.parameters())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,13 +55,13 @@ class Factors:
         """From row to row."""
         return self.act.stride(0), self.projected_SI.stride(0)
 
-    @property
+    @cached_property
     def layout(self) -> Hashable:
         """The same for those that a kernel may take together: all but which tensors they are, and how many rows."""
         dtypes = (self.act.dtype, self.projected_SI.dtype)
         return dtypes, *self.flags.values(), self.projected_SI.shape[1], self.strides, self.are_aligned
 
-    @property
+    @cached_property
     def are_aligned(self) -> bool:
         """Whether all rows begin where 16 bytes can be read at once."""
         factors = (self.act, self.projected_SI)

@@ -39,7 +39,7 @@ class ProbeCost:
     """Operations of the one product more that the scores take in each layer."""
     score_bytes: int
     """The two factors of the scores of the largest batch in the widest layer, in the type of the weights. On a GPU,
-    those of layers before it may wait beside it, up to 256 MiB."""
+    those of layers before it may wait beside it, up to 384 MiB."""
     host_bytes: int
     """What goes from the device to the host, once; with the rule ``topscore``, which takes as many neurons as there are
     above its threshold, without the key neurons."""

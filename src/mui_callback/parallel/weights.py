@@ -43,7 +43,9 @@ def is_apart(weight: Tensor) -> bool:
 
 def is_spread(model: nn.Module) -> bool:
     """Whether weights are made whole by hooks, so that processes exchange them in each forward."""
-    return any(is_zero3(weight) for weight in model.parameters()) or any(_fsdp_modules(model.modules()))
+    modules = list(model.modules())
+    weights = (weight for module in modules for weight in module._parameters.values())
+    return any(map(is_zero3, weights)) or any(_fsdp_modules(modules))
 
 
 def settle_roots(model: nn.Module) -> None:
@@ -157,15 +159,16 @@ def engines_at_rest(model: nn.Module) -> Iterator[None]:
 
     Weights that are whole at the end without having been at the beginning are spread again.
     """
+    modules = list(model.modules())
     with ExitStack() as stack:
-        for module in _fsdp_modules(model.modules()):
+        for module in _fsdp_modules(modules):
             if any(group.is_sharded for group in _groups(module)):  # of its own: modules inside have theirs
                 stack.callback(module.reshard)
             else:
                 stack.enter_context(_staying_whole(module))
             for handle in _without_grad(module):
                 stack.enter_context(handle)
-        for owner in model.modules():
+        for owner in modules:
             # Attributes of modules are restored by whoever freezes them.
             for name in {"pre_bwd_fn", "post_bwd_fn"} & vars(owner).keys():
                 setattr(owner, name, _Nothing)

@@ -46,6 +46,11 @@ class Reading:
         """The first thing that went wrong."""
         self._batch: _Batch | None = None
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether it was learned how to read all layers without that anything is recorded."""
+        return all(reader.is_direct for reader in self.readers)
+
     @contextmanager
     def batch(
         self,

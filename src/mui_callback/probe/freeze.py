@@ -38,7 +38,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         ProbeError: a forward pass in eval mode wrote to a parameter, which cannot be undone.
     """
     named_modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
+    parameters = dict(_named_parameters(named_modules))
     versions = {name: parameter._version for name, parameter in parameters.items()}
     sums = {name: checksum(parameter) for name, parameter in _rewritten_parameters(named_modules)}
     contents = _Contents()
@@ -107,6 +107,14 @@ def _without_global_backward_hooks() -> Iterator[None]:
     finally:
         for registry, hooks in zip(registries, kept, strict=True):
             registry.update(hooks)
+
+
+def _named_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of the modules themselves, without another walk through the model."""
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def _rewritten_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

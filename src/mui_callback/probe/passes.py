@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
+import torch
 from torch import nn
 
 from mui_callback.errors import InterruptedPassError
@@ -20,8 +21,9 @@ from mui_callback.experts.layer import ExpertLayer
 from mui_callback.forgiving import attempt, described
 from mui_callback.layout import ExpertLayout
 from mui_callback.parallel.shards import Shards
-from mui_callback.parallel.weights import common_device, engines_at_rest
+from mui_callback.parallel.weights import engines_at_rest
 from mui_callback.probe.batches import Batch
+from mui_callback.probe.below_autograd import BelowAutograd
 from mui_callback.probe.capture import Reading, instrument
 from mui_callback.probe.choice_plan import ChoicePlan, Part
 from mui_callback.probe.choice_runs import ChoiceRuns, PromptSharing
@@ -65,6 +67,7 @@ class ProbePass:
         encoded: the samples.
         shards: which of them are whose.
         settings: how it is made.
+        device: where the model computes.
         reading: reads the layers.
         sharing: whether prompts are run once for all of their choices.
     """
@@ -75,6 +78,7 @@ class ProbePass:
     encoded: EncodedProbeSet
     shards: Shards
     settings: ProbeSettings
+    device: torch.device
     reading: Reading
     sharing: PromptSharing
 
@@ -100,7 +104,7 @@ class ProbePass:
                 n_tasks=len(self.encoded.task_names),
                 n_choices=len(self.encoded.choices),
                 rules=self.settings.parsed_rules,
-                device=common_device(self.model),
+                device=self.device,
             )
             told = count(1)
             n_rounds = len(rounds) + len([*choices.in_full(self.shards.own)])
@@ -133,10 +137,12 @@ class _Running:
         The identity is checked in the first batch, whose samples are the shortest, and in the last, where it is new how
         a layer is read.
         """
-        with instrument(self.of.reading):
+        reading, below_autograd = self.of.reading, BelowAutograd(self.of.model, self.of.shards)
+        with instrument(reading):
             for number, batches in enumerate(rounds):
                 if self._takes_part(batches):
-                    self._read(batches, is_first=number == 0, is_last=number == len(rounds) - 1)
+                    with below_autograd.batch(is_recorded=not reading.is_direct):
+                        self._read(batches, is_first=number == 0, is_last=number == len(rounds) - 1)
                 self.tell()
 
     def choices(self, parts: Sequence[Part]) -> None:

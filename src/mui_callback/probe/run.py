@@ -338,7 +338,8 @@ class MUIProbe:
         self._device = common_device(self.model)
         reading = Reading(readers(self._device))
         one = ProbePass(
-            self.model, self.layers, self.layout, self._encoded, self._shards, self.settings, reading, self._sharing
+            *(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings),
+            *(self._device, reading, self._sharing),
         )
         return one.run(rounds, choices, self.on_batch)
 

@@ -78,6 +78,11 @@ class LayerReader:
         """Whether nothing of the present forward pass is recorded."""
         return all(recorder.is_followed for recorder in self.recorders)
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether that is so in every forward pass."""
+        return self.can_follow and all(recorder.is_direct for recorder in self.recorders)
+
     def watch_tail(self) -> list[RemovableHandle]:
         """Hooks on the modules that may be in the tail."""
         scope = self.layer.scope.modules() if self.layer.scope_is_moe else self.layer.scope.children()

@@ -19,7 +19,7 @@ from mui_callback.scoring.rows import joined
 from mui_callback.scoring.select import NeuronScores, neurons_above, thresholds
 from mui_callback.scoring.topk import Candidates, Finalists, merge_candidates
 
-_SCANNED_TOGETHER = 2**28
+_SCANNED_TOGETHER = 3 * 2**27
 """Bytes of layers that wait for each other, as to look at them together takes fewer kernels."""
 _RANKED_TOGETHER = 2**26
 """Bytes of finalists that wait for those of other layers, as to rank them together takes fewer operators."""

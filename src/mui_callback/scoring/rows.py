@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,12 +75,12 @@ class Contributions:
         """C; the last chunk of a row may be shorter."""
         return -(-self.width // CHUNK)
 
-    @property
+    @cached_property
     def is_fused(self) -> bool:
         """Whether there are kernels for them."""
         return can_run(self.act, self.projected_SI)
 
-    @property
+    @cached_property
     def factors(self) -> scores.Factors:
         """What the kernels take."""
         return scores.Factors(self.act, self.act_row_S, self.projected_SI, self.weight_S, self.is_row_S)
