@@ -82,8 +82,11 @@ class Pairs:
         top_k = expert_TK.shape[1]
         expert_RK = expert_TK[place_R]
         expert_P, order_P = expert_RK.flatten().sort(stable=True)
-        # ranks by expert, and of none, of which a row may have several, by place
-        rank_RK = expert_RK.sort(dim=1, stable=True).indices.argsort(dim=1)
+        # by expert, and of none, of which a row may have several, by place
+        place_K = numbers(top_k, torch.int64, expert_RK.device)
+        own_RK1, other_R1K = expert_RK[:, :, None], expert_RK[:, None, :]
+        is_behind_RKK = (other_R1K < own_RK1) | ((other_R1K == own_RK1) & (place_K < place_K[:, None]))
+        rank_RK = is_behind_RKK.sum(-1)
         from_P = order_P // top_k
         pair_P = place_R[from_P] * top_k + order_P % top_k
         is_row_P, own_P = expert_P < n_local, expert_P.clamp(max=n_local - 1)

@@ -170,7 +170,9 @@ def _scan(part: ExpertScores, rows: Rows, place_R: Tensor, found: Found, layer: 
     highest_XC[:, : 1 + n_chunks].index_copy_(0, slot_S, highest_SC)
     found.row_LBP[layer].view(-1)[slot_S] = torch.arange(part.rows.n_rows, device=slot_S.device) + rows.first_row
     expert_S = part.expert_S if is_row_S is None else part.expert_S.where(is_row_S, n_experts)
-    mass_RE, n_rows_RE = found.use_RLE2[:, layer].unbind(-1)  # not added to: a token has one row in an expert
-    mass_RE[part.token_S, expert_S] = summary.mass_S.double()
-    n_rows_RE[part.token_S, expert_S] = n_rows_RE.new_ones(())
+    n_layers = found.use_RLE2.shape[1]
+    use_S = (part.token_S * n_layers + layer) * (n_experts + 1) + expert_S
+    mass_X, n_rows_X = found.use_RLE2.view(-1, 2).unbind(-1)  # not added to: a token has one row in an expert
+    mass_X[use_S] = summary.mass_S.double()
+    n_rows_X[use_S] = n_rows_X.new_ones(())
     found.n_not_finite.add_(summary.n_not_finite)
