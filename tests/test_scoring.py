@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mui_callback.experts.codewords import codewords, read_codewords
+from mui_callback.probe import head
 from mui_callback.rules import Rule
 from mui_callback.scoring import rows as rows_module
 from mui_callback.scoring.rows import Contributions
@@ -18,6 +19,8 @@ from mui_callback.scoring.topk import Candidates, merge_candidates, ordered_topk
 
 # Few distinct values, so that ties are the rule; both zeros, which are equal; entries that do not count.
 scores = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 2.0**127, float("-inf")])
+
+logits = st.sampled_from([-2.0, 0.0, -0.0, 1.0, 3.0])
 
 
 def best(entries: list[tuple[float, int]], k: int) -> list[tuple[float, int]]:
@@ -35,6 +38,17 @@ def test_ordered_topk_is_a_stable_sort(rows: list[list[float]], k: int) -> None:
     found = ordered_topk(torch.tensor(rows), k)
     for row, indices in zip(rows, found.tolist(), strict=True):
         assert indices == sorted(range(7), key=lambda i: (-row[i], i))[:k]
+
+
+@given(st.lists(st.tuples(st.lists(logits, min_size=5, max_size=5), st.integers(0, 4)), max_size=6), st.integers(1, 4))
+def test_losses_and_first_choices_are_those_of_a_loop(rows: list[tuple[list[float], int]], at_once: int) -> None:
+    logits_RV = torch.tensor([own for own, _ in rows]).reshape(len(rows), 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "_ROWS_AT_ONCE", at_once)
+        loss_R, is_correct_R = head.token_losses(logits_RV, torch.tensor([target for _, target in rows]).long())
+    assert is_correct_R.tolist() == [own.index(max(own)) == target for own, target in rows]
+    expected = [math.log(sum(math.exp(value - own[target]) for value in own)) for own, target in rows]
+    assert loss_R.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @given(st.lists(st.lists(scores, min_size=0, max_size=6), min_size=1, max_size=4), st.integers(1, 8))

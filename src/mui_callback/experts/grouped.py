@@ -28,12 +28,14 @@ def group_ends(expert_S: Tensor, n_experts: int) -> Tensor:
 
 
 def grouped_mm(x_SN: Tensor, weight_ENM: Tensor, end_E: Tensor) -> Tensor:
-    """``x[s] @ weight[expert of s]`` for every row, ``[S, M]`` in the dtype of the weight.
+    """``x[s] @ weight[expert of s]`` for every row, ``[S, M]`` in the dtype of the weight; anything for one of none.
 
     Uses `torch.nn.functional.grouped_mm` where the layout and the dtype allow it; elsewhere one product per
     expert, which costs one read of the offsets by the host.
     """
     x_SN = x_SN.to(weight_ENM.dtype)
+    if len(weight_ENM) == 1:
+        return x_SN @ weight_ENM[0]
     if _has_kernel(x_SN, weight_ENM):
         return torch.nn.functional.grouped_mm(x_SN, weight_ENM, offs=end_E)
     out_SM = x_SN.new_zeros(x_SN.shape[0], weight_ENM.shape[2])

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.base import First
 from mui_callback.experts.expert_parallelism import NOT_SPREAD, Spread
-from mui_callback.experts.grouped import grouped_mm
+from mui_callback.experts.groups import Group, by_group
 from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.known_gates import known_gate
 from mui_callback.experts.norms import channel_scale
-from mui_callback.experts.pairs import sort_pairs
+from mui_callback.experts.pairs import Pairs, sort_pairs
 from mui_callback.experts.stacked_recorder import RoutedRows, StackedRecorder
 from mui_callback.experts.tail import Tail
 from mui_callback.fused import experts as fused
@@ -141,12 +141,17 @@ class StackedExperts:
                 f"process, got {tuple(down.shape)}"
             )
         sorted_rows, pairs = sort_pairs(expert_TK, weight_TK, self.n_local, tokens)
-        expert_S, row_TK, end_E = sorted_rows.expert_S, sorted_rows.row_TK, sorted_rows.end_E
+        expert_S, row_TK = sorted_rows.expert_S, sorted_rows.row_TK
 
-        act_SI, up_S = self._activations(rows_at(x_TD, sorted_rows.from_S), expert_S, end_E, keep_gate=keep_gate)
-        if is_masked_EI is not None:
-            act_SI = act_SI.masked_fill(is_masked_EI[expert_S.long()], 0)
-        raw_SD, bias = self._product(act_SI, down, end_E), self._bias("down_proj")
+        def of_group(group: Group) -> tuple[Tensor, ...]:
+            own_S = expert_S[group.rows]
+            act_SI, *up_S = self._activations(rows_at(x_TD, sorted_rows.from_S[group.rows]), own_S, group, keep_gate)
+            if is_masked_EI is not None:
+                act_SI = act_SI.masked_fill(is_masked_EI[own_S.long()], 0)
+            return group.product(act_SI, self._laid_out(down)), act_SI, *up_S
+
+        raw_SD, act_SI, *up_S = by_group(of_group, sorted_rows.end_E, len(expert_S))
+        bias = self._bias("down_proj")
         if can_run(raw_SD, weight_TK) and not module.has_post_expert_norm:
             out_TD = fused.combined(raw_SD, bias, row_TK, expert_TK, weight_TK, self.n_local)
         else:
@@ -162,24 +167,22 @@ class StackedExperts:
             pairs=pairs,
             act_SI=act_SI,
             raw_SD=raw_SD if module.has_post_expert_norm else None,
-            up_S=up_S,
+            up_S=up_S[0] if up_S else None,
             down=down,
             down_bias=None if bias is None else bias.detach(),
         )
         return out_TD.to(x_TD.dtype), rows
 
-    def _activations(
-        self, x_SD: Tensor, expert_S: Tensor, end_E: Tensor, *, keep_gate: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``[S, I]``, and what they are made of, if that is to be kept."""
+    def _activations(self, x_SD: Tensor, expert_S: Tensor, group: Group, keep_gate: bool) -> tuple[Tensor, ...]:
+        """``[S, I]`` and, if that is to be kept, what they are made of."""
         module, (name, _) = self.module, self._weight_names()
-        up_S, bias = self._product(x_SD, getattr(module, name), end_E), self._bias(name)
+        up_S, bias = group.product(x_SD, self._laid_out(getattr(module, name))), self._bias(name)
         gate = known_gate(module) if can_run(up_S) and not keep_gate else None
         if gate is not None:
-            return fused.gated(gate, up_S, bias, expert_S), None
+            return (fused.gated(gate, up_S, bias, expert_S),)
         up_S = up_S if bias is None else up_S + bias[expert_S.long()]
         act_SI = module._apply_gate(up_S) if module.has_gate else module.act_fn(up_S)
-        return act_SI, up_S if keep_gate else None
+        return (act_SI, up_S) if keep_gate else (act_SI,)
 
     def gate(self, rows: RoutedRows) -> Tensor:
         """act(x·W_g) of rows that were run with `keep_gate`, ``[S, I]``.
@@ -205,28 +208,36 @@ class StackedExperts:
             )
         return gate_SI
 
-    def _product(self, x_SN: Tensor, weight: Tensor, end_E: Tensor) -> Tensor:
-        return grouped_mm(x_SN, weight if self.module.is_transposed else weight.transpose(-2, -1), end_E)
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        """Inputs before outputs."""
+        return weight if self.module.is_transposed else weight.transpose(-2, -1)
 
     def _bias(self, name: str) -> Tensor | None:
         bias: Tensor | None = getattr(self.module, f"{name}_bias") if self.module.has_bias else None
         return bias
 
-    def project(self, rows: RoutedRows, readout_PD: Tensor, end_E: Tensor) -> Tensor:
+    def project(self, rows: RoutedRows, pairs: Pairs, readout_RD: Tensor) -> Tensor:
         """⟨W_d[:, j], readout⟩ for each neuron j of each pair's expert.
 
         Args:
             rows: what `run` left.
-            readout_PD: ``[P, D]``, sorted by expert.
-            end_E: end of the pairs of each expert, int32.
+            pairs: P of them.
+            readout_RD: readout of each token, ``[R, D]``.
 
         Returns:
             ``[P, I]`` in the dtype of the weight.
         """
-        down = rows.down
-        return grouped_mm(readout_PD, down.transpose(-2, -1) if self.module.is_transposed else down, end_E)
+        down = self._laid_out(rows.down).transpose(-2, -1)
 
-    def through_norm(self, readout_PD: Tensor, raw_PD: Tensor) -> Tensor:
+        def of_group(group: Group) -> tuple[Tensor]:
+            readout_PD = rows_at(readout_RD, pairs.from_P[group.rows])
+            if rows.raw_SD is not None:
+                readout_PD = self._through_norm(readout_PD, rows.raw_SD[pairs.row_P[group.rows]])
+            return (group.product(readout_PD, down),)
+
+        return by_group(of_group, pairs.end_E, len(pairs.from_P))[0]
+
+    def _through_norm(self, readout_PD: Tensor, raw_PD: Tensor) -> Tensor:
         """The readout in front of the norm that follows an expert, float32 ``[P, D]``; `raw_PD` was its input."""
         raw_PD = raw_PD.float()
         return readout_PD * channel_scale(self.module.post_expert_norm(raw_PD), raw_PD)

@@ -23,7 +23,7 @@ from mui_callback.experts.pairs import Pairs
 from mui_callback.experts.tail import Tail
 from mui_callback.experts.unrecorded import unrecorded
 from mui_callback.scoring.contributions import ExpertScores, ScoredTokens, rank_of_row
-from mui_callback.scoring.rows import Contributions, rows_at
+from mui_callback.scoring.rows import Contributions
 from mui_callback.settings import Activation
 
 if TYPE_CHECKING:
@@ -165,14 +165,11 @@ class StackedRecorder:
             self.tail.raise_if_mixed(is_mixed=bool(self.tail.is_mixed))
             rank_P = rank_of_row(token_P, pairs.expert_P, n_local)
             top_k = int(rank_P.max()) + 1 if len(rank_P) else 1
-        readout_PD = rows_at(readout_ND, pairs.from_P)
-        if rows.raw_SD is not None:
-            readout_PD = self.experts.through_norm(readout_PD, rows.raw_SD[pairs.row_P])
         first_here = self.first.expert + self.experts.spread.first(n_local)
         return ExpertScores(
             Contributions(
                 self.experts.gate(rows) if activation == "gate" else rows.act_SI,
-                self.experts.project(rows, readout_PD, pairs.end_E),
+                self.experts.project(rows, pairs, readout_ND),
                 weight_P,
                 pairs.is_row_P,
                 pairs.row_P,

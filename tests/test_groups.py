@@ -1,0 +1,83 @@
+"""Experts that go through their steps in groups: all rows, once, and the same numbers as all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mui_callback import MUIProbe, ProbeSet
+from mui_callback.experts import groups
+from mui_callback.experts.groups import Group, by_group
+from mui_callback.settings import Activation
+from test_repeated import assert_same_to_the_bit
+from tiny import build
+from tiny_samples import make_samples
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 12))
+@settings(max_examples=150, deadline=None)
+def test_every_row_is_multiplied_with_the_weight_of_its_expert(sizes: list[int], at_least: int) -> None:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    expert_S = torch.repeat_interleave(torch.tensor(sizes))
+    weight_ENM = torch.randn(len(sizes), 8, 4, generator=generator)
+    x_SN = torch.randn(len(expert_S), 8, generator=generator)
+    seen: list[Group] = []
+
+    def make(group: Group) -> tuple[Tensor, Tensor]:
+        seen.append(group)
+        return group.product(x_SN[group.rows], weight_ENM), expert_S[group.rows]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "_ROWS", at_least)
+        found_SM, found_S = by_group(make, torch.tensor(sizes).cumsum(0).int(), len(expert_S))
+    assert torch.equal(found_S, expert_S)
+    for row, expert in enumerate(expert_S.tolist()):
+        expected_M = x_SN[row].double() @ weight_ENM[expert].double()
+        torch.testing.assert_close(found_SM[row].double(), expected_M, rtol=1e-5, atol=1e-6)
+    n_rows = [group.rows.stop - group.rows.start for group in seen]
+    assert sum(n_rows) == len(expert_S)
+    assert len(seen) == 1 or min(n_rows[:-1]) >= at_least
+    if len(expert_S) >= 2 * at_least and max(sizes) < at_least:
+        assert max(n_rows) < 2 * at_least
+
+
+def with_norms() -> nn.Module:
+    """A norm after each expert."""
+    model = build("olmoe")
+    for layer in model.model.layers:
+        layer.mlp.experts.has_post_expert_norm = True
+        layer.mlp.experts.post_expert_norm = nn.RMSNorm(24, eps=1e-6)
+        nn.init.normal_(layer.mlp.experts.post_expert_norm.weight)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "activation"),
+    [
+        (partial(build, "olmoe"), "product"),
+        (partial(build, "olmoe"), "gate"),
+        (partial(build, "qwen2_moe"), "product"),
+        (partial(build, "gpt_oss"), "product"),
+        (with_norms, "product"),
+    ],
+    ids=["olmoe", "olmoe, gate", "qwen2_moe", "gpt_oss", "norms"],
+)
+def test_a_probe_finds_the_same_in_groups(
+    make: Callable[[], nn.Module], activation: Activation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    probe_set = ProbeSet({"a": make_samples(lengths=(14, 13, 12, 11))})
+    together = MUIProbe(model, probe_set, activation=activation).measure()
+    calls: list[int] = []
+    product = Group.product
+    monkeypatch.setattr(groups, "_ROWS", 3)
+    monkeypatch.setattr(Group, "product", lambda self, x, weight: calls.append(len(x)) or product(self, x, weight))
+    in_groups = MUIProbe(model, probe_set, activation=activation).measure()
+    assert len(calls) > 3 * 2 * 2  # three products in each of two layers
+    assert_same_to_the_bit(in_groups, together)
