@@ -159,7 +159,7 @@ def test_key_neurons_are_those_of_a_sort_of_all_entries(
         can_wait = data.draw(st.booleans())
         patch.setattr(batch_counts, "can_wait", lambda parts: can_wait)
         patch.setattr(batch_counts, "alike", lambda parts: [part.rows.width for part in parts])  # for operators
-        patch.setattr(batch_counts, "_SCANNED_TOGETHER", data.draw(st.sampled_from([2**28, 20_000, 0])))
+        patch.setattr(batch_counts, "_SCANNED_TOGETHER", data.draw(st.sampled_from([2**30, 20_000, 0])))
         patch.setattr(batch_counts, "_RANKED_TOGETHER", data.draw(st.sampled_from([0, 2000, 2**26])))
         counts = counted(made, tuple(rules[:n_rules]), [part for part in (order[:cut], order[cut:]) if part])
     for rule, found in zip(rules, counts.key_sets, strict=False):

@@ -52,8 +52,8 @@ class _Counting(TorchDispatchMode):
         self.seen = Dispatched()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._can_decompose():  # below autograd; anywhere else that comes first
-            with self:
+        if func._can_decompose():
+            with self:  # composite operators: if they go through autograd, they come here taken apart
                 return func.decompose(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__

@@ -26,7 +26,7 @@ Consumer = Callable[[int, Tensor, Tensor], None]
 
 def routers(module: nn.Module) -> list[Any]:
     """The routers in a module whose capacity may be limited."""
-    names = {*_SETTINGS, "capacity_factor"}
+    names = {*_SETTINGS, "capacity_factor"}  # DeepSpeed sets them on the instance; to ask all modules is slow
     return [part for part in module.modules() if vars(part).keys() >= names]
 
 

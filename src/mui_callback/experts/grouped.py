@@ -28,7 +28,9 @@ def group_ends(expert_S: Tensor, n_experts: int) -> Tensor:
 
 
 def grouped_mm(x_SN: Tensor, weight_ENM: Tensor, end_E: Tensor) -> Tensor:
-    """``x[s] @ weight[expert of s]`` for every row, ``[S, M]`` in the dtype of the weight; anything for one of none.
+    """``x[s] @ weight[expert of s]`` for every row, ``[S, M]`` in the dtype of the weight.
+
+    A row that belongs to no expert may get any values.
 
     Uses `torch.nn.functional.grouped_mm` where the layout and the dtype allow it; elsewhere one product per
     expert, which costs one read of the offsets by the host.

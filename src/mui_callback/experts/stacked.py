@@ -4,8 +4,8 @@ That is the layout of every model in transformers that uses `use_experts_impleme
 ``up_proj``) and ``down_proj`` with the experts as first axis. Which way the matrices lie, whether there are
 biases, a gate or a norm after the expert is written on the module, so one class serves all of these families.
 
-Shapes: T tokens, K experts of a token, S = T·K rows sorted by expert, E experts, I neurons of an expert,
-D width of the experts' input and output, N inputs of a matrix, P pairs of a scored token and an expert.
+Shapes: T tokens, K experts of a token, S = T·K rows sorted by expert, E experts, I neurons of an expert, D width of the
+experts' input and output, N inputs and M outputs of a matrix, R scored tokens, P pairs of one of these and an expert.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from mui_callback.errors import ProbeError, UnsupportedModelError
 from mui_callback.experts.base import First
 from mui_callback.experts.expert_parallelism import NOT_SPREAD, Spread
-from mui_callback.experts.groups import Group, by_group
 from mui_callback.experts.interface import route_experts_through
 from mui_callback.experts.known_gates import known_gate
 from mui_callback.experts.norms import channel_scale
 from mui_callback.experts.pairs import Pairs, sort_pairs
 from mui_callback.experts.stacked_recorder import RoutedRows, StackedRecorder
 from mui_callback.experts.tail import Tail
+from mui_callback.experts.tiles import Tile, by_tile
 from mui_callback.fused import experts as fused
 from mui_callback.fused.available import can_run
 from mui_callback.parallel.weights import check_readable, whole_shape
@@ -143,14 +143,15 @@ class StackedExperts:
         sorted_rows, pairs = sort_pairs(expert_TK, weight_TK, self.n_local, tokens)
         expert_S, row_TK = sorted_rows.expert_S, sorted_rows.row_TK
 
-        def of_group(group: Group) -> tuple[Tensor, ...]:
-            own_S = expert_S[group.rows]
-            act_SI, *up_S = self._activations(rows_at(x_TD, sorted_rows.from_S[group.rows]), own_S, group, keep_gate)
+        def of_tile(tile: Tile) -> tuple[Tensor, ...]:
+            own_S = tile.of(expert_S)
+            x_SD = rows_at(x_TD, tile.of(sorted_rows.from_S))
+            act_SI, *kept = self._activations(x_SD, own_S, tile, keep_gate=keep_gate)
             if is_masked_EI is not None:
                 act_SI = act_SI.masked_fill(is_masked_EI[own_S.long()], 0)
-            return group.product(act_SI, self._laid_out(down)), act_SI, *up_S
+            return tile.product(act_SI, self._inputs_first(down)), act_SI, *kept
 
-        raw_SD, act_SI, *up_S = by_group(of_group, sorted_rows.end_E, len(expert_S))
+        raw_SD, act_SI, *kept = by_tile(of_tile, sorted_rows.end_E, len(expert_S))
         bias = self._bias("down_proj")
         if can_run(raw_SD, weight_TK) and not module.has_post_expert_norm:
             out_TD = fused.combined(raw_SD, bias, row_TK, expert_TK, weight_TK, self.n_local)
@@ -167,16 +168,16 @@ class StackedExperts:
             pairs=pairs,
             act_SI=act_SI,
             raw_SD=raw_SD if module.has_post_expert_norm else None,
-            up_S=up_S[0] if up_S else None,
+            up_S=kept[0] if kept else None,
             down=down,
             down_bias=None if bias is None else bias.detach(),
         )
         return out_TD.to(x_TD.dtype), rows
 
-    def _activations(self, x_SD: Tensor, expert_S: Tensor, group: Group, keep_gate: bool) -> tuple[Tensor, ...]:
-        """``[S, I]`` and, if that is to be kept, what they are made of."""
+    def _activations(self, x_SD: Tensor, expert_S: Tensor, tile: Tile, *, keep_gate: bool) -> tuple[Tensor, ...]:
+        """Activations ``[S, I]`` of the rows of a tile; with `keep_gate` also what they are made of."""
         module, (name, _) = self.module, self._weight_names()
-        up_S, bias = group.product(x_SD, self._laid_out(getattr(module, name))), self._bias(name)
+        up_S, bias = tile.product(x_SD, self._inputs_first(getattr(module, name))), self._bias(name)
         gate = known_gate(module) if can_run(up_S) and not keep_gate else None
         if gate is not None:
             return (fused.gated(gate, up_S, bias, expert_S),)
@@ -208,8 +209,8 @@ class StackedExperts:
             )
         return gate_SI
 
-    def _laid_out(self, weight: Tensor) -> Tensor:
-        """Inputs before outputs."""
+    def _inputs_first(self, weight: Tensor) -> Tensor:
+        """As `Tile.product` takes it, ``[E, N, M]``."""
         return weight if self.module.is_transposed else weight.transpose(-2, -1)
 
     def _bias(self, name: str) -> Tensor | None:
@@ -222,20 +223,20 @@ class StackedExperts:
         Args:
             rows: what `run` left.
             pairs: P of them.
-            readout_RD: readout of each token, ``[R, D]``.
+            readout_RD: readout of each scored token, which ``pairs.from_P`` counts.
 
         Returns:
             ``[P, I]`` in the dtype of the weight.
         """
-        down = self._laid_out(rows.down).transpose(-2, -1)
+        down = rows.down.transpose(-2, -1) if self.module.is_transposed else rows.down
 
-        def of_group(group: Group) -> tuple[Tensor]:
-            readout_PD = rows_at(readout_RD, pairs.from_P[group.rows])
+        def of_tile(tile: Tile) -> tuple[Tensor]:
+            readout_PD = rows_at(readout_RD, tile.of(pairs.from_P))
             if rows.raw_SD is not None:
-                readout_PD = self._through_norm(readout_PD, rows.raw_SD[pairs.row_P[group.rows]])
-            return (group.product(readout_PD, down),)
+                readout_PD = self._through_norm(readout_PD, rows.raw_SD[tile.of(pairs.row_P)])
+            return (tile.product(readout_PD, down),)
 
-        return by_group(of_group, pairs.end_E, len(pairs.from_P))[0]
+        return by_tile(of_tile, pairs.end_E, len(pairs.from_P))[0]
 
     def _through_norm(self, readout_PD: Tensor, raw_PD: Tensor) -> Tensor:
         """The readout in front of the norm that follows an expert, float32 ``[P, D]``; `raw_PD` was its input."""

@@ -9,20 +9,20 @@ import torch
 from torch import nn
 
 from mui_callback.parallel.shards import Shards
-from mui_callback.parallel.weights import is_zero3
+from mui_callback.parallel.weights import is_zero3, own_parameters
 
 
 class BelowAutograd:
-    """Spares a batch autograd if it had nothing to do in the one before.
+    """Runs a batch below autograd if autograd recorded nothing in the batch before it.
 
-    Under `torch.no_grad` every operator still goes through autograd, and counts versions of tensors: of a small batch,
-    an eighth of the time that the host takes. In `torch.inference_mode` none does, but what a model keeps of such a
-    forward, in a cache for example, could not be trained with. Here tensors are ordinary ones.
+    Under `torch.no_grad` every operator still goes through autograd, and versions of tensors are counted: of a small
+    batch, that is an eighth of the time of the host. In `torch.inference_mode` none does, but what a model keeps of
+    such a forward, in a cache for example, could not be trained with. Here tensors are ordinary ones.
 
-    A batch in which autograd recorded anything (to follow a tail, or because the model computes gradients in its
-    forward) goes through it again, and so does every batch of a model in whose forward processes exchange tensors, or
-    whose weights are no plain ones. In the others nobody counts versions: that a forward writes to a parameter,
-    `frozen` sees in those batches that did go through autograd, the first one among them.
+    After a batch in which autograd recorded anything (to follow a tail, or because the model computes gradients in its
+    forward), the next one goes through it again. So does every batch of a model in whose forward processes exchange
+    tensors, or with weights that are not plain `nn.Parameter` (quantised ones, DTensors, those of ZeRO-3). In a batch
+    that is spared, versions are not counted, so `frozen` does not see that it writes to a parameter.
 
     Args:
         model: the model.
@@ -30,26 +30,25 @@ class BelowAutograd:
     """
 
     def __init__(self, model: nn.Module, shards: Shards) -> None:
-        weights = (weight for module in model.modules() for weight in module._parameters.values())
-        self._may_be = not shards.in_step and all(map(_is_plain, weights))
+        self._can_be_spared = not shards.in_step and all(map(_is_plain, own_parameters(model.modules())))
         self._was_idle = False
 
     @contextmanager
-    def batch(self, *, is_recorded: bool) -> Iterator[None]:
-        """A batch is run inside.
+    def batch(self, *, may_record: bool) -> Iterator[None]:
+        """One batch, below autograd if that is possible.
 
         Args:
-            is_recorded: whether autograd may have to record some of it.
+            may_record: whether autograd may have to record some of it.
         """
-        may_be = self._may_be and not is_recorded
+        can_be_spared = self._can_be_spared and not may_record
         before = _n_recorded()
-        with torch._C._AutoDispatchBelowADInplaceOrView() if may_be and self._was_idle else nullcontext():
+        with torch._C._AutoDispatchBelowADInplaceOrView() if can_be_spared and self._was_idle else nullcontext():
             yield
-        self._was_idle = may_be and _n_recorded() == before
+        self._was_idle = can_be_spared and _n_recorded() == before
 
 
-def _is_plain(weight: nn.Parameter | None) -> bool:
-    return weight is None or (type(weight) is nn.Parameter and not is_zero3(weight))
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return type(parameter) is nn.Parameter and not is_zero3(parameter)
 
 
 def _n_recorded() -> int:

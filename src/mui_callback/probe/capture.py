@@ -47,9 +47,9 @@ class Reading:
         self._batch: _Batch | None = None
 
     @property
-    def is_direct(self) -> bool:
-        """Whether it was learned how to read all layers without that anything is recorded."""
-        return all(reader.is_direct for reader in self.readers)
+    def is_never_recorded(self) -> bool:
+        """Whether it was learned how to read all layers with nothing recorded; see `LayerReader`."""
+        return all(reader.is_never_recorded for reader in self.readers)
 
     @contextmanager
     def batch(

@@ -35,7 +35,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     weights in them.
 
     Raises:
-        ProbeError: a forward pass in eval mode wrote to a parameter, which cannot be undone.
+        ProbeError: a forward pass in eval mode wrote to a parameter, which cannot be undone. That is seen of those that
+            go through autograd, as the first one of each probe does (see `BelowAutograd`).
     """
     named_modules = dict(model.named_modules())
     parameters = dict(_named_parameters(named_modules))
@@ -110,10 +111,12 @@ def _without_global_backward_hooks() -> Iterator[None]:
 
 
 def _named_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Those of the modules themselves, without another walk through the model."""
+    """Each by its path; `named_parameters` would walk through the model again."""
+    seen: set[nn.Parameter] = set()
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
                 yield f"{path}.{name}" if path else name, parameter
 
 

@@ -164,18 +164,19 @@ def token_losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
     losses, correct = [logits_RV.new_zeros(0, dtype=torch.float32)], [logits_RV.new_zeros(0, dtype=torch.bool)]
     for logits, target in zip(torch.split(logits_RV, _ROWS_AT_ONCE), torch.split(target_R, _ROWS_AT_ONCE), strict=True):
         losses.append(torch.nn.functional.cross_entropy(logits.float(), target, reduction="none"))
-        correct.append(_are_highest(logits, target))
+        correct.append(_are_first_choice(logits, target))
     return torch.cat(losses), torch.cat(correct)
 
 
-def _are_highest(logits_RV: Tensor, target_R: Tensor) -> Tensor:
+def _are_first_choice(logits_RV: Tensor, target_R: Tensor) -> Tensor:
+    """Whether each target is the highest logit, of equal ones the first, bool ``[R]``; anything where one is NaN."""
     if logits_RV.device.type != "cpu":
         return logits_RV.argmax(-1) == target_R
-    # which is highest takes ten times as long as how high that is, and is asked only where the target is as high
-    is_highest_R = logits_RV.amax(-1) == logits_RV.gather(1, target_R[:, None])[:, 0]
-    (row,) = torch.nonzero(is_highest_R, as_tuple=True)
-    is_highest_R[row] = logits_RV[row].argmax(-1) == target_R[row]
-    return is_highest_R
+    # There argmax takes ten times as long as amax, so it is asked only where the target may be it.
+    may_be_R = logits_RV.amax(-1) == logits_RV.gather(1, target_R[:, None])[:, 0]
+    (row_M,) = torch.nonzero(may_be_R, as_tuple=True)
+    may_be_R[row_M] = logits_RV[row_M].argmax(-1) == target_R[row_M]
+    return may_be_R
 
 
 def _logits_of(output: Any) -> Tensor:

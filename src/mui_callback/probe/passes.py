@@ -137,11 +137,12 @@ class _Running:
         The identity is checked in the first batch, whose samples are the shortest, and in the last, where it is new how
         a layer is read.
         """
-        reading, below_autograd = self.of.reading, BelowAutograd(self.of.model, self.of.shards)
+        reading = self.of.reading
+        below_autograd = BelowAutograd(self.of.model, self.of.shards)
         with instrument(reading):
             for number, batches in enumerate(rounds):
                 if self._takes_part(batches):
-                    with below_autograd.batch(is_recorded=not reading.is_direct):
+                    with below_autograd.batch(may_record=not reading.is_never_recorded):
                         self._read(batches, is_first=number == 0, is_last=number == len(rounds) - 1)
                 self.tell()
 

@@ -338,8 +338,15 @@ class MUIProbe:
         self._device = common_device(self.model)
         reading = Reading(readers(self._device))
         one = ProbePass(
-            *(self.model, self.layers, self.layout, self._encoded, self._shards, self.settings),
-            *(self._device, reading, self._sharing),
+            model=self.model,
+            layers=self.layers,
+            layout=self.layout,
+            encoded=self._encoded,
+            shards=self._shards,
+            settings=self.settings,
+            device=self._device,
+            reading=reading,
+            sharing=self._sharing,
         )
         return one.run(rounds, choices, self.on_batch)
 

@@ -79,8 +79,9 @@ class LayerReader:
         return all(recorder.is_followed for recorder in self.recorders)
 
     @property
-    def is_direct(self) -> bool:
-        """Whether that is so in every forward pass."""
+    def is_never_recorded(self) -> bool:
+        """Whether it was learned that nothing of any forward pass has to be; False for layers that follow a dispatch,
+        though most of their passes do without."""
         return self.can_follow and all(recorder.is_direct for recorder in self.recorders)
 
     def watch_tail(self) -> list[RemovableHandle]:

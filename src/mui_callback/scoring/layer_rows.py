@@ -4,7 +4,8 @@ Each scored token of a sample has a slot for each of its rows, and each row has 
 of a sample are in the k chunks with the highest maxima, so only those are multiplied again.
 
 Shapes: L layers that are looked at together, B samples, R scored tokens, S rows, P slots of a sample, X slots of all
-samples, C chunks of the widest rows, k chunks of a sample that are chosen, M chunks, c neurons of a chunk, E experts.
+samples, C chunks of the widest rows, k chunks of a sample that are chosen, M chunks, c neurons of a chunk, E experts, U
+experts of all tokens in all layers.
 """
 
 from __future__ import annotations
@@ -170,9 +171,8 @@ def _scan(part: ExpertScores, rows: Rows, place_R: Tensor, found: Found, layer: 
     highest_XC[:, : 1 + n_chunks].index_copy_(0, slot_S, highest_SC)
     found.row_LBP[layer].view(-1)[slot_S] = torch.arange(part.rows.n_rows, device=slot_S.device) + rows.first_row
     expert_S = part.expert_S if is_row_S is None else part.expert_S.where(is_row_S, n_experts)
-    n_layers = found.use_RLE2.shape[1]
-    use_S = (part.token_S * n_layers + layer) * (n_experts + 1) + expert_S
-    mass_X, n_rows_X = found.use_RLE2.view(-1, 2).unbind(-1)  # not added to: a token has one row in an expert
-    mass_X[use_S] = summary.mass_S.double()
-    n_rows_X[use_S] = n_rows_X.new_ones(())
+    use_S = (part.token_S * found.use_RLE2.shape[1] + layer) * (n_experts + 1) + expert_S  # one index is faster
+    mass_U, n_rows_U = found.use_RLE2.view(-1, 2).unbind(-1)
+    mass_U[use_S] = summary.mass_S.double()  # not added to: a token has one row in an expert
+    n_rows_U[use_S] = n_rows_U.new_ones(())
     found.n_not_finite.add_(summary.n_not_finite)

@@ -77,7 +77,7 @@ class Contributions:
 
     @cached_property
     def is_fused(self) -> bool:
-        """Whether there are kernels for them."""
+        """Whether there are kernels for them; asked several times in each layer."""
         return can_run(self.act, self.projected_SI)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Experts that go through their steps in groups: all rows, once, and the same numbers as all together."""
+"""Experts that go through their steps in tiles: all rows, once, and the same numbers as all together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mui_callback import MUIProbe, ProbeSet
-from mui_callback.experts import groups
-from mui_callback.experts.groups import Group, by_group
+from mui_callback.experts import tiles
+from mui_callback.experts.tiles import Tile, by_tile
 from mui_callback.settings import Activation
 from test_repeated import assert_same_to_the_bit
 from tiny import build
@@ -27,20 +27,20 @@ def test_every_row_is_multiplied_with_the_weight_of_its_expert(sizes: list[int],
     expert_S = torch.repeat_interleave(torch.tensor(sizes))
     weight_ENM = torch.randn(len(sizes), 8, 4, generator=generator)
     x_SN = torch.randn(len(expert_S), 8, generator=generator)
-    seen: list[Group] = []
+    seen: list[Tile] = []
 
-    def make(group: Group) -> tuple[Tensor, Tensor]:
-        seen.append(group)
-        return group.product(x_SN[group.rows], weight_ENM), expert_S[group.rows]
+    def make(tile: Tile) -> tuple[Tensor, Tensor]:
+        seen.append(tile)
+        return tile.product(tile.of(x_SN), weight_ENM), tile.of(expert_S)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "_ROWS", at_least)
-        found_SM, found_S = by_group(make, torch.tensor(sizes).cumsum(0).int(), len(expert_S))
+        patch.setattr(tiles, "_MIN_ROWS", at_least)
+        found_SM, found_S = by_tile(make, torch.tensor(sizes).cumsum(0).int(), len(expert_S))
     assert torch.equal(found_S, expert_S)
     for row, expert in enumerate(expert_S.tolist()):
         expected_M = x_SN[row].double() @ weight_ENM[expert].double()
         torch.testing.assert_close(found_SM[row].double(), expected_M, rtol=1e-5, atol=1e-6)
-    n_rows = [group.rows.stop - group.rows.start for group in seen]
+    n_rows = [tile.rows.stop - tile.rows.start for tile in seen]
     assert sum(n_rows) == len(expert_S)
     assert len(seen) == 1 or min(n_rows[:-1]) >= at_least
     if len(expert_S) >= 2 * at_least and max(sizes) < at_least:
@@ -68,16 +68,31 @@ def with_norms() -> nn.Module:
     ],
     ids=["olmoe", "olmoe, gate", "qwen2_moe", "gpt_oss", "norms"],
 )
-def test_a_probe_finds_the_same_in_groups(
+def test_a_probe_finds_the_same_in_tiles(
     make: Callable[[], nn.Module], activation: Activation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make()
     probe_set = ProbeSet({"a": make_samples(lengths=(14, 13, 12, 11))})
-    together = MUIProbe(model, probe_set, activation=activation).measure()
     calls: list[int] = []
-    product = Group.product
-    monkeypatch.setattr(groups, "_ROWS", 3)
-    monkeypatch.setattr(Group, "product", lambda self, x, weight: calls.append(len(x)) or product(self, x, weight))
-    in_groups = MUIProbe(model, probe_set, activation=activation).measure()
-    assert len(calls) > 3 * 2 * 2  # three products in each of two layers
-    assert_same_to_the_bit(in_groups, together)
+    product = Tile.product
+
+    def counted(tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
+        calls.append(len(x))
+        return product(tile, x, weight)
+
+    monkeypatch.setattr(Tile, "product", counted)
+    together = MUIProbe(model, probe_set, activation=activation).measure()
+    n_together = len(calls)
+    monkeypatch.setattr(tiles, "_MIN_ROWS", 3)
+    in_tiles = MUIProbe(model, probe_set, activation=activation).measure()
+    assert len(calls) - n_together > n_together
+    assert_same_to_the_bit(in_tiles, together)
+
+
+def test_a_mask_does_the_same_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("olmoe")
+    probe = MUIProbe(model, ProbeSet({"a": make_samples(lengths=(14, 13, 12, 11))}), rules="top_fraction=0.1")
+    report = probe.measure()
+    together = probe.ablate(report)
+    monkeypatch.setattr(tiles, "_MIN_ROWS", 3)
+    assert probe.ablate(report) == together
