@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 
 from mui_callback import MUIProbe, ProbeSet
 from mui_callback.errors import ProbeError
 from mui_callback.parallel.shards import Shards
 from mui_callback.probe.below_autograd import BelowAutograd
+from mui_callback.probe.head import LanguageModelHead
 from test_repeated import assert_same_to_the_bit
 from tiny import build
 from tiny_samples import make_samples
@@ -34,132 +39,185 @@ def goes_through_autograd() -> bool:
     return tensor._version == 1
 
 
-@contextmanager
-def watched(model: nn.Module) -> Iterator[list[bool]]:
-    """Whether each forward of the model goes through autograd."""
-    seen: list[bool] = []
-    with model.register_forward_pre_hook(lambda *_: seen.append(goes_through_autograd())):
-        yield seen
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each batch goes through autograd."""
+    found: list[bool] = []
+    logits = LanguageModelHead.logits
+
+    def watched(*args: Any) -> Tensor:
+        found.append(goes_through_autograd())
+        return logits(*args)
+
+    monkeypatch.setattr(LanguageModelHead, "logits", watched)
+    return found
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_batches_are_spared_after_one_in_which_nothing_was_recorded(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, seen: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(family)
     probe = probe_of(model)
-    with watched(model) as seen:
-        spared = [probe.measure(), probe.measure()]
+    spared = [probe.measure(), probe.measure()]
     assert seen == [True, True] + [False] * (N_BATCHES - 2) + [True] + [False] * (N_BATCHES - 1)
     assert goes_through_autograd()
-
     monkeypatch.setattr(BelowAutograd, "batch", lambda self, *, may_record: nullcontext())
-    with watched(model) as seen:
-        unspared = probe_of(model).measure()
+    seen.clear()
+    unspared = probe_of(model).measure()
     assert seen == [True] * N_BATCHES
     for report in spared:
         assert_same_to_the_bit(report, unspared)
 
 
-def test_no_batch_is_spared_where_a_gate_behind_the_experts_is_asked_in_each() -> None:
-    model = build("qwen2_moe")
-    with watched(model) as seen:
-        probe_of(model).measure()
+def test_no_batch_is_spared_where_a_gate_behind_the_experts_is_asked_in_each(seen: list[bool]) -> None:
+    probe_of(build("qwen2_moe")).measure()
     assert seen == [True] * N_BATCHES
 
 
-def test_no_batch_is_spared_of_a_model_that_computes_gradients() -> None:
-    model = build("mixtral")
-    model.model.layers[0].mlp.gate.register_forward_hook(computes_a_gradient)
-    with watched(model) as seen:
-        probe_of(model).measure()
-    assert seen == [True] * N_BATCHES
+class Own(nn.Linear):
+    """A module of the user's."""
 
 
-def computes_a_gradient(module: nn.Module, args: Any, out: Any) -> None:
-    """As models do that are trained while they are tested."""
-    with torch.enable_grad():
-        x = torch.ones(3, requires_grad=True)
-        (grad,) = torch.autograd.grad((x * x).sum(), x)
-    assert torch.equal(grad, torch.full((3,), 2.0))
+class Quantised(nn.Parameter):
+    """Tensors that are no plain ones."""
 
 
-def test_what_a_model_keeps_of_such_a_batch_can_train() -> None:
-    model = build("olmoe").train()
-    kept: dict[int, Tensor] = {}  # no attribute, which would be restored
-    below: set[int] = set()
+class Watching(TorchDispatchMode):
+    """Does nothing."""
 
-    def keep(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        if len(out[0]) not in kept:
-            if not goes_through_autograd():
-                below.add(len(out[0]))
-            kept[len(out[0])] = torch.ones_like(out).mul_(0.5)[:, :, :]
-        return out * kept[len(out[0])]
-
-    model.model.embed_tokens.register_forward_hook(keep)
-    probe = probe_of(model)
-    probe.measure()
-    ids = torch.arange(3, 3 + LENGTHS[0])[None]
-    assert LENGTHS[0] in below
-    found, kept_before = gradients(model, ids), dict(kept)
-    kept.clear()
-    expected = gradients(model, ids)
-    assert found
-    assert kept_before.keys() > kept.keys()
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
-def gradients(model: nn.Module, ids: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    model(input_ids=ids, labels=ids).loss.backward()
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+def passes_on(*_: Any) -> None:
+    """A hook of the user's."""
 
 
-def test_weights_that_are_no_plain_ones_or_processes_that_wait_for_each_other_go_through_autograd() -> None:
-    class Quantised(nn.Parameter):
-        pass
-
-    plain, other = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
-    other.weight = Quantised(torch.ones(2, 2))
-    of_zero3: Any = nn.Linear(2, 2)
-    of_zero3.bias.ds_shape, of_zero3.bias.ds_status = torch.Size([2]), None
-    for model, shards, is_spared in (
-        (plain, Shards(), True),
-        (nn.Linear(2, 2, bias=False), Shards(), True),
-        (plain, Shards(in_step=True), False),
-        (nn.Sequential(plain, other), Shards(), False),
-        (nn.Sequential(plain, of_zero3), Shards(), False),
-    ):
-        below_autograd = BelowAutograd(model, shards)
-        for number in range(3):
-            with below_autograd.batch(may_record=False):
-                assert goes_through_autograd() is not (is_spared and number > 0)
+def with_a_module(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.lm_head.__class__ = Own
 
 
-def test_autograd_is_back_after_an_exception() -> None:
-    model, calls = build("olmoe"), []
+def with_a_hook(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.model.norm.register_forward_pre_hook(passes_on)
 
-    def fail_in_the_last(*_: Any) -> None:
-        calls.append(goes_through_autograd())
-        if len(calls) == N_BATCHES:
+
+def with_a_hook_on_all(model: Any, patch: pytest.MonkeyPatch) -> None:
+    register_module_forward_hook(passes_on)
+
+
+def with_a_forward(model: Any, patch: pytest.MonkeyPatch) -> None:
+    attention = model.model.layers[0].self_attn
+    forward = attention.forward
+    attention.forward = MethodType(lambda self, *args, **options: forward(*args, **options), attention)
+
+
+def with_a_forward_of_a_class(model: Any, patch: pytest.MonkeyPatch) -> None:
+    forward = OlmoeAttention.forward
+    patch.setattr(OlmoeAttention, "forward", lambda self, *args, **options: forward(self, *args, **options))
+
+
+def with_a_buffer(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.model.norm.register_buffer("scale", Quantised(torch.ones(1)))
+
+
+def with_a_parameter(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.model.norm.weight = Quantised(torch.ones(24))
+
+
+def with_zero3(model: Any, patch: pytest.MonkeyPatch) -> None:
+    weight: Any = model.model.norm.weight
+    weight.ds_shape, weight.ds_status = weight.shape, None
+
+
+def in_step(model: Any, patch: pytest.MonkeyPatch) -> Shards:
+    return Shards(in_step=True)
+
+
+def unchanged(model: Any, patch: pytest.MonkeyPatch) -> None:
+    """What `build` makes."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(unchanged, with_a_module, with_a_hook, with_a_hook_on_all, with_a_forward, with_a_forward_of_a_class),
+        *(with_a_buffer, with_a_parameter, with_zero3, in_step),
+    ],
+)
+def test_a_model_with_anything_that_is_not_known_is_never_spared(
+    change: Callable[[Any, pytest.MonkeyPatch], Shards | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("olmoe")
+    before = dict(nn.modules.module._global_forward_hooks)
+    try:
+        below_autograd = BelowAutograd(model, change(model, monkeypatch) or Shards())
+    finally:
+        nn.modules.module._global_forward_hooks.clear()
+        nn.modules.module._global_forward_hooks.update(before)
+    for number in range(3):
+        with below_autograd.batch(may_record=False):
+            assert goes_through_autograd() is not (change is unchanged and number > 0)
+
+
+def test_a_batch_that_may_be_recorded_or_is_watched_is_not_spared_nor_the_next_one() -> None:
+    below_autograd, seen = BelowAutograd(nn.Linear(2, 2), Shards()), []
+    for what in ("", "", "watched", "", "", "recorded", "", ""):
+        watching = Watching() if what == "watched" else nullcontext()
+        with watching, below_autograd.batch(may_record=what == "recorded"):
+            seen.append(goes_through_autograd())
+    assert seen == [True, False, True, True, False, True, True, False]
+
+
+def test_what_is_recorded_ends_it() -> None:
+    below_autograd = BelowAutograd(nn.Linear(2, 2), Shards())
+    for _ in range(3):
+        with below_autograd.batch(may_record=False):
+            assert goes_through_autograd()
+            x = torch.ones(3, requires_grad=True)
+            (grad,) = torch.autograd.grad((x * x).sum(), x)
+            assert torch.equal(grad, torch.full((3,), 2.0))
+
+
+def test_what_is_kept_of_such_a_batch_can_train() -> None:
+    linear = nn.Linear(3, 3)
+    below_autograd = BelowAutograd(linear, Shards())
+    for _ in range(2):
+        with torch.no_grad(), below_autograd.batch(may_record=False):
+            kept = torch.ones(3).mul_(0.5)[:]
+    assert not kept.is_inference()
+    (linear(kept) * kept).sum().backward()
+    assert linear.weight.grad is not None
+    assert torch.equal(linear.weight.grad, torch.full((3, 3), 0.25))
+    kept.requires_grad_()
+    (kept * kept).sum().backward()
+    assert torch.equal(kept.grad, torch.ones(3))
+
+
+def test_autograd_is_back_after_an_exception(seen: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_in_the_last(*_: Any) -> Tensor:
+        if len(seen) == N_BATCHES:
             raise RuntimeError("injected")
+        return forward(*_)
 
-    model.model.layers[1].register_forward_pre_hook(fail_in_the_last)
+    forward = torch.nn.functional.embedding
+    monkeypatch.setattr(torch.nn.functional, "embedding", fail_in_the_last)
     with pytest.raises(RuntimeError, match="injected"):
-        probe_of(model).measure()
-    assert calls[-1] is False
+        probe_of(build("olmoe")).measure()
+    assert seen[-1] is False
     assert goes_through_autograd()
     x = torch.ones(2, requires_grad=True)
     (x * x).sum().backward()
     assert x.grad is not None
 
 
-def test_a_write_to_a_parameter_is_reported_though_later_batches_are_spared() -> None:
+def test_a_write_to_a_parameter_in_the_last_batch_is_reported() -> None:
     model = build("olmoe")
 
-    def write(module: Any, *_: Any) -> None:
-        with torch.no_grad():
-            module.weight.mul_(1.0)
+    def write(module: Any, args: Any) -> None:
+        if args[0].shape[1] == LENGTHS[0]:
+            with torch.no_grad():
+                module.weight.mul_(1.0)
 
     model.model.norm.register_forward_pre_hook(write)
     with pytest.raises(ProbeError, match=r"wrote to parameters, which cannot be undone: model\.norm\.weight"):

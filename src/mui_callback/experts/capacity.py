@@ -26,8 +26,7 @@ Consumer = Callable[[int, Tensor, Tensor], None]
 
 def routers(module: nn.Module) -> list[Any]:
     """The routers in a module whose capacity may be limited."""
-    names = {*_SETTINGS, "capacity_factor"}  # DeepSpeed sets them on the instance; to ask all modules is slow
-    return [part for part in module.modules() if vars(part).keys() >= names]
+    return [part for part in module.modules() if all(hasattr(part, name) for name in (*_SETTINGS, "capacity_factor"))]
 
 
 def let_all_pass(model: nn.Module) -> None:

@@ -82,6 +82,8 @@ class Pairs:
         top_k = expert_TK.shape[1]
         expert_RK = expert_TK[place_R]
         expert_P, order_P = expert_RK.flatten().sort(stable=True)
+        # ranks by expert, and of none, of which a row may have several, by place
+        rank_RK = expert_RK.sort(dim=1, stable=True).indices.argsort(dim=1)
         from_P = order_P // top_k
         pair_P = place_R[from_P] * top_k + order_P % top_k
         is_row_P, own_P = expert_P < n_local, expert_P.clamp(max=n_local - 1)
@@ -90,19 +92,10 @@ class Pairs:
             own_P,
             weight_TK.flatten()[pair_P].float(),
             row_TK.flatten()[pair_P],
-            _ranks(expert_RK).flatten()[order_P],
+            rank_RK.flatten()[order_P],
             None if not is_row_P.is_cuda and bool(is_row_P.all()) else is_row_P,
             group_ends(own_P, n_local),
         )
-
-
-def _ranks(expert_RK: Tensor) -> Tensor:
-    """Number of each pair among those of its token, by expert, int64 ``[R, K]``; those of equal numbers, of which a
-    token may have several that are none, are in the order of their places."""
-    place_K = numbers(expert_RK.shape[1], torch.int64, expert_RK.device)
-    own_RK1, other_R1K = expert_RK[:, :, None], expert_RK[:, None, :]
-    is_before_RKK = (other_R1K < own_RK1) | ((other_R1K == own_RK1) & (place_K < place_K[:, None]))
-    return is_before_RKK.sum(-1)
 
 
 def sort_pairs(

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from mui_callback.parallel.shards import Shards
-from mui_callback.parallel.weights import is_zero3, own_parameters
+from mui_callback.parallel.weights import is_zero3
+
+_KNOWN = ("torch.nn.", "transformers.")
+"""Whose code does nothing in a forward that has to do with autograd, if it does not train."""
+_PLAIN = (Tensor, nn.Parameter, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class BelowAutograd:
@@ -19,18 +26,18 @@ class BelowAutograd:
     batch, that is an eighth of the time of the host. In `torch.inference_mode` none does, but what a model keeps of
     such a forward, in a cache for example, could not be trained with. Here tensors are ordinary ones.
 
-    After a batch in which autograd recorded anything (to follow a tail, or because the model computes gradients in its
-    forward), the next one goes through it again. So does every batch of a model in whose forward processes exchange
-    tensors, or with weights that are not plain `nn.Parameter` (quantised ones, DTensors, those of ZeRO-3). In a batch
-    that is spared, versions are not counted, so `frozen` does not see that it writes to a parameter.
+    That nobody misses autograd is known of the code of torch and transformers only. Any other (a module, a hook, a
+    forward in place of that of a class, a dispatch mode) may compute gradients in some batches, look at versions, write
+    to a parameter, or want composite operators taken apart, so that a model with it is never spared. Nor is one in
+    whose forward processes exchange tensors, or with tensors that are no plain ones (quantised weights, DTensors).
 
     Args:
-        model: the model.
+        model: the model, before anything is attached to it.
         shards: who runs it.
     """
 
     def __init__(self, model: nn.Module, shards: Shards) -> None:
-        self._can_be_spared = not shards.in_step and all(map(_is_plain, own_parameters(model.modules())))
+        self._can_be_spared = not shards.in_step and _is_known(model)
         self._was_idle = False
 
     @contextmanager
@@ -40,15 +47,32 @@ class BelowAutograd:
         Args:
             may_record: whether autograd may have to record some of it.
         """
-        can_be_spared = self._can_be_spared and not may_record
+        can_be_spared = self._can_be_spared and not may_record and not torch._C._len_torch_dispatch_stack()
         before = _n_recorded()
         with torch._C._AutoDispatchBelowADInplaceOrView() if can_be_spared and self._was_idle else nullcontext():
             yield
         self._was_idle = can_be_spared and _n_recorded() == before
 
 
-def _is_plain(parameter: nn.Parameter) -> bool:
-    return type(parameter) is nn.Parameter and not is_zero3(parameter)
+def _is_known(model: nn.Module) -> bool:
+    """Whether there is nothing in the model but code of `_KNOWN` and plain tensors."""
+    modules = list(model.modules())
+    kinds = {type(module) for module in modules}
+    hooks = [hook for module in modules for name in _HOOKS for hook in getattr(module, name).values()]
+    code = [*kinds, *(kind.forward for kind in kinds), *hooks, *_global_forward_hooks.values()]
+    return (
+        all(getattr(one, "__module__", "").startswith(_KNOWN) for one in [*code, *_global_forward_pre_hooks.values()])
+        and not any("forward" in vars(module) for module in modules)
+        and all(map(_is_plain, chain.from_iterable(map(_tensors, modules))))
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor | None]:
+    return chain(module._parameters.values(), module._buffers.values())
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    return type(tensor) in _PLAIN and not is_zero3(tensor)
 
 
 def _n_recorded() -> int:
