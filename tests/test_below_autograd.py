@@ -117,6 +117,22 @@ def with_a_forward_of_a_class(model: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OlmoeAttention, "forward", lambda self, *args, **options: forward(self, *args, **options))
 
 
+def with_a_script(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.lm_head = torch.jit.trace(model.lm_head, torch.ones(1, 24))
+
+
+def with_a_hook_of_nowhere(model: Any, patch: pytest.MonkeyPatch) -> None:
+    def hook(*_: Any) -> None:
+        """Made by code that was generated."""
+
+    hook.__module__ = None  # type: ignore[assignment]
+    model.model.norm.register_forward_hook(hook)
+
+
+def with_another_torch(model: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.delattr(torch._C, "_AutoDispatchBelowADInplaceOrView")
+
+
 def with_a_buffer(model: Any, patch: pytest.MonkeyPatch) -> None:
     model.model.norm.register_buffer("scale", Quantised(torch.ones(1)))
 
@@ -142,7 +158,15 @@ def unchanged(model: Any, patch: pytest.MonkeyPatch) -> None:
     "change",
     [
         *(unchanged, with_a_module, with_a_hook, with_a_hook_on_all, with_a_forward, with_a_forward_of_a_class),
-        *(with_a_buffer, with_a_parameter, with_zero3, in_step),
+        *(
+            with_a_script,
+            with_a_hook_of_nowhere,
+            with_another_torch,
+            with_a_buffer,
+            with_a_parameter,
+            with_zero3,
+            in_step,
+        ),
     ],
 )
 def test_a_model_with_anything_that_is_not_known_is_never_spared(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import getattr_static
 from itertools import chain
 
 import torch
@@ -17,6 +18,12 @@ _KNOWN = ("torch.nn.", "transformers.")
 """Whose code does nothing in a forward that has to do with autograd, if it does not train."""
 _PLAIN = (Tensor, nn.Parameter, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OF_TORCH = (
+    (torch._C, "_AutoDispatchBelowADInplaceOrView"),
+    (torch._C, "_len_torch_dispatch_stack"),
+    (torch._C._autograd, "_get_sequence_nr"),
+)
+"""What is used of torch that is not public; without it no batch is spared."""
 
 
 class BelowAutograd:
@@ -37,7 +44,7 @@ class BelowAutograd:
     """
 
     def __init__(self, model: nn.Module, shards: Shards) -> None:
-        self._can_be_spared = not shards.in_step and _is_known(model)
+        self._can_be_spared = not shards.in_step and all(hasattr(*one) for one in _OF_TORCH) and _is_known(model)
         self._was_idle = False
 
     @contextmanager
@@ -47,11 +54,14 @@ class BelowAutograd:
         Args:
             may_record: whether autograd may have to record some of it.
         """
-        can_be_spared = self._can_be_spared and not may_record and not torch._C._len_torch_dispatch_stack()
-        before = _n_recorded()
-        with torch._C._AutoDispatchBelowADInplaceOrView() if can_be_spared and self._was_idle else nullcontext():
+        if not self._can_be_spared or may_record or torch._C._len_torch_dispatch_stack():
+            self._was_idle = False
             yield
-        self._was_idle = can_be_spared and _n_recorded() == before
+            return
+        before = torch._C._autograd._get_sequence_nr()  # operators that this thread has recorded so far
+        with torch._C._AutoDispatchBelowADInplaceOrView() if self._was_idle else nullcontext():
+            yield
+        self._was_idle = torch._C._autograd._get_sequence_nr() == before
 
 
 def _is_known(model: nn.Module) -> bool:
@@ -59,9 +69,10 @@ def _is_known(model: nn.Module) -> bool:
     modules = list(model.modules())
     kinds = {type(module) for module in modules}
     hooks = [hook for module in modules for name in _HOOKS for hook in getattr(module, name).values()]
-    code = [*kinds, *(kind.forward for kind in kinds), *hooks, *_global_forward_hooks.values()]
+    hooks += [*_global_forward_hooks.values(), *_global_forward_pre_hooks.values()]
+    forwards = [getattr_static(kind, "forward", None) for kind in kinds]
     return (
-        all(getattr(one, "__module__", "").startswith(_KNOWN) for one in [*code, *_global_forward_pre_hooks.values()])
+        all(str(getattr(code, "__module__", None)).startswith(_KNOWN) for code in (*kinds, *forwards, *hooks))
         and not any("forward" in vars(module) for module in modules)
         and all(map(_is_plain, chain.from_iterable(map(_tensors, modules))))
     )
@@ -73,9 +84,3 @@ def _tensors(module: nn.Module) -> Iterator[Tensor | None]:
 
 def _is_plain(tensor: Tensor | None) -> bool:
     return type(tensor) in _PLAIN and not is_zero3(tensor)
-
-
-def _n_recorded() -> int:
-    """Operators that this thread has recorded so far."""
-    number: int = torch._C._autograd._get_sequence_nr()
-    return number
