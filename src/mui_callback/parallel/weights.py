@@ -44,12 +44,8 @@ def is_apart(weight: Tensor) -> bool:
 def is_spread(model: nn.Module) -> bool:
     """Whether weights are made whole by hooks, so that processes exchange them in each forward."""
     modules = list(model.modules())
-    return any(map(is_zero3, own_parameters(modules))) or any(_fsdp_modules(modules))
-
-
-def own_parameters(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    """Those of the modules themselves; `nn.Module.parameters` takes several times as long, for each of many probes."""
-    return (weight for module in modules for weight in module._parameters.values() if weight is not None)
+    weights = (weight for module in modules for weight in module._parameters.values())  # faster than `parameters`
+    return any(map(is_zero3, weights)) or any(_fsdp_modules(modules))
 
 
 def settle_roots(model: nn.Module) -> None:

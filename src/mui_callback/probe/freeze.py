@@ -124,8 +124,7 @@ def _rewritten_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[st
     """Parameters that a forward may write to without changing them: adapters put themselves into stacked weights so."""
     for path, module in modules.items():
         if "ParamWrapper" in type(module).__name__ or hasattr(module, "parametrizations"):
-            for name, parameter in module.named_parameters():
-                yield f"{path}.{name}" if path else name, parameter
+            yield from module.named_parameters(prefix=path)
 
 
 _WITHOUT_CONTENT = frozenset({type(None), bool, int, float, str, nn.Parameter})

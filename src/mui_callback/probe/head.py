@@ -172,7 +172,7 @@ def _are_first_choice(logits_RV: Tensor, target_R: Tensor) -> Tensor:
     """Whether each target is the highest logit, of equal ones the first, bool ``[R]``; anything where one is NaN."""
     if logits_RV.device.type != "cpu":
         return logits_RV.argmax(-1) == target_R
-    # There argmax takes ten times as long as amax, so it is asked only where the target may be it.
+    # On a CPU argmax takes ten times as long as amax, so it is asked only where the target may be it.
     may_be_R = logits_RV.amax(-1) == logits_RV.gather(1, target_R[:, None])[:, 0]
     (row_M,) = torch.nonzero(may_be_R, as_tuple=True)
     may_be_R[row_M] = logits_RV[row_M].argmax(-1) == target_R[row_M]
