@@ -35,6 +35,15 @@ def without_kernels() -> Iterator[None]:
         yield
 
 
+@pytest.mark.skipif(torch.version.hip is not None, reason="kernels are compiled for the sizes of tensors")
+def test_compiled_kernels_are_launched_again_without_triton_looking_for_them() -> None:
+    pytest.importorskip("triton")
+    assert available.runs_on(torch.device(DEVICE, 0))
+    from mui_callback.fused.launching import Kernel
+
+    assert Kernel.keeps_compiled
+
+
 Sizes = tuple[int, int, int]
 """Width of an expert, experts, and how many of them a token has."""
 

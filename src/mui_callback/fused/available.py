@@ -22,12 +22,12 @@ def can_run(*tensors: Tensor) -> bool:
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels can be compiled for a device, and run there."""
     try:
-        from mui_callback.fused import triton_scores
+        from mui_callback.fused import trial
 
         with torch.cuda.device(device):
             one = torch.ones(1, 1, device=device)
-            triton_scores.try_out(one)
-            if not triton_scores.try_compiled(one):
+            trial.try_out(one)
+            if not trial.try_compiled(one):
                 logger.info("MUI: Triton finds compiled kernels anew in each launch")
     except Exception as error:  # whatever a compiler or a driver raises
         logger.info("MUI: no fused kernels on %s, slower operators do the same (%s)", device, error)

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from mui_callback.errors import InterruptedPassError, ProbeError, UnsupportedModelError
+from mui_callback.errors import InterruptedPassError, ProbeError
 from mui_callback.experts.discover import find_expert_layers
 from mui_callback.experts.layer import layout_of
-from mui_callback.forgiving import attempt, warn
+from mui_callback.forgiving import attempt
 from mui_callback.metrics.utilization import FloatArray
 from mui_callback.parallel.processes import Processes, in_words
-from mui_callback.parallel.replicas import check_same, have_one_model
 from mui_callback.parallel.shards import Shards
-from mui_callback.parallel.weights import common_device, is_spread
+from mui_callback.parallel.weights import common_device
 from mui_callback.probe.ablation import AblationReport, What, ablate
+from mui_callback.probe.agreement import Agreement
 from mui_callback.probe.batches import half_of_largest, make_rounds
 from mui_callback.probe.capture import Reading
 from mui_callback.probe.choice_plan import ChoicePlan
@@ -97,7 +97,6 @@ class MUIProbe:
             self.layers = find_expert_layers(self.model, dense=dense)
             vocab_size = LanguageModelHead(self.model).shape[0]
         self.layout = layout_of(self.layers)
-        self._processes: Processes | None = None
         self._device = common_device(self.model)
         self.settings = replace(settings, max_length=max_length or context_length(self.model))
         self._encoded = encode(
@@ -108,7 +107,8 @@ class MUIProbe:
             decoder_start=decoder_start(self.model),
         )
         self._sample_table = tabled(self._encoded)
-        self._find_shards()
+        self._agreement = Agreement(self.model, self.layers, self._described())
+        self._use(self._agreement.shards)
 
     def halve_batches(self) -> bool:
         """Go on with batches of half the size, so that a pass needs less memory; False if each is a single sample."""
@@ -263,11 +263,8 @@ class MUIProbe:
             ProbeSetError: they have different probe sets.
             DesynchronizedError: not all of them made this call.
         """
-        self._processes = processes or Processes()
-        self._find_shards()
-        if not self._shards.world.is_alone:
-            check_same(self._processes, self._shards.rank, self._described())
-            self._alone_if_models_differ(self._processes)
+        self._agreement.reach(processes)
+        self._use(self._agreement.shards)
 
     def verify(self, *, rounding: float | None = None) -> Verification:
         """Run the first batch only, and say how well every layer conserves its output.
@@ -287,16 +284,10 @@ class MUIProbe:
 
     def _agreed(self) -> Processes:
         """How the processes talk to each other, once they agree about what is probed now."""
-        if self._processes is None or is_spread(self.model) != self._is_spread:
-            self.agree(self._processes)
-        else:
-            self._alone_if_models_differ(self._processes)
-        assert self._processes is not None
-        return self._processes
-
-    def _find_shards(self) -> None:
-        self._is_spread = is_spread(self.model)
-        self._use(Shards.of(self.model, exchanges_tokens=any(not layer.peers.is_alone for layer in self.layers)))
+        processes = self._agreement.renewed()
+        if self._agreement.shards is not self._shards:
+            self._use(self._agreement.shards)
+        return processes
 
     def _use(self, shards: Shards) -> None:
         self._shards = shards
@@ -304,28 +295,11 @@ class MUIProbe:
         self._sharing = PromptSharing.of(self.model, shards)
         self._make_batches(self.settings.batch_tokens)
 
-    def _alone_if_models_differ(self, processes: Processes) -> None:
-        if self._shards.world.is_alone or have_one_model(processes, self.model, self._apart):
-            return
-        if self._shards.in_step:
-            raise UnsupportedModelError(
-                "expected weights that are not spread over processes to be the same in all of them, but they differ"
-            )
-        if processes.is_main:
-            warn("MUI: the processes train models of their own; each probes its own, and that of process 0 is logged.")
-        self._use(Shards())
-
     def _described(self) -> dict[str, Any]:
         return {
             "probe set": [self.probe_set.fingerprint, asdict(self.settings), len(self._encoded.samples)],
             "layers": [[asdict(layer) for layer in self.layout.layers], len(list(self.model.parameters()))],
         }
-
-    @property
-    def _apart(self) -> list[nn.Module]:
-        """Modules whose weights differ from process to process."""
-        spread = [layer.experts[0] for layer in self.layers if not layer.peers.is_alone]
-        return [module for experts in spread for module in experts.modules]
 
     @property
     def _sent(self) -> int:
