@@ -13,9 +13,10 @@ logger = logging.getLogger(__name__)
 
 def can_run(*tensors: Tensor) -> bool:
     """Whether there are kernels for these tensors: on a GPU, not empty, with columns that lie next to each other."""
-    device = tensors[0].device
+    if not tensors[0].is_cuda:
+        return False
     are_laid_out = all(tensor.stride(-1) == 1 and tensor.numel() > 0 for tensor in tensors)
-    return device.type == "cuda" and are_laid_out and runs_on(device)
+    return are_laid_out and runs_on(tensors[0].device)
 
 
 @cache

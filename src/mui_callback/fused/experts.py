@@ -7,6 +7,7 @@ output, E experts, P rows of scored tokens; 2: of all tokens, and of scored ones
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -153,6 +154,7 @@ def _of_pairs(n_pairs: int, device: torch.device) -> tuple[Tensor, ...]:
     return from_P, expert_P, weight_P, row_P, rank_P, is_row_P
 
 
+@cache
 def _kernels() -> Any:
     from mui_callback.fused import triton_experts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import or_
 from typing import Any
 
@@ -80,6 +80,7 @@ class Kernel:
         )
 
 
+@lru_cache(maxsize=2**12, typed=True)
 def _specialization(number: float) -> int:
     """What Triton compiles anew for."""
     if isinstance(number, float):

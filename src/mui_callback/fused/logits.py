@@ -5,6 +5,7 @@ Shapes: R scored tokens, V vocabulary.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def predictions(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
     return loss_R, is_correct_R
 
 
+@cache
 def _kernels() -> Any:
     from mui_callback.fused import triton_logits
 

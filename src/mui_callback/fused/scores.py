@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -278,6 +278,7 @@ def order_keys(score_BM: Tensor) -> Tensor:
     return key_BM
 
 
+@cache
 def _kernels() -> Any:
     from mui_callback.fused import triton_scores
 
