@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,6 +71,11 @@ def interleaved(actions: Mapping[str, Action], repeats: int, device: torch.devic
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each."""
     return {name: median(values) for name, values in seconds.items()}
+
+
+def quotients(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Of each repeat: a machine that is slower in some of them is so for both."""
+    return [one / other for one, other in zip(over, under, strict=True)]
 
 
 def peak_bytes(action: Action, device: torch.device) -> int | None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from measuring import (
     machine,
     medians,
     peak_bytes,
+    quotients,
     seconds_of,
     table,
     write,
@@ -121,7 +123,7 @@ def measure(bench: Bench, batch: BatchShape) -> dict[str, Any]:
         "shape": bench.shape.name,
         "batch": str(batch),
         "batches": n,
-        **times(medians(seconds), n, batch),
+        **times(seconds, n, batch),
         "first_pass_seconds": first,
         "memory": memory(plain, probes[n].measure, device),
         "report": check_report(report, samples[: n * batch.rows], next(bench.model.parameters()).dtype),
@@ -130,17 +132,19 @@ def measure(bench: Bench, batch: BatchShape) -> dict[str, Any]:
     }
 
 
-def times(seconds: dict[str, float], n: int, batch: BatchShape) -> dict[str, Any]:
-    """Milliseconds of a batch, and ratios: of a whole pass of n batches, and of what one more batch costs."""
-    plain, probe = seconds["plain"], seconds[f"probe_{n}"]
-    steady = (seconds[f"probe_{n + 1}"] - seconds["probe_1"]) / n
+def times(seconds: dict[str, list[float]], n: int, batch: BatchShape) -> dict[str, Any]:
+    """Milliseconds of a batch, and ratios: of a whole pass of n batches, and of what one more batch costs; medians."""
+    of_steady = [(more - one) / n for more, one in zip(seconds[f"probe_{n + 1}"], seconds["probe_1"], strict=True)]
+    ratios = quotients(seconds[f"probe_{n}"], seconds["plain"])
+    plain, probe = median(seconds["plain"]), median(seconds[f"probe_{n}"])
     return {
         "plain_ms": 1e3 * plain / n,
         "probe_ms": 1e3 * probe / n,
-        "first_batch_ms": 1e3 * seconds["probe_1"],
-        "steady_ms": 1e3 * steady,
-        "ratio": probe / plain,
-        "steady_ratio": steady * n / plain,
+        "first_batch_ms": 1e3 * median(seconds["probe_1"]),
+        "steady_ms": 1e3 * median(of_steady),
+        "ratio": median(ratios),
+        "ratios": ratios,
+        "steady_ratio": n * median(quotients(of_steady, seconds["plain"])),
         "plain_tokens_per_second": n * batch.tokens / plain,
         "probe_tokens_per_second": n * batch.tokens / probe,
     }
@@ -219,14 +223,16 @@ def measure_tasks(bench: Bench) -> dict[str, Any]:
     batches = [batch for part in (samples, choices) for batch in make_batches(part, batch_tokens)]
     plain = partial(forward_all, bench.model, batches, device)
     first = seconds_of(probe.measure, device)
-    seconds = medians(interleaved({"plain": plain, "probe": probe.measure}, args.repeats, device))
+    every = interleaved({"plain": plain, "probe": probe.measure}, args.repeats, device)
+    seconds, ratios = medians(every), quotients(every["probe"], every["plain"])
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     return {
         "shape": bench.shape.name,
         "batch": f"tasks at {batch_tokens} positions",
         "plain_ms": 1e3 * seconds["plain"] / len(batches),
         "probe_ms": 1e3 * seconds["probe"] / len(batches),
-        "ratio": seconds["probe"] / seconds["plain"],
+        "ratio": median(ratios),
+        "ratios": ratios,
         "probe_tokens_per_second": tokens / seconds["probe"],
         "pass_seconds": seconds["probe"],
         "first_pass_seconds": first,
@@ -338,16 +344,27 @@ def line(result: dict[str, Any]) -> list[object]:
     per_layer = found.get("operators_per_layer") or {}
     return [
         *(result["shape"], result["batch"], result.get("batches")),
-        *(result.get(name) for name in ("plain_ms", "probe_ms", "ratio", "first_batch_ms", "steady_ms")),
-        *(result.get(name) for name in ("steady_ratio", "probe_tokens_per_second")),
+        *(result.get(name) for name in ("plain_ms", "probe_ms", "ratio")),
+        f"{min(ratios):.2f} to {max(ratios):.2f}" if (ratios := result.get("ratios")) else None,
+        *(result.get(name) for name in ("first_batch_ms", "steady_ms", "steady_ratio", "probe_tokens_per_second")),
         None if extra is None else extra / 2**30,
         *(waits.get("plain"), waits.get("probe"), per_layer.get("plain"), per_layer.get("probe")),
     ]
 
 
 COLUMNS = [
-    *("shape", "batch", "batches", "plain ms", "probe ms", "ratio", "first batch ms", "steady ms", "steady ratio"),
-    *("tokens/s", "extra GiB", "waits (plain)", "waits (probe)", "operators a layer (plain)", "(probe)"),
+    *("shape", "batch", "batches", "plain ms", "probe ms", "ratio", "in the repeats"),
+    *(
+        "first batch ms",
+        "steady ms",
+        "steady ratio",
+        "tokens/s",
+        "extra GiB",
+        "waits (plain)",
+        "waits (probe)",
+        "operators a layer (plain)",
+        "(probe)",
+    ),
 ]
 
 
