@@ -12,6 +12,7 @@ from torch import nn
 
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.probe.samples import TokenSample
+from mui_callback.settings import ProbeSettings
 from naive import NaiveLayer, Neuron, naive_scores
 from naive_rules import naive_sets
 from plain_moe import build_plain
@@ -100,3 +101,9 @@ def test_a_sample_without_finite_scores_has_no_key_neurons_under_any_rule() -> N
         assert not found[1].any()
         assert np.array_equal(np.delete(found, 1, axis=0), np.delete(expected, 1, axis=0))
         assert all(map(math.isfinite, after.under(rule).scalars().values()))
+
+
+@pytest.mark.parametrize("rules", [0.001, None, ["top_fraction=0.001", 0.9]])
+def test_a_number_is_no_rule(rules: Any) -> None:
+    with pytest.raises(ValueError, match=r"rules: expected a rule such as .*, got (0\.001|None|0\.9)"):
+        ProbeSettings(rules=rules)

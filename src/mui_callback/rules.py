@@ -6,7 +6,7 @@ sample's key neurons. These are the rules of MUI-Eval (arXiv 2504.07440); arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -68,7 +68,8 @@ def parse_rules(rules: Rules) -> tuple[Rule, ...]:
     Raises:
         ValueError: one is none, there is none, or one comes twice.
     """
-    parsed = tuple(Rule.parse(text) for text in ([rules] if isinstance(rules, str) else rules))
+    one_or_several = rules if isinstance(rules, Iterable) and not isinstance(rules, str) else [rules]
+    parsed = tuple(map(Rule.parse, one_or_several))
     if not parsed or len(set(parsed)) < len(parsed):
         raise ValueError(f"rules: expected one rule or several different ones, got {rules!r}")
     return parsed
