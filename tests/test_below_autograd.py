@@ -157,16 +157,19 @@ def unchanged(model: Any, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *(unchanged, with_a_module, with_a_hook, with_a_hook_on_all, with_a_forward, with_a_forward_of_a_class),
-        *(
-            with_a_script,
-            with_a_hook_of_nowhere,
-            with_another_torch,
-            with_a_buffer,
-            with_a_parameter,
-            with_zero3,
-            in_step,
-        ),
+        unchanged,
+        with_a_module,
+        with_a_hook,
+        with_a_hook_on_all,
+        with_a_forward,
+        with_a_forward_of_a_class,
+        with_a_script,
+        with_a_hook_of_nowhere,
+        with_another_torch,
+        with_a_buffer,
+        with_a_parameter,
+        with_zero3,
+        in_step,
     ],
 )
 def test_a_model_with_anything_that_is_not_known_is_never_spared(
