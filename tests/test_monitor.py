@@ -162,6 +162,21 @@ def test_a_probe_set_of_the_wrong_kind_is_named(tmp_path: Path) -> None:
         MUIMonitor(make_model(), {"a": ["text"]}, output_dir=tmp_path)
 
 
+@pytest.mark.parametrize("rows", [[{"input_ids": [5, 6], "labels": [-100, -100]}] * 3, [{"input_ids": [5]}] * 3])
+def test_a_task_in_which_nothing_is_scored_is_refused(rows: list[dict[str, list[int]]], tmp_path: Path) -> None:
+    silent = ProbeSet.from_token_rows(rows, task="silent")
+    with pytest.raises(ProbeSetError, match="task 'silent': expected tokens to score, got none in 3 samples"):
+        MUIMonitor(make_model(), probe_set() | silent, output_dir=tmp_path, tracker=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_in_which_nothing_is_scored_are_named(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "input_ids": [5, 6, 7], "labels": [-100, -100, 7 if n < 3 else -100]} for n in range(8)]
+    mixed = ProbeSet.from_token_rows(rows, task="mixed")
+    with pytest.warns(UserWarning, match=r"5 of 8 probe samples have no response token.* no neuron: 3, 4, 5, \.\.\.$"):
+        MUIMonitor(make_model(), mixed, output_dir=tmp_path, tracker=None)
+
+
 def test_a_start_that_is_not_that_of_the_state_is_refused(tmp_path: Path) -> None:
     made, _ = monitor(tmp_path)
     made.step(1)

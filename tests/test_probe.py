@@ -16,7 +16,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.errors import MUIError, NoExpertsError, ProbeError, ProbeSetError, UnsupportedModelError
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
-from mui_callback.probe.model_config import context_length
+from mui_callback.probe.model_config import context_length, longest_sequence
 from mui_callback.probe.samples import ProbeSample, TokenChoice, TokenSample
 from tiny import VOCAB, build, gpt_oss, olmoe, qwen2_moe
 from tiny_samples import make_samples
@@ -452,6 +452,22 @@ def test_the_config_says_it_first() -> None:
     model = build("olmoe")
     model.position = nn.Embedding(7, 4)
     assert context_length(model) == model.config.max_position_embeddings
+
+
+def test_more_tokens_than_there_are_positions_are_refused() -> None:
+    model = nn.ModuleDict({"wpe": nn.Embedding(77, 4)})
+    assert [longest_sequence(model, asked) for asked in (None, 5, 77)] == [77, 5, 77]
+    with pytest.raises(ValueError, match="max_length: expected at most the 77 positions of ModuleDict, got 78"):
+        longest_sequence(model, 78)
+    assert longest_sequence(nn.Linear(2, 2), 9) == 9
+
+
+def test_more_tokens_than_the_config_says_are_warned_of() -> None:
+    model = build("olmoe")
+    asked = model.config.max_position_embeddings + 1
+    with pytest.warns(UserWarning, match=f"max_length: {asked} tokens are more than the {asked - 1} that OlmoeFor"):
+        probe = MUIProbe(model, probe_set(), max_length=asked)
+    assert probe.settings.max_length == asked
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])

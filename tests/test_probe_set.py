@@ -341,6 +341,12 @@ def test_remote_code_is_refused_where_the_library_could_run_it(monkeypatch: pyte
     assert asked == [("org/name", "main", False)]
 
 
+def test_a_dataset_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    said = rejected(lambda: ProbeSet.from_dataset(str(tmp_path / "empty")))
+    assert f"the dataset '{tmp_path}/empty' cannot be loaded: " in said
+
+
 def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'mui-callback[study]'" in rejected(lambda: ProbeSet.from_dataset("org/name"))

@@ -130,6 +130,24 @@ def test_options_may_have_dashes(file: Path) -> None:
     assert (study.keep_checkpoints, study.probe.batch_tokens, study.redo) == (1, 9, True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_anew", "is_dry_run"),
+    [
+        (["FILE", "--redo", "true"], True, False),
+        (["FILE", "--redo", "false", "--dry-run"], False, True),
+        (["FILE", "--redo=false"], False, False),
+        (["FILE", "--redo", "--dry-run"], True, True),
+        (["--dry-run", "FILE"], False, True),
+        (["--redo", "--dry-run", "FILE", "--keep-checkpoints", "2"], True, True),
+    ],
+)
+def test_switches_may_have_values_and_come_first(
+    arguments: list[str], is_anew: bool, is_dry_run: bool, file: Path
+) -> None:
+    study, parsed = parse_study([str(file) if argument == "FILE" else argument for argument in arguments])
+    assert (study.redo, parsed) == (is_anew, is_dry_run)
+
+
 def test_the_output_may_be_at_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
     study, _ = parse_study([str(file), "--output", "~/mine"])

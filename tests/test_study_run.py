@@ -280,9 +280,20 @@ def test_checkpoints_that_were_deleted_since(source: Path, measured: StudyConfig
 
 def test_a_study_that_measured_nothing_can_be_corrected(source: Path, measured: StudyConfig, tmp_path: Path) -> None:
     wrong = ModelConfig(str(source), tokenizer=str(tmp_path / "no"), checkpoints=["checkpoint-5"])
-    assert run(replace(measured, output=tmp_path / "out", models=[wrong]))[0].n_measured == 0
-    outcome, _ = run(replace(measured, output=tmp_path / "out"))
+    outcome, said = run(replace(measured, output=tmp_path / "out", models=[wrong]))
+    assert outcome.n_measured == 0
+    assert "the same command tries again" in said
+    assert "mui-callback report" not in said
+    outcome, said = run(replace(measured, output=tmp_path / "out"))
     assert outcome.is_complete
+    assert "mui-callback report" in said
+
+
+def test_a_path_that_is_not_there_is_said_before_anything_is_measured(measured: StudyConfig, tmp_path: Path) -> None:
+    elsewhere = ModelConfig(str(tmp_path / "no"))
+    with pytest.raises(MUIError, match=f"^{tmp_path}/no: there is no such path$"):
+        run(replace(measured, output=tmp_path / "out", models=[*measured.models, elsewhere]))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("device", ["cdua", "cuda:99", "cpu:x"])

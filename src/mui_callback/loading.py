@@ -76,6 +76,11 @@ class ModelSource:
             return json.load(text)
 
 
+def can_be_hub_id(name: str) -> bool:
+    """Whether a name that is not there as a path can be anything else."""
+    return not name.startswith(("/", "./", "../", "~"))
+
+
 def load_config(source: ModelSource) -> hf.PreTrainedConfig:
     """Read the config. An adapter, which is no model by itself, is refused."""
     with _explained(source):
@@ -274,5 +279,7 @@ def _explained(source: ModelSource) -> Iterator[None]:
                 f"{source} needs code of its own: {files or 'see its auto_map'}."
                 " Read it and, if you trust it, pass --trust-remote-code to run it."
             ) from error
-        tried = "" if os.path.exists(source.location) else " there is no such path, and as a hub id:"
-        raise ModelLoadError(f"{source}:{tried} {said}") from error
+        if not os.path.exists(source.location):
+            tried = f", and as a hub id: {said}" if can_be_hub_id(source.name) else ""
+            raise ModelLoadError(f"{source}: there is no such path{tried}") from error
+        raise ModelLoadError(f"{source}: {said}") from error

@@ -26,7 +26,7 @@ from mui_callback.probe.choice_plan import ChoicePlan
 from mui_callback.probe.choice_runs import ChoiceRuns, PromptSharing
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.head import LanguageModelHead, token_losses
-from mui_callback.probe.model_config import context_length, decoder_start
+from mui_callback.probe.model_config import decoder_start, longest_sequence
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.settings import ProbeSettings
 
@@ -95,7 +95,7 @@ class ChoiceBenchmark:
 
     def _encode(self, model: nn.Module) -> EncodedProbeSet:
         vocab_size = LanguageModelHead(model).shape[0]
-        max_length, start = self.max_length or context_length(model), decoder_start(model)
+        max_length, start = longest_sequence(model, self.max_length), decoder_start(model)
         key = (vocab_size, max_length, start)
         if key not in self._encoded:
             encoded = encode(self.probe_set, self.tokenizer, max_length, vocab_size=vocab_size, decoder_start=start)

@@ -46,7 +46,7 @@ def find_expert_layers(model: nn.Module, *, dense: bool = False) -> tuple[Expert
             f"{type(model).__name__} has no MoE layer that can be probed. Looked among its {len(modules)} modules for "
             "experts with stacked weights (parameters gate_up_proj or up_proj, and down_proj, of shape "
             "[experts, …, …]) and for lists of equal MLPs beside a router. "
-            "A dense model can be probed with dense=True; what structure does not tell, register_adapter can."
+            "A dense model can be probed with dense=True (--dense); what structure does not tell, register_adapter can."
             if not dense
             else f"{type(model).__name__} has no MLP that can be probed: looked among its {len(modules)} modules for "
             "MoE layers, and in each decoder layer for linear maps to neurons and back."

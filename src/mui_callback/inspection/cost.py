@@ -15,7 +15,7 @@ from mui_callback.probe.choice_plan import ChoicePlan
 from mui_callback.probe.choice_runs import PromptSharing
 from mui_callback.probe.encode import EncodedProbeSet, Tokenizer, encode
 from mui_callback.probe.head import LanguageModelHead
-from mui_callback.probe.model_config import context_length, decoder_start
+from mui_callback.probe.model_config import decoder_start, longest_sequence
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.rules import Rule
 from mui_callback.settings import ProbeSettings
@@ -65,7 +65,7 @@ def cost_of(
     """
     start = decoder_start(model)
     probe_set = probe_set or ProbeSet.builtin(only_with_prompt=start is not None)
-    max_length = settings.max_length or context_length(model)
+    max_length = longest_sequence(model, settings.max_length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which samples are cut is said when they are probed
         encoded = encode(probe_set, tokenizer or _bytes, max_length, decoder_start=start)

@@ -102,8 +102,8 @@ def encode(
                 tokens = _start_decoder(tokens, decoder_start)
             elif any(sequence.encoder_ids is not None for sequence in _sequences(tokens)):
                 raise ProbeSetError(
-                    f"{tokens.where}: expected prompt and response in one sequence, as the model is not an"
-                    " encoder-decoder, got `encoder_ids` (or a row whose `labels` are not as long as its `input_ids`)"
+                    f"{tokens.where}: expected prompt and response in one sequence, and `labels` as long as"
+                    " `input_ids`, as the model is not an encoder-decoder; got them apart, or labels of another length"
                 )
             if vocab_size is not None:
                 _check_vocabulary(tokens, vocab_size)

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from mui_callback.errors import ProbeSetError
+from mui_callback.forgiving import described
 from mui_callback.probe.readers import Columns, text_sample, token_sample
 from mui_callback.probe.samples import ProbeSample, TokenSample, fail
 
@@ -14,7 +15,7 @@ def load_hub_dataset(hub_id: str, split: str | None, name: str | None, revision:
     """Call `datasets.load_dataset`, which never runs the code of a dataset's repository here.
 
     Raises:
-        ProbeSetError: If the `datasets` library is not installed.
+        ProbeSetError: If the `datasets` library is not installed, or cannot load it.
     """
     try:
         from datasets import load_dataset
@@ -25,7 +26,10 @@ def load_hub_dataset(hub_id: str, split: str | None, name: str | None, revision:
     # Releases before 4 ask, or obey an environment variable, unless told; later ones run none.
     never = "trust_remote_code" in inspect.signature(load_dataset).parameters
     options: dict[str, Any] = {"trust_remote_code": False} if never else {}
-    return load_dataset(hub_id, name, split=split, revision=revision, streaming=streaming, **options)
+    try:
+        return load_dataset(hub_id, name, split=split, revision=revision, streaming=streaming, **options)
+    except Exception as error:
+        raise ProbeSetError(f"the dataset {hub_id!r} cannot be loaded: {described(error)}") from error
 
 
 def select_split(dataset: Any, split: str | None) -> Any:

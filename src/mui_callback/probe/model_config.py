@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from mui_callback.errors import UnsupportedModelError
+from mui_callback.forgiving import warn
 
 _POSITIONS = re.compile(r"wpe|(embed_|embedding_)?pos(ition|itions|itional)?(_emb\w*)?")
 """Names of embeddings of positions."""
@@ -25,8 +26,25 @@ def context_length(model: nn.Module) -> int | None:
     To ask an embedding for a position that it does not have is an error that ends the process on a GPU.
     """
     length = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(length, int) and length > 1:
-        return length
+    return length if isinstance(length, int) and length > 1 else _embedded_positions(model)
+
+
+def longest_sequence(model: nn.Module, asked: int | None) -> int | None:
+    """Tokens that longer samples are cut to: what is asked for, or else the context; None if there is neither.
+
+    Raises:
+        ValueError: more is asked for than the model has positions.
+    """
+    context = context_length(model)
+    if asked is None or context is None or asked <= context:
+        return asked or context
+    if _embedded_positions(model) is not None:
+        raise ValueError(f"max_length: expected at most the {context} positions of {type(model).__name__}, got {asked}")
+    warn(f"max_length: {asked} tokens are more than the {context} that {type(model).__name__} was made for")
+    return asked
+
+
+def _embedded_positions(model: nn.Module) -> int | None:
     modules = ((path.rpartition(".")[2], module) for path, module in model.named_modules())
     lengths = [m.num_embeddings for name, m in modules if isinstance(m, nn.Embedding) and _POSITIONS.fullmatch(name)]
     return min(lengths, default=None)

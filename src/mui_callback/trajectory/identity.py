@@ -89,7 +89,7 @@ def check_unchanged(directory: Path, before: Mapping[str, Identity], now: Mappin
         if changes:
             raise MUIError(
                 f"{directory}: {model} was measured otherwise before ({'; '.join(changes)}), and cannot be put side by"
-                " side with what would be measured now. Take another output, or measure all anew with --redo."
+                " side with what would be measured now. Take another output, or measure it anew with --redo."
             )
 
 

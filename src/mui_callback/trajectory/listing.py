@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from mui_callback.errors import MUIError
-from mui_callback.loading import CHECKPOINTS, ModelLoadError, ModelSource, load_tokenizer
+from mui_callback.loading import CHECKPOINTS, ModelLoadError, ModelSource, can_be_hub_id, load_tokenizer
 from mui_callback.trajectory.architecture import Architecture
 from mui_callback.trajectory.checkpoint import CheckpointId
 from mui_callback.trajectory.config import ModelConfig
@@ -63,9 +63,11 @@ def list_checkpoints(
         measured: labels of checkpoints that were measured: they count as there, as runs delete old ones.
 
     Raises:
-        MUIError: there is no checkpoint, or a pattern matches none.
+        MUIError: there is no such path, no checkpoint, or a pattern matches none.
     """
     directory = Path(os.path.expanduser(config.source))
+    if not directory.exists() and not can_be_hub_id(config.source):
+        raise MUIError(f"{config.source}: there is no such path")
     labels = _in_directory(directory, config, measured) if directory.exists() else _on_hub(config, measured)
     ids = [CheckpointId.named(config.title, label, tokens_per_step=config.tokens_per_step) for label in labels]
     ids = _some(ids, config.at_most)

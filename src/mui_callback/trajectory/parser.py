@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -17,11 +18,15 @@ a probe finds, a row for each checkpoint and task. Killed at any moment, the sam
 Options win over it, and it wins over the environment (MUI_KEEP_CHECKPOINTS for keep_checkpoints)."""
 
 
+_REDO = "--redo=true"
+_SWITCHES = ("--dry-run", _REDO)
+
+
 def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
     """Read a study from what was typed.
 
     Args:
-        arguments: the config file, and options.
+        arguments: the config file, before all options that have a value, and options.
 
     Returns:
         The study, and whether it is only to be shown.
@@ -32,9 +37,7 @@ def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
         SystemExit: a value is of another type, or help was asked for.
     """
     parser = _parser()
-    given = [_spelled(argument) for argument in arguments]
-    if given and not given[0].startswith("-"):
-        given = ["--config", *given]
+    given = _as_options(arguments)
     _check(parser, given)
     parsed = parser.parse_args(given)
     made = vars(parser.instantiate(parsed))
@@ -42,12 +45,25 @@ def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
     return StudyConfig(**{name: made[name] for name in made if name not in ("config", "dry_run")}), bool(parsed.dry_run)
 
 
+def _as_options(arguments: Sequence[str]) -> list[str]:
+    """As jsonargparse knows them: a config that stands by itself, ``--redo`` without a value, dashes in names."""
+    options: list[str] = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        if not argument.startswith("-") and all(option in _SWITCHES for option in options):
+            options += ["--config", argument]
+        elif argument == "--redo" and following not in ("true", "false"):
+            options.append(_REDO)
+        else:
+            options.append(argument if argument in _SWITCHES else _spelled(argument))
+    return options
+
+
 def _spelled(argument: str) -> str:
-    """As the file has it: ``--keep-checkpoints`` as ``--keep_checkpoints``; and ``--redo`` by itself is true."""
+    """As the file has it: ``--keep-checkpoints`` as ``--keep_checkpoints``."""
     name, has_value, value = argument.partition("=")
-    if not name.startswith("--") or name == "--dry-run":
+    if not name.startswith("--"):
         return argument
-    return "--redo=true" if argument == "--redo" else name[:2] + name[2:].replace("-", "_") + has_value + value
+    return name[:2] + name[2:].replace("-", "_") + has_value + value
 
 
 def _parser() -> ArgumentParser:
