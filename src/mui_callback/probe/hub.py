@@ -29,7 +29,8 @@ def load_hub_dataset(hub_id: str, split: str | None, name: str | None, revision:
     try:
         return load_dataset(hub_id, name, split=split, revision=revision, streaming=streaming, **options)
     except Exception as error:
-        raise ProbeSetError(f"the dataset {hub_id!r} cannot be loaded: {described(error)}") from error
+        part = "" if split is None else f"the split {split!r} of "
+        raise ProbeSetError(f"cannot read {part}{hub_id}: {described(error)}") from error
 
 
 def select_split(dataset: Any, split: str | None) -> Any:
