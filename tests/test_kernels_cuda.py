@@ -217,9 +217,10 @@ def test_sorted_pairs_are_those_of_the_operators(dtype: torch.dtype, n_tokens: i
     assert fused.can_sort(expert_TK, weight_TK, n_local)
     assert not fused.can_sort(expert_TK, weight_TK, 513)
     expected = SortedRows.of(expert_TK, n_local)
-    alone, none = fused.sort_pairs(expert_TK, weight_TK, n_local, None, 0, 0)
+    alone, none = fused.sort_pairs(expert_TK, weight_TK, n_local, torch.full_like(number_T, -1), 0, 0)
     rows, found = fused.sort_pairs(expert_TK, weight_TK, n_local, number_T, 5, n_scored)
-    assert none == ()
+    assert [len(field) for field in none] == [0] * 6 + [n_local]
+    assert not none[-1].any()
     for own, other, plain in zip(rows, alone, vars(expected).values(), strict=True):
         assert torch.equal(own, other)
         assert torch.equal(own.long(), plain.long())  # operators sort ids of 8 bits

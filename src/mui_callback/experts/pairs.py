@@ -111,8 +111,9 @@ def sort_pairs(
     """
     if not fused.can_sort(expert_TK, weight_TK, n_local):
         return SortedRows.of(expert_TK, n_local), None
-    scored: tuple[Tensor | None, int, int] = None, 0, 0
-    if tokens is not None and len(tokens.position_R) and len(tokens.number_T) == len(expert_TK):  # else refused later
-        scored = tokens.number_T, tokens.first, len(tokens.position_R)
+    if tokens is None or not len(tokens.position_R) or len(tokens.number_T) != len(expert_TK):  # else refused later
+        rows, _ = fused.sort_pairs(expert_TK, weight_TK, n_local, expert_TK.new_full((len(expert_TK),), -1), 0, 0)
+        return SortedRows(*rows), None
+    scored = tokens.number_T, tokens.first, len(tokens.position_R)
     rows, pairs = fused.sort_pairs(expert_TK, weight_TK, n_local, *scored)
-    return SortedRows(*rows), Pairs(*pairs) if pairs else None
+    return SortedRows(*rows), Pairs(*pairs)

@@ -97,7 +97,7 @@ def can_sort(expert_TK: Tensor, weight_TK: Tensor, n_local: int) -> bool:
 
 
 def sort_pairs(
-    expert_TK: Tensor, weight_TK: Tensor, n_local: int, number_T: Tensor | None, first: int, n_scored: int
+    expert_TK: Tensor, weight_TK: Tensor, n_local: int, number_T: Tensor, first: int, n_scored: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The fields of `mui_callback.experts.pairs.SortedRows` and, of scored tokens, those of `Pairs` there.
 
@@ -105,44 +105,41 @@ def sort_pairs(
         expert_TK: experts of each token, int64; those of `n_local` and more are none.
         weight_TK: routing weights, of any floating-point type.
         n_local: E.
-        number_T: number of the scored token, int64; -1 where none is scored. None if it is not known which are.
+        number_T: number of the scored token, int64; -1 where none is scored.
         first: the number of the first token that is scored.
         n_scored: how many are.
     """
     (n_tokens, top_k), device = expert_TK.shape, expert_TK.device
-    n_pairs, n_counted = n_tokens * top_k, 1 if number_T is None else 2
+    n_pairs = n_tokens * top_k
     bins, n_blocks = max(_BINS, 1 << (n_local - 1).bit_length()), -(-n_pairs // _PAIRS)
-    constants = {"HAS_SCORED": number_T is not None, "TOP_K": top_k, "BINS": bins, "BLOCK": _PAIRS}
+    constants = {"TOP_K": top_k, "BINS": bins, "BLOCK": _PAIRS}
     expert_TK = expert_TK.contiguous()
     counts = _counts(expert_TK, number_T, n_local, constants) if n_pairs > _FEW_PAIRS else None
-    starts = torch.empty(n_counted, n_blocks, bins, dtype=torch.int32, device=device)
-    end_2E = torch.empty(n_counted, n_local, dtype=torch.int32, device=device)
+    starts = torch.empty(2, n_blocks, bins, dtype=torch.int32, device=device)
+    end_2E = torch.empty(2, n_local, dtype=torch.int32, device=device)
     order_S, from_S, expert_S, row_S = torch.empty(4, n_pairs, dtype=torch.int64, device=device).unbind(0)
-    of_scored = () if number_T is None else _of_pairs(n_scored * top_k, device)
+    of_scored = _of_pairs(n_scored * top_k, device)
     _kernels().sort.launch(
         (n_blocks,),
         (
             *(expert_TK, weight_TK.contiguous(), number_T, counts, starts, end_2E),
-            *(order_S, from_S, expert_S, row_S, *(of_scored or (None,) * 6)),
+            *(order_S, from_S, expert_S, row_S, *of_scored),
         ),
         (n_pairs, n_local, first),
         **constants,
         ARE_COUNTED=counts is not None,
         TILE=_COMPARED,
     )
-    rows = order_S, from_S, expert_S, row_S.view(n_tokens, top_k), end_2E[0]
-    return rows, (*of_scored, end_2E[1]) if of_scored else ()
+    return (order_S, from_S, expert_S, row_S.view(n_tokens, top_k), end_2E[0]), (*of_scored, end_2E[1])
 
 
-def _counts(expert_TK: Tensor, number_T: Tensor | None, n_local: int, constants: dict[str, int]) -> Tensor:
+def _counts(expert_TK: Tensor, number_T: Tensor, n_local: int, constants: dict[str, int]) -> Tensor:
     """Pairs of each expert before those of each program, and in all, int32; and of scored tokens behind these."""
-    n_pairs, n_counted, bins = expert_TK.numel(), 1 if number_T is None else 2, constants["BINS"]
+    n_pairs, bins = expert_TK.numel(), constants["BINS"]
     n_blocks = -(-n_pairs // _PAIRS)
-    counts = torch.empty(n_counted, n_blocks + 1, bins, dtype=torch.int32, device=expert_TK.device)
+    counts = torch.empty(2, n_blocks + 1, bins, dtype=torch.int32, device=expert_TK.device)
     _kernels().count.launch((n_blocks,), (expert_TK, number_T, counts), (n_pairs, n_local), **constants)
-    _kernels().accumulate.launch(
-        (n_counted, bins // _BINS), (counts,), (n_blocks,), BINS=bins, BINS_HERE=_BINS, TILE=_COUNTS
-    )
+    _kernels().accumulate.launch((2, bins // _BINS), (counts,), (n_blocks,), BINS=bins, BINS_HERE=_BINS, TILE=_COUNTS)
     return counts
 
 

@@ -218,12 +218,11 @@ def highest_chunks(found: Found, k: int) -> Tensor:
     n_kept_slots = min(k, found.n_slots)
     n_kept = min(k, n_kept_slots * n_chunks)
     chosen_LBk = found.row_LBP.new_empty(*samples, n_kept)
-    slots_LBk = found.row_LBP.new_empty(*samples, n_kept_slots) if n_kept_slots < found.n_slots else None
+    slots_LBk = found.row_LBP.new_empty(*samples, n_kept_slots)
     _kernels().choose.launch(
         (samples.numel(),),
         (found.highest_LBPC, slots_LBk, chosen_LBk),
         (found.n_slots, n_chunks, n_kept_slots, n_kept),
-        HAS_SLOTS=slots_LBk is not None,
         BLOCK=_SELECTED,
         num_warps=8,
     )

@@ -103,7 +103,6 @@ def count(
     counts: tl.tensor,
     n_pairs: tl.tensor,
     n_local: tl.tensor,
-    HAS_SCORED: tl.constexpr,
     TOP_K: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -115,9 +114,8 @@ def count(
     own = _local(tl.load(expert + pair, mask=is_pair, other=0), n_local)
     own_counts = counts + block * BINS + tl.arange(0, BINS)
     tl.store(own_counts, tl.histogram(own, BINS, mask=is_pair))
-    if HAS_SCORED:
-        is_scored = tl.load(number + pair // TOP_K, mask=is_pair, other=-1) >= 0
-        tl.store(own_counts + (tl.num_programs(0) + 1) * BINS, tl.histogram(own, BINS, mask=is_scored))
+    is_scored = tl.load(number + pair // TOP_K, mask=is_pair, other=-1) >= 0
+    tl.store(own_counts + (tl.num_programs(0) + 1) * BINS, tl.histogram(own, BINS, mask=is_scored))
 
 
 @kernel(do_not_specialize=["n_blocks"])
@@ -203,7 +201,6 @@ def sort(
     n_pairs: tl.tensor,
     n_local: tl.tensor,
     first: tl.tensor,
-    HAS_SCORED: tl.constexpr,
     TOP_K: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -219,12 +216,11 @@ def sort(
     else:
         total, before = _counted(expert, number, n_pairs, n_local, False, TOP_K, BINS, BLOCK)
     _store_starts(total, before, starts, ends, n_local, BINS)
-    if HAS_SCORED:
-        if ARE_COUNTED:
-            total, before = _accumulated(counts + (n_blocks + 1) * BINS, BINS)
-        else:
-            total, before = _counted(expert, number, n_pairs, n_local, True, TOP_K, BINS, BLOCK)
-        _store_starts(total, before, starts_of_scored, ends + n_local, n_local, BINS)
+    if ARE_COUNTED:
+        total, before = _accumulated(counts + (n_blocks + 1) * BINS, BINS)
+    else:
+        total, before = _counted(expert, number, n_pairs, n_local, True, TOP_K, BINS, BLOCK)
+    _store_starts(total, before, starts_of_scored, ends + n_local, n_local, BINS)
     tl.debug_barrier()  # what is stored above is read below
     offsets = tl.arange(0, BLOCK)
     pair = block * BLOCK + offsets
@@ -232,9 +228,7 @@ def sort(
     token = pair // TOP_K
     chosen = tl.load(expert + pair, mask=is_pair, other=0)
     own = _local(chosen, n_local)
-    scored = tl.full((BLOCK,), -1, dtype=tl.int64)
-    if HAS_SCORED:
-        scored = tl.load(number + token, mask=is_pair, other=-1)
+    scored = tl.load(number + token, mask=is_pair, other=-1)
     n_before = tl.zeros((BLOCK,), dtype=tl.int32)
     n_scored_before = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(0, BLOCK, TILE):
@@ -243,24 +237,22 @@ def sort(
         of_other = _local(tl.load(expert + other, mask=other < n_pairs, other=0), n_local)
         comes_before = (of_other[None, :] == own[:, None]) & (others[None, :] < offsets[:, None])
         n_before += tl.sum(comes_before.to(tl.int32), axis=1)
-        if HAS_SCORED:
-            is_scored = tl.load(number + other // TOP_K, mask=other < n_pairs, other=-1) >= 0
-            n_scored_before += tl.sum((comes_before & is_scored[None, :]).to(tl.int32), axis=1)
+        is_scored = tl.load(number + other // TOP_K, mask=other < n_pairs, other=-1) >= 0
+        n_scored_before += tl.sum((comes_before & is_scored[None, :]).to(tl.int32), axis=1)
     at = (tl.load(starts + block * BINS + own, mask=is_pair, other=0) + n_before).to(tl.int64)
     tl.store(order + at, pair, mask=is_pair)
     tl.store(from_S + at, token, mask=is_pair)
     tl.store(expert_S + at, own.to(tl.int64), mask=is_pair)
     tl.store(row + pair, at, mask=is_pair)
-    if HAS_SCORED:
-        is_there = scored >= 0
-        rank = tl.zeros((BLOCK,), dtype=tl.int64)
-        for k in tl.static_range(TOP_K):
-            of_other = tl.load(expert + token * TOP_K + k, mask=is_there, other=0)
-            rank += ((of_other < chosen) | ((of_other == chosen) & (k < pair % TOP_K))).to(tl.int64)
-        place = tl.load(starts_of_scored + block * BINS + own, mask=is_there, other=0) + n_scored_before
-        tl.store(from_P + place, scored - first, mask=is_there)
-        tl.store(expert_P + place, own.to(tl.int64), mask=is_there)
-        tl.store(row_P + place, at, mask=is_there)
-        tl.store(rank_P + place, rank, mask=is_there)
-        tl.store(weight_P + place, tl.load(weight + pair, mask=is_there, other=0.0).to(tl.float32), mask=is_there)
-        tl.store(is_row_P + place, chosen < n_local, mask=is_there)
+    is_there = scored >= 0
+    rank = tl.zeros((BLOCK,), dtype=tl.int64)
+    for k in tl.static_range(TOP_K):
+        of_other = tl.load(expert + token * TOP_K + k, mask=is_there, other=0)
+        rank += ((of_other < chosen) | ((of_other == chosen) & (k < pair % TOP_K))).to(tl.int64)
+    place = tl.load(starts_of_scored + block * BINS + own, mask=is_there, other=0) + n_scored_before
+    tl.store(from_P + place, scored - first, mask=is_there)
+    tl.store(expert_P + place, own.to(tl.int64), mask=is_there)
+    tl.store(row_P + place, at, mask=is_there)
+    tl.store(rank_P + place, rank, mask=is_there)
+    tl.store(weight_P + place, tl.load(weight + pair, mask=is_there, other=0.0).to(tl.float32), mask=is_there)
+    tl.store(is_row_P + place, chosen < n_local, mask=is_there)

@@ -184,14 +184,11 @@ def _scores(
     n_columns: tl.tensor,
     n_chunks: tl.tensor,
     OF_CHUNKS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The highest scores of slots, or of the chunks of all or some slots, and the numbers of these."""
+    """The highest scores of all slots, or of the chunks of some slots, and the numbers of these."""
     is_there = columns < n_columns
     if OF_CHUNKS:
-        slot = (columns // n_chunks).to(tl.int64)
-        if HAS_SLOTS:
-            slot = tl.load(slots + slot, mask=is_there, other=0)
+        slot = tl.load(slots + columns // n_chunks, mask=is_there, other=0)
         chunk = columns % n_chunks
         score = tl.load(of_sample + slot * (n_chunks + 1) + 1 + chunk, mask=is_there, other=float("-inf"))
         number = slot * n_chunks + chunk
@@ -210,7 +207,6 @@ def _highest(
     n_kept: tl.tensor,
     n_chunks: tl.tensor,
     OF_CHUNKS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """The highest, of equal ones the first, in their order. The lowest of them is found digit by digit."""
@@ -221,7 +217,7 @@ def _highest(
         counts = tl.zeros((256,), dtype=tl.int32)
         for first in range(0, n_columns, BLOCK):
             columns = first + tl.arange(0, BLOCK)
-            score, _ = _scores(of_sample, slots, columns, n_columns, n_chunks, OF_CHUNKS, HAS_SLOTS)
+            score, _ = _scores(of_sample, slots, columns, n_columns, n_chunks, OF_CHUNKS)
             key = _ordered(score)
             counts_too = columns < n_columns
             if shift < 24:
@@ -235,7 +231,7 @@ def _highest(
     n_equal_before = 0
     for first in range(0, n_columns, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        score, number = _scores(of_sample, slots, columns, n_columns, n_chunks, OF_CHUNKS, HAS_SLOTS)
+        score, number = _scores(of_sample, slots, columns, n_columns, n_chunks, OF_CHUNKS)
         key = _ordered(score)
         is_equal = ((key == lowest) & (columns < n_columns)).to(tl.int32)
         is_taken_equal = (is_equal > 0) & (n_equal_before + tl.cumsum(is_equal, axis=0) <= n_wanted)
@@ -255,20 +251,16 @@ def choose(
     n_chunks: tl.tensor,
     n_kept_slots: tl.tensor,
     n_kept: tl.tensor,
-    HAS_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program finds the highest chunks of one sample. HAS_SLOTS: of its highest slots, which it finds before."""
+    """One program finds the highest slots of one sample, and then the highest chunks of these."""
     sample = tl.program_id(0).to(tl.int64)
     of_sample = highest + sample * n_slots * (n_chunks + 1)
+    own_slots = slots + sample * n_kept_slots
     own_chosen = chosen + sample * n_kept
-    if HAS_SLOTS:
-        own_slots = slots + sample * n_kept_slots
-        _highest(of_sample, own_slots, own_slots, n_slots, n_kept_slots, n_chunks, False, False, BLOCK)
-        tl.debug_barrier()  # what is stored above is read below
-        _highest(of_sample, own_slots, own_chosen, n_kept_slots * n_chunks, n_kept, n_chunks, True, True, BLOCK)
-    else:
-        _highest(of_sample, own_chosen, own_chosen, n_slots * n_chunks, n_kept, n_chunks, True, False, BLOCK)
+    _highest(of_sample, own_slots, own_slots, n_slots, n_kept_slots, n_chunks, False, BLOCK)
+    tl.debug_barrier()  # what is stored above is read below
+    _highest(of_sample, own_slots, own_chosen, n_kept_slots * n_chunks, n_kept, n_chunks, True, BLOCK)
 
 
 @kernel(
