@@ -214,9 +214,11 @@ def test_a_short_run_says_what_it_did(short_run: Run) -> None:
 
 
 def test_what_it_leaves_can_be_studied(short_run: Run, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = re.findall(r"mui-callback ((?:ablate|diversity|trajectory) .*)\n", short_run.screen)
-    assert [command.split()[0] for command in commands] == ["ablate", "diversity"]
-    arguments = commands[0].split()
+    commands = re.findall(r"mui-callback ((?:watch|ablate|diversity|trajectory) .*)\n", short_run.screen)
+    assert [command.split()[0] for command in commands] == ["watch", "ablate", "diversity"]
+    main(commands[0].split())
+    assert "arithmetic" in capsys.readouterr().out
+    arguments = commands[1].split()
     assert arguments.pop() == str(short_run.folder / "held-out" / "*.jsonl")
     files = sorted((short_run.folder / "held-out").iterdir())
     main([*arguments, *map(str, files), "--draws", "1"])

@@ -154,6 +154,7 @@ def _say_what_next(console: Console, picture: Path, run: Any) -> None:
     study = f"{model} --rules top_fraction={_TOP_FRACTION}"
     command = command_line("mui-callback")
     lines += [
+        f"all at a glance   {command} watch {picture.parent} --once",
         f"key, or not       {command} ablate {study} --probe {samples}/*.jsonl",
         f"coverage          {command} diversity {study} --data {samples}/*.jsonl",
     ]
