@@ -138,7 +138,8 @@ def test_encoded_probe_set_is_flat_in_task_order() -> None:
     assert encoded.task_of_sample.dtype == np.int64
     assert [sample.id for sample in encoded.samples] == ["x", "t", "t", "y", "t"]
     assert encoded.samples[1] is untouched
-    assert (encoded.n_truncated, encoded.n_unscored) == (0, 2)
+    assert encoded.n_truncated == 0
+    assert [bool(sample.scored.any()) for sample in encoded.samples] == [True, True, False, False, True]
 
 
 def test_token_samples_need_no_tokenizer() -> None:
@@ -327,7 +328,8 @@ def test_positions_gather_what_a_loss_over_all_tokens_scores() -> None:
 
 def test_builtin_probe_set_has_response_tokens_throughout() -> None:
     encoded = encode(ProbeSet.builtin(), BYT5, 2048, vocab_size=384)
-    assert (len(encoded.samples), encoded.n_truncated, encoded.n_unscored) == (60, 0, 0)
+    assert (len(encoded.samples), encoded.n_truncated) == (60, 0)
+    assert all(sample.scored.any() for sample in encoded.samples)
     assert all(choice.scored.any() for sample in encoded.samples for choice in sample.choices)
 
 
@@ -413,7 +415,6 @@ def test_token_samples_of_an_encoder_decoder(
     assert encoded_ids(tokens) == encoder_ids
     assert tokens.input_ids.tolist() == input_ids
     assert scored_positions(tokens) == scored
-    assert encoded.n_unscored == (not scored)
     assert len(make_batches([tokens], 9)) == bool(scored)
 
 

@@ -18,6 +18,7 @@ from transformers import ByT5Tokenizer
 from integrations import make_model, probe_set
 from mui_callback import MemorySink, MUICallback, MUIMonitor, MUIProbe, ProbeSet
 from mui_callback.errors import ProbeSetError
+from mui_callback.probe.samples import TokenChoice, TokenSample
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.sinks.base import ProbePoint
 
@@ -26,7 +27,8 @@ def monitor(directory: Path, **options: Any) -> tuple[MUIMonitor, MemorySink]:
     memory = MemorySink()
     defaults = {"every": 2, "sinks": [memory], "output_dir": directory, "on_error": "raise", "tracker": None}
     model = options.pop("model") if "model" in options else make_model()
-    return MUIMonitor(model, probe_set(), **{**defaults, **options}), memory
+    samples = options.pop("probe_set", None) or probe_set()
+    return MUIMonitor(model, samples, **{**defaults, **options}), memory
 
 
 def steps(memory: MemorySink) -> list[int]:
@@ -165,15 +167,30 @@ def test_a_probe_set_of_the_wrong_kind_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [[{"input_ids": [5, 6], "labels": [-100, -100]}] * 3, [{"input_ids": [5]}] * 3])
 def test_a_task_in_which_nothing_is_scored_is_refused(rows: list[dict[str, list[int]]], tmp_path: Path) -> None:
     silent = ProbeSet.from_token_rows(rows, task="silent")
-    with pytest.raises(ProbeSetError, match="task 'silent': expected tokens to score, got none in 3 samples"):
+    words = "task 'silent': expected tokens to score, got none in 3 samples: all their labels are -100, or they have"
+    with pytest.raises(ProbeSetError, match=words):
         MUIMonitor(make_model(), probe_set() | silent, output_dir=tmp_path, tracker=None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_task_whose_scored_tokens_are_cut_off_is_refused(tmp_path: Path) -> None:
+    early = ProbeSet.from_token_rows([{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, -100, -100]}])
+    words = "got none in 1 samples: all their labels are -100, or are beyond the first or last 3 tokens, or"
+    with pytest.raises(ProbeSetError, match=words), pytest.warns(UserWarning, match="too long"):
+        MUIMonitor(make_model(), early, output_dir=tmp_path, tracker=None, max_length=3)
+
+
+def test_a_task_of_choices_needs_no_other_tokens(tmp_path: Path) -> None:
+    choices = tuple(TokenChoice(np.array([5, 6, last]), np.arange(3) == 2) for last in (7, 8))
+    sample = TokenSample("0", np.array([5, 6, 7]), np.zeros(3, dtype=bool), choices=choices, answer=0)
+    with pytest.warns(UserWarning, match="1 of 1 samples have no response token"):
+        monitor(tmp_path, probe_set=ProbeSet({"q": [sample]}))
 
 
 def test_samples_in_which_nothing_is_scored_are_named(tmp_path: Path) -> None:
     rows = [{"id": str(n), "input_ids": [5, 6, 7], "labels": [-100, -100, 7 if n < 3 else -100]} for n in range(8)]
     mixed = ProbeSet.from_token_rows(rows, task="mixed")
-    with pytest.warns(UserWarning, match=r"5 of 8 probe samples have no response token.* no neuron: 3, 4, 5, \.\.\.$"):
+    with pytest.warns(UserWarning, match=r"5 of 8 samples have no response token.* no neuron: 3, 4, 5, \.\.\.$"):
         MUIMonitor(make_model(), mixed, output_dir=tmp_path, tracker=None)
 
 

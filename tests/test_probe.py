@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import families
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.errors import MUIError, NoExpertsError, ProbeError, ProbeSetError, UnsupportedModelError
 from mui_callback.metrics.catalogue import CATALOGUE, Scope, key
@@ -454,20 +455,28 @@ def test_the_config_says_it_first() -> None:
     assert context_length(model) == model.config.max_position_embeddings
 
 
-def test_more_tokens_than_there_are_positions_are_refused() -> None:
-    model = nn.ModuleDict({"wpe": nn.Embedding(77, 4)})
-    assert [longest_sequence(model, asked) for asked in (None, 5, 77)] == [77, 5, 77]
-    with pytest.raises(ValueError, match="max_length: expected at most the 77 positions of ModuleDict, got 78"):
-        longest_sequence(model, 78)
+def test_samples_are_cut_to_the_positions_that_there_are() -> None:
+    """A sample that is longer than these would end the process on a GPU, whatever was asked for."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=2, n_positions=20)).eval()
+    samples = ProbeSet({"a": [TokenSample("0", np.arange(30), np.arange(30) > 15)]})
+    assert [longest_sequence(model, asked) for asked in (None, 5, 20, 21)] == [20, 5, 20, 20]
+    words = "max_length: 28 tokens are more than the 20 that GPT2LMHeadModel was made for; samples are cut to 20"
+    with pytest.warns(UserWarning, match=words):
+        probe = MUIProbe(model, samples, max_length=28, dense=True)
+    assert probe.settings.max_length == 20
+    assert probe.measure().truncated == 1
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_vl_moe"])
+def test_more_tokens_than_a_config_says_are_as_many_as_asked_for(family: str) -> None:
+    """Patches of an image may have positions that are learned."""
+    model = families.build(family)
+    n = context_length(model)
+    assert n is not None
+    with pytest.warns(UserWarning, match=rf"max_length: {n + 1} tokens are more than the {n} that \w+ was made for$"):
+        probe = MUIProbe(model, probe_set(), max_length=n + 1)
+    assert probe.settings.max_length == longest_sequence(model, n + 1) == n + 1
     assert longest_sequence(nn.Linear(2, 2), 9) == 9
-
-
-def test_more_tokens_than_the_config_says_are_warned_of() -> None:
-    model = build("olmoe")
-    asked = model.config.max_position_embeddings + 1
-    with pytest.warns(UserWarning, match=f"max_length: {asked} tokens are more than the {asked - 1} that OlmoeFor"):
-        probe = MUIProbe(model, probe_set(), max_length=asked)
-    assert probe.settings.max_length == asked
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])

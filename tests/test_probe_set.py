@@ -347,6 +347,19 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert said.startswith(f"cannot read {tmp_path}/empty: EmptyDatasetError: ")
 
 
+@pytest.mark.parametrize("max_samples", [None, 2])
+def test_a_dataset_that_is_broken_is_named_with_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_samples: int | None
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    said = rejected(lambda: ProbeSet.from_dataset(folder, split="train", max_samples=max_samples))
+    assert said.startswith(f"cannot read the split 'train' of {folder}: ")
+    assert "JSON parse error" in said
+
+
 def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'mui-callback[study]'" in rejected(lambda: ProbeSet.from_dataset("org/name"))

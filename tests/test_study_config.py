@@ -136,6 +136,8 @@ def test_options_may_have_dashes(file: Path) -> None:
         (["FILE", "--redo", "true"], True, False),
         (["FILE", "--redo", "false", "--dry-run"], False, True),
         (["FILE", "--redo=false"], False, False),
+        (["--redo", "False", "FILE"], False, False),
+        (["--redo=true", "FILE"], True, False),
         (["FILE", "--redo", "--dry-run"], True, True),
         (["--dry-run", "FILE"], False, True),
         (["--redo", "--dry-run", "FILE", "--keep-checkpoints", "2"], True, True),
@@ -146,6 +148,7 @@ def test_switches_may_have_values_and_come_first(
 ) -> None:
     study, parsed = parse_study([str(file) if argument == "FILE" else argument for argument in arguments])
     assert (study.redo, parsed) == (is_anew, is_dry_run)
+    assert study.keep_checkpoints == (2 if "2" in arguments else 3)
 
 
 def test_the_output_may_be_at_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

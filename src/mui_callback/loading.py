@@ -77,8 +77,8 @@ class ModelSource:
 
 
 def can_be_hub_id(name: str) -> bool:
-    """Whether a name that is not there as a path can be anything else."""
-    return not name.startswith(("/", "./", "../", "~"))
+    """Whether a name can be that of a repository on the hub: it is not written as a path."""
+    return not name.startswith(("/", "./", "../", "~")) and not name.endswith("/") and name.count("/") < 2
 
 
 def load_config(source: ModelSource) -> hf.PreTrainedConfig:

@@ -29,12 +29,16 @@ def draw_ids(rng: np.random.Generator, vocab: int, n: int, tokens: Tokens) -> ND
     return rng.choice(vocab, n, p=weight / weight.sum())
 
 
+def n_scored(length: int, scored: Scored) -> int:
+    """Tokens of a sample that are scored: all but the first, or its response."""
+    return length - 1 if scored == "all" else min(length - 1, length - round((1 - RESPONSE) * length))
+
+
 def draw_samples(
     rng: np.random.Generator, vocab: int, batch: BatchShape, n_batches: int, tokens: Tokens, scored: Scored
 ) -> list[TokenSample]:
     """Samples of one length that fill batches of one shape."""
-    first = 1 if scored == "all" else max(1, round((1 - RESPONSE) * batch.length))
-    is_scored = np.arange(batch.length) >= first
+    is_scored = np.arange(batch.length) >= batch.length - n_scored(batch.length, scored)
     return [
         TokenSample(str(number), draw_ids(rng, vocab, batch.length, tokens), is_scored)
         for number in range(batch.rows * n_batches)

@@ -61,10 +61,13 @@ def interleaved(actions: Mapping[str, Action], repeats: int, device: torch.devic
         seconds_of(action, device)
     gc.collect()
     gc.freeze()  # Python does not look through all that was made so far again, in whichever action it happens to
-    found: dict[str, list[float]] = {name: [] for name in actions}
-    for repeat in range(repeats):
-        for name in list(actions)[:: 1 if repeat % 2 == 0 else -1]:
-            found[name].append(seconds_of(actions[name], device))
+    try:
+        found: dict[str, list[float]] = {name: [] for name in actions}
+        for repeat in range(repeats):
+            for name in list(actions)[:: 1 if repeat % 2 == 0 else -1]:
+                found[name].append(seconds_of(actions[name], device))
+    finally:
+        gc.unfreeze()  # or models would stay in memory, which hold themselves in circles
     return found
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from counted import difference, dispatched, launches, profiled, synchronizations
-from drawn import draw_samples, forward_all
+from drawn import draw_samples, forward_all, n_scored
 from measuring import (
     Action,
     cell,
@@ -306,7 +306,7 @@ def run_shape(args: argparse.Namespace, shape: Shape) -> Iterator[dict[str, Any]
             found = measure(bench, batch)
         except torch.OutOfMemoryError as error:
             found = {"shape": shape.name, "batch": str(batch), "error": str(error).splitlines()[0]}
-        scored = batch.rows * (batch.length - 1 if args.scored == "all" else batch.length // 4)
+        scored = batch.rows * n_scored(batch.length, args.scored)
         cost = floor(shape, batch, scored, tiny=args.tiny, layers=args.layers)
         yield {**found, **about, "floor": cost.as_dict}
         if args.profile and "error" not in found:

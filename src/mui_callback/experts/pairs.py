@@ -111,9 +111,11 @@ def sort_pairs(
     """
     if not fused.can_sort(expert_TK, weight_TK, n_local):
         return SortedRows.of(expert_TK, n_local), None
-    if tokens is None or not len(tokens.position_R) or len(tokens.number_T) != len(expert_TK):  # else refused later
-        rows, _ = fused.sort_pairs(expert_TK, weight_TK, n_local, expert_TK.new_full((len(expert_TK),), -1), 0, 0)
-        return SortedRows(*rows), None
-    scored = tokens.number_T, tokens.first, len(tokens.position_R)
+    if tokens is not None and (not len(tokens.position_R) or len(tokens.number_T) != len(expert_TK)):
+        tokens = None  # lengths that differ are refused later
+    if tokens is None:
+        scored = expert_TK.new_full((len(expert_TK),), -1), 0, 0
+    else:
+        scored = tokens.number_T, tokens.first, len(tokens.position_R)
     rows, pairs = fused.sort_pairs(expert_TK, weight_TK, n_local, *scored)
-    return SortedRows(*rows), Pairs(*pairs)
+    return SortedRows(*rows), None if tokens is None else Pairs(*pairs)

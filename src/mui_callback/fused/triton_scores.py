@@ -185,7 +185,7 @@ def _scores(
     n_chunks: tl.tensor,
     OF_CHUNKS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The highest scores of all slots, or of the chunks of some slots, and the numbers of these."""
+    """The highest score of each slot; or, OF_CHUNKS, of each chunk of the slots that are listed; and their numbers."""
     is_there = columns < n_columns
     if OF_CHUNKS:
         slot = tl.load(slots + columns // n_chunks, mask=is_there, other=0)
@@ -209,7 +209,8 @@ def _highest(
     OF_CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The highest, of equal ones the first, in their order. The lowest of them is found digit by digit."""
+    """Store the numbers of the `n_kept` highest scores, of equal ones the first, in ascending order. The lowest of them
+    is found by a radix select, 8 bits at a time."""
     digits = tl.arange(0, 256)
     lowest = tl.zeros((), dtype=tl.uint32)
     n_wanted = n_kept

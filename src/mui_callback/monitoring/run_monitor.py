@@ -30,7 +30,7 @@ from mui_callback.monitoring.stopwatch import Stopwatch
 from mui_callback.parallel.processes import Processes
 from mui_callback.probe.freeze import random_state_kept
 from mui_callback.probe.run import MUIProbe
-from mui_callback.probe.usable import measure_usable, usable
+from mui_callback.probe.usable import check_scored, measure_usable
 from mui_callback.report import MUIReport
 from mui_callback.sinks.base import ProbePoint, RunDescription, Sink
 from mui_callback.sinks.jsonl import JsonlSink
@@ -92,7 +92,7 @@ class RunMonitor:
         self._alerts = Alerts(
             asked.alerts, schedule.budget if schedule.is_auto else None, is_main=self._processes.is_main
         )
-        self._probe = self._processes.together(lambda: usable(make_probe()))
+        self._probe = self._processes.together(lambda: check_scored(make_probe()))
         self._probe.agree(self._processes)
         benchmarks = self._processes.together(lambda: asked.load(self._probe.settings, tokenizer))
         run = RunDescription(

@@ -37,14 +37,12 @@ class EncodedProbeSet:
         samples: The N samples, task by task. Those for an encoder-decoder begin with the start token.
         task_of_sample: int64 [N], index into `task_names`.
         n_truncated: Number of samples that were longer than the maximum, in themselves or in a choice.
-        n_unscored: Number of samples with no response token.
     """
 
     task_names: tuple[str, ...]
     samples: tuple[TokenSample, ...]
     task_of_sample: IntArray
     n_truncated: int
-    n_unscored: int
 
     @property
     def choices(self) -> list[TokenChoice]:
@@ -124,7 +122,6 @@ def encode(
         samples=tuple(samples),
         task_of_sample=np.repeat(np.arange(len(sizes), dtype=np.int64), sizes),
         n_truncated=len(too_long),
-        n_unscored=sum(not sample.scored.any() for sample in samples),
     )
 
 

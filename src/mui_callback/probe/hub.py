@@ -2,10 +2,11 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from mui_callback.errors import ProbeSetError
+from mui_callback.errors import MUIError, ProbeSetError
 from mui_callback.forgiving import described
 from mui_callback.probe.readers import Columns, text_sample, token_sample
 from mui_callback.probe.samples import ProbeSample, TokenSample, fail
@@ -15,7 +16,7 @@ def load_hub_dataset(hub_id: str, split: str | None, name: str | None, revision:
     """Call `datasets.load_dataset`, which never runs the code of a dataset's repository here.
 
     Raises:
-        ProbeSetError: If the `datasets` library is not installed, or cannot load it.
+        ProbeSetError: If the `datasets` library is not installed, or cannot load the dataset.
     """
     try:
         from datasets import load_dataset
@@ -26,11 +27,25 @@ def load_hub_dataset(hub_id: str, split: str | None, name: str | None, revision:
     # Releases before 4 ask, or obey an environment variable, unless told; later ones run none.
     never = "trust_remote_code" in inspect.signature(load_dataset).parameters
     options: dict[str, Any] = {"trust_remote_code": False} if never else {}
-    try:
+    with explained(hub_id, split):
         return load_dataset(hub_id, name, split=split, revision=revision, streaming=streaming, **options)
+
+
+@contextmanager
+def explained(hub_id: str, split: str | None) -> Iterator[None]:
+    """For what reads a dataset, which is read from the network or the disk as late as its rows are.
+
+    Raises:
+        ProbeSetError: In place of whatever the library, the network or the files raise, with its cause.
+    """
+    try:
+        yield
+    except MUIError:
+        raise
     except Exception as error:
         part = "" if split is None else f"the split {split!r} of "
-        raise ProbeSetError(f"cannot read {part}{hub_id}: {described(error)}") from error
+        cause = "" if error.__cause__ is None else f" ({described(error.__cause__)})"
+        raise ProbeSetError(f"cannot read {part}{hub_id}: {described(error)}{cause}") from error
 
 
 def select_split(dataset: Any, split: str | None) -> Any:

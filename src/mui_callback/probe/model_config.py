@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from mui_callback.errors import UnsupportedModelError
+from mui_callback.experts.paths import language_model_modules
 from mui_callback.forgiving import warn
 
 _POSITIONS = re.compile(r"wpe|(embed_|embedding_)?pos(ition|itions|itional)?(_emb\w*)?")
@@ -32,20 +33,25 @@ def context_length(model: nn.Module) -> int | None:
 def longest_sequence(model: nn.Module, asked: int | None) -> int | None:
     """Tokens that longer samples are cut to: what is asked for, or else the context; None if there is neither.
 
-    Raises:
-        ValueError: more is asked for than the model has positions.
+    It is never more than a language model has embeddings of positions.
     """
     context = context_length(model)
-    if asked is None or context is None or asked <= context:
+    if asked is None or context is None:
         return asked or context
-    if _embedded_positions(model) is not None:
-        raise ValueError(f"max_length: expected at most the {context} positions of {type(model).__name__}, got {asked}")
-    warn(f"max_length: {asked} tokens are more than the {context} that {type(model).__name__} was made for")
-    return asked
+    return asked if _embedded_positions(model) is None else min(asked, context)
+
+
+def warn_beyond_context(model: nn.Module, asked: int | None) -> None:
+    """Say that longer sequences are asked for than the model was made for."""
+    context, longest = context_length(model), longest_sequence(model, asked)
+    if asked is None or context is None or asked <= context:
+        return
+    name, cut = type(model).__name__, "" if longest == asked else f"; samples are cut to {longest}"
+    warn(f"max_length: {asked} tokens are more than the {context} that {name} was made for{cut}")
 
 
 def _embedded_positions(model: nn.Module) -> int | None:
-    modules = ((path.rpartition(".")[2], module) for path, module in model.named_modules())
+    modules = ((path.rpartition(".")[2], module) for path, module in language_model_modules(model).items())
     lengths = [m.num_embeddings for name, m in modules if isinstance(m, nn.Embedding) and _POSITIONS.fullmatch(name)]
     return min(lengths, default=None)
 

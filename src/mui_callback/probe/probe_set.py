@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from importlib.resources import files
 from itertools import islice
@@ -11,7 +12,7 @@ from typing import Any
 
 from mui_callback.errors import ProbeSetError
 from mui_callback.probe.fingerprint import fingerprint
-from mui_callback.probe.hub import iterate_rows, load_hub_dataset, read_dataset, select_split
+from mui_callback.probe.hub import explained, iterate_rows, load_hub_dataset, read_dataset, select_split
 from mui_callback.probe.readers import FilePath, read_jsonl, read_jsonl_file, text_samples, token_sample
 from mui_callback.probe.samples import ProbeSample, TokenSample, fail, is_integer
 
@@ -123,12 +124,14 @@ class ProbeSet:
 
         Raises:
             ProbeSetError: If the columns or the split are not there, a row is not valid, or the
-                `datasets` library is needed and not installed.
+                `datasets` library is needed and not installed, or cannot read the dataset.
         """
         _check_max_samples(max_samples)
+        reading: AbstractContextManager[None] = nullcontext()
         if isinstance(dataset, str | os.PathLike):
             hub_id = os.fspath(dataset)
             task = Path(hub_id).name if task is None else task
+            reading = explained(hub_id, split)
             dataset = load_hub_dataset(hub_id, split, name, revision, streaming=max_samples is not None)
             split = split if isinstance(dataset, Mapping) else None
         elif name is not None or revision is not None:
@@ -141,7 +144,8 @@ class ProbeSet:
             "answer": answer_column,
         }
         rows = select_split(dataset, split)
-        return cls({task: read_dataset(rows, task, max_samples, text_column, columns)})
+        with reading:
+            return cls({task: read_dataset(rows, task, max_samples, text_column, columns)})
 
     @classmethod
     def from_token_rows(

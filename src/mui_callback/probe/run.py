@@ -31,7 +31,7 @@ from mui_callback.probe.freeze import frozen
 from mui_callback.probe.head import LanguageModelHead
 from mui_callback.probe.learned import Learned
 from mui_callback.probe.losses import LossPass, Trial
-from mui_callback.probe.model_config import decoder_start, longest_sequence
+from mui_callback.probe.model_config import decoder_start, longest_sequence, warn_beyond_context
 from mui_callback.probe.outcome import Outcome
 from mui_callback.probe.passes import OnBatch, Passed, ProbePass, Rounds
 from mui_callback.probe.probe_set import ProbeSet
@@ -98,6 +98,7 @@ class MUIProbe:
             vocab_size = LanguageModelHead(self.model).shape[0]
         self.layout = layout_of(self.layers)
         self._device = common_device(self.model)
+        warn_beyond_context(self.model, max_length)
         self.settings = replace(settings, max_length=longest_sequence(self.model, max_length))
         self._encoded = encode(
             probe_set,

@@ -1,5 +1,4 @@
-"""A probe that can be used, and its report: with something to score, batches as large as memory allows, and losses that
-are numbers."""
+"""Checks of a probe and of its report, and batches that are made smaller where memory runs out."""
 
 from __future__ import annotations
 
@@ -11,31 +10,46 @@ from mui_callback.forgiving import warn
 from mui_callback.parallel.processes import in_words
 from mui_callback.probe.run import MUIProbe
 from mui_callback.report import MUIReport
+from mui_callback.sample_table import SampleTable
 
 
-def usable(probe: MUIProbe) -> MUIProbe:
-    """The probe, where there is something to score in each of its tasks; single samples without are warned of.
+def check_scored(probe: MUIProbe) -> MUIProbe:
+    """Refuse a probe with a task in which nothing is scored, and warn of single samples in which nothing is.
+
+    Returns:
+        The probe.
 
     Raises:
-        ProbeSetError: no sample of a task has a response token, so that nothing would be measured.
+        ProbeSetError: no sample of a task has a response token or choices, so that nothing would be measured.
     """
     samples = probe.sample_table
-    is_unscored = samples.n_tokens == 0
+    is_silent = samples.n_tokens == 0
+    is_silent[samples.choice_sample] = False
     for number, task in enumerate(probe.probe_set.task_names):
-        of_task = is_unscored[samples.task == number]
-        if of_task.all():
+        of_task = samples.task == number
+        if is_silent[of_task].all():
+            cut = f", or are beyond the first or last {probe.settings.max_length} tokens"
             raise ProbeSetError(
-                f"task {task!r}: expected tokens to score, got none in {len(of_task)} samples: all their labels are "
-                "-100, or they have one token each, which nothing predicts"
+                f"task {task!r}: expected tokens to score, got none in {of_task.sum()} samples: all their labels are "
+                f"-100{cut if samples.truncated[of_task].any() else ''}, or they have one token each, which nothing "
+                "predicts"
             )
-    if is_unscored.any():
-        ids = [samples.id[sample] for sample in np.flatnonzero(is_unscored)]
-        shown = ", ".join(ids[:3] + ["..."] * (len(ids) > 3))
-        warn(
-            f"MUI: {len(ids)} of {len(is_unscored)} probe samples have no response token; they count as samples that "
-            f"need no neuron: {shown}"
-        )
+    unscored = unscored_in_words(samples)
+    if unscored is not None:
+        warn(f"MUI: {unscored}")
     return probe
+
+
+def unscored_in_words(samples: SampleTable) -> str | None:
+    """How many samples have no response token, and the first of them; None where all have some."""
+    ids = [samples.id[sample] for sample in np.flatnonzero(samples.n_tokens == 0)]
+    if not ids:
+        return None
+    shown = ", ".join(ids[:3] + ["..."] * (len(ids) > 3))
+    return (
+        f"{len(ids)} of {len(samples.id)} samples have no response token; they count as samples that need no neuron: "
+        f"{shown}"
+    )
 
 
 def measure_usable(probe: MUIProbe) -> MUIReport:

@@ -19,7 +19,7 @@ from mui_callback.forgiving import attempt, warn
 from mui_callback.parallel.processes import out_of_memory
 from mui_callback.parallel.weights import common_device, engines_at_rest
 from mui_callback.probe.freeze import frozen
-from mui_callback.probe.model_config import context_length, decoder_start, text_config
+from mui_callback.probe.model_config import decoder_start, longest_sequence, text_config
 from mui_callback.probe.samples import IntArray, fail
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.responses.answers import GeneratedAnswer, judged
@@ -117,7 +117,7 @@ class _Writer:
 
     def longest_prompt(self, max_length: int | None) -> int | None:
         """Tokens of a prompt that leave place for an answer; None for no limit."""
-        limit = max_length or context_length(self.model)
+        limit = longest_sequence(self.model, max_length)
         if limit is None:
             return None
         if limit <= self.max_new_tokens:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mui_callback.errors import MUIError, ProbeSetError
-from mui_callback.forgiving import described
-from mui_callback.probe.hub import load_hub_dataset
+from mui_callback.probe.hub import explained, load_hub_dataset
 from mui_callback.probe.readers import json_lines
 from mui_callback.probe.samples import fail
 from mui_callback.responses.task_config import TaskConfig
@@ -74,14 +73,10 @@ def _rows(config: TaskConfig, file: Path | None, split: str, n: int | None) -> l
 
 def _dataset_rows(config: TaskConfig, split: str, n: int | None) -> Iterator[Row]:
     assert config.dataset is not None
-    try:
-        # As many as are needed are streamed; a dataset that is read whole is kept on the disk.
-        rows = load_hub_dataset(config.dataset, split, config.subset, config.revision, streaming=n is not None)
+    # As many as are needed are streamed; a dataset that is read whole is kept on the disk.
+    rows = load_hub_dataset(config.dataset, split, config.subset, config.revision, streaming=n is not None)
+    with explained(config.dataset, split):
         found = [*islice(rows, n)]
-    except MUIError:
-        raise
-    except Exception as error:  # of the library, of the network, of the files
-        raise ProbeSetError(f"cannot read the split {split!r} of {config.dataset}: {described(error)}") from error
     for index, row in enumerate(found):
         yield _row(row, f"{config.dataset} {split}[{index}]", f"{config.name}-{index}")
 

@@ -16,6 +16,7 @@ from mui_callback.model_options import ModelOptions
 from mui_callback.probe.default import builtin_for
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe
+from mui_callback.probe.usable import unscored_in_words
 from mui_callback.report import MUIReport
 
 
@@ -66,11 +67,7 @@ def measure(probe: MUIProbe, console: Console) -> MUIReport:
     """Probe the model, and say which samples tell nothing."""
     with console.status(f"probing {len(probe.probe_set):,} samples"):
         report = probe.measure()
-    if report.unscored:
-        console.print(
-            f"{report.unscored} of {report.n_samples} samples have no response token; they count as samples that need "
-            "no neuron.",
-            style="yellow",
-            highlight=False,
-        )
+    unscored = unscored_in_words(report.sample_table)
+    if unscored is not None:
+        console.print(unscored, style="yellow", highlight=False, markup=False)
     return report

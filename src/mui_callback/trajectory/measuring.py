@@ -20,7 +20,7 @@ from mui_callback.parallel.processes import Processes
 from mui_callback.probe.model_config import decoder_start
 from mui_callback.probe.probe_set import ProbeSet
 from mui_callback.probe.run import MUIProbe
-from mui_callback.probe.usable import measure_usable
+from mui_callback.probe.usable import check_scored, measure_usable
 from mui_callback.report import MUIReport
 from mui_callback.responses.answers import GeneratedAnswer, answered_samples, judged
 from mui_callback.responses.cache import AnswerCache, AnswerKey
@@ -95,6 +95,8 @@ class Measuring:
                 answers = {task.name: self._answers(checkpoint, model, tokenizer, task) for task in self.tasks}
         with clock("probe"), self._telling_warnings():
             probe = self.processes.together(lambda: self._probe(checkpoint, model, tokenizer, answers))
+            if self.config.response != "generate":  # an answer may be empty
+                self.processes.together(lambda: check_scored(probe))
             report = measure_usable(probe)
         results: dict[str, Point] = {}
         if self.config.lm_eval:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -16,10 +15,6 @@ from mui_callback.trajectory.config_file import check_config_file, nearest
 _DESCRIPTION = """Measure many checkpoints, of one model or of several side by side: MUI, performance and all else that
 a probe finds, a row for each checkpoint and task. Killed at any moment, the same command goes on. CONFIG is YAML.
 Options win over it, and it wins over the environment (MUI_KEEP_CHECKPOINTS for keep_checkpoints)."""
-
-
-_REDO = "--redo=true"
-_SWITCHES = ("--dry-run", _REDO)
 
 
 def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
@@ -48,14 +43,22 @@ def parse_study(arguments: Sequence[str]) -> tuple[StudyConfig, bool]:
 def _as_options(arguments: Sequence[str]) -> list[str]:
     """As jsonargparse knows them: a config that stands by itself, ``--redo`` without a value, dashes in names."""
     options: list[str] = []
-    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
-        if not argument.startswith("-") and all(option in _SWITCHES for option in options):
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if argument == "--redo":
+            value = left.pop(0) if left and left[0].lower() in ("true", "false", "yes", "no") else "true"
+            options.append(f"--redo={value}")
+        elif not argument.startswith("-") and all(map(_is_switch, options)):
             options += ["--config", argument]
-        elif argument == "--redo" and following not in ("true", "false"):
-            options.append(_REDO)
         else:
-            options.append(argument if argument in _SWITCHES else _spelled(argument))
+            options.append(argument if _is_switch(argument) else _spelled(argument))
     return options
+
+
+def _is_switch(option: str) -> bool:
+    """Whether what follows an option is not its value."""
+    return option.partition("=")[0] == "--dry-run" or option.startswith("--redo=")
 
 
 def _spelled(argument: str) -> str:

@@ -39,13 +39,13 @@ class StudyPlan:
         fingerprints = {task.name: task.fingerprint(of_answers=config.response == "generate") for task in tasks}
         identities = {model.title: identity_of(config, model, fingerprints) for model in config.models}
         measured = _measured(config.output)
-        if not config.redo:
-            check_unchanged(config.output, {model: identity for model, (identity, _) in measured.items()}, identities)
         downloads = Downloads(config.output / _DOWNLOADS_NAME)
         checkpoints: list[StudiedCheckpoint] = []
         for model in config.models:
             _, labels = measured.get(model.title, ({}, []))
             checkpoints += list_checkpoints(model, downloads, labels)
+        if not config.redo:
+            check_unchanged(config.output, {model: identity for model, (identity, _) in measured.items()}, identities)
         return cls(config, tasks, tuple(checkpoints), identities)
 
     def write(self) -> None:
