@@ -14,7 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, ByT5Tokenizer, PreTrainedModel, SwitchTransformersConfig
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    SwitchTransformersConfig,
+)
 
 from made_tokenizer import made_tokenizer
 from mui_callback import MUIProbe, ProbeSet
@@ -280,6 +287,14 @@ def test_a_prompt_that_is_too_long_is_cut_from_the_left(model: PreTrainedModel, 
     assert [sample.n_truncated for sample in answered_samples(answers, task)] == [4, 0, 19, 0, 17]
     with pytest.raises(ProbeSetError, match="expected fewer tokens than the context of 16, got int 16"):
         generate_answers(model, TOKENIZER, task, max_length=MAX_NEW)
+
+
+def test_prompts_are_cut_to_the_positions_that_there_are(task_of: Callable[..., Task]) -> None:
+    sizes = {"vocab_size": VOCAB, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": MAX_NEW + 8}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=2)).eval()
+    with pytest.warns(UserWarning, match="3 of 5 prompts of task 'task' are too long and were cut from the left"):
+        answers = generate_answers(model, TOKENIZER, task_of(), max_length=1000)
+    assert max(len(answer.prompt_ids) for answer in answers) == 8
 
 
 def test_a_conversation(model: PreTrainedModel, task_of: Callable[..., Task]) -> None:
