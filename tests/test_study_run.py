@@ -14,8 +14,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import ByteLevel
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
+from made_tokenizer import made_tokenizer
 from mui_callback import MUIProbe, MUIReport, ProbeSet
 from mui_callback.cli import main
 from mui_callback.errors import MUIError
@@ -287,6 +289,19 @@ def test_a_study_that_measured_nothing_can_be_corrected(source: Path, measured: 
     outcome, said = run(replace(measured, output=tmp_path / "out"))
     assert outcome.is_complete
     assert "mui-callback report" in said
+
+
+def test_a_task_in_which_nothing_is_scored_is_not_measured(
+    source: Path, tasks: list[TaskConfig], tmp_path: Path
+) -> None:
+    tokenizer = made_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = ByteLevel()  # no token begins a text
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model = ModelConfig(str(source), tokenizer=str(tmp_path / "tokenizer"), checkpoints=["checkpoint-5"])
+    letters = save_tasks(tmp_path / "tasks", letters=[{"response": letter} for letter in "abc"])
+    outcome, said = run(StudyConfig(tmp_path / "out", [model], [*tasks, *letters], probe=PROBE, device="cpu"))
+    assert outcome.n_measured == 0
+    assert "task 'letters': expected tokens to score, got none in 3 samples" in said
 
 
 def test_a_path_that_is_not_there_is_said_before_anything_is_measured(measured: StudyConfig, tmp_path: Path) -> None:
