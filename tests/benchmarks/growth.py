@@ -26,12 +26,13 @@ import torch
 from drawn import draw_ids, forward_all
 from measuring import (
     Action,
+    added_bytes,
     common_arguments,
     device_and_dtype,
-    extra_bytes,
     interleaved,
     machine,
     medians,
+    quotients,
     seconds_of,
     table,
     write,
@@ -147,6 +148,10 @@ def grow(args: argparse.Namespace, factor: str) -> list[dict[str, Any]]:
         actions[f"plain-{number}"], actions[f"probe-{number}"] = actions_of(args, size, device)
     every = interleaved(actions, args.repeats, device)
     seconds = medians(every)
+
+    def ratio(over: str, under: str) -> float:
+        return median(quotients(every[over], every[under]))
+
     return [
         {
             "factor": factor,
@@ -154,10 +159,10 @@ def grow(args: argparse.Namespace, factor: str) -> list[dict[str, Any]]:
             "times": 2**number,
             "plain_seconds": seconds[f"plain-{number}"],
             "probe_seconds": seconds[f"probe-{number}"],
-            "plain_growth": seconds[f"plain-{number}"] / seconds["plain-0"],
-            "probe_growth": seconds[f"probe-{number}"] / seconds["probe-0"],
-            "probe_over_plain": seconds[f"probe-{number}"] / seconds[f"plain-{number}"],
-            "probe_extra_bytes": extra_bytes(actions[f"probe-{number}"], device),
+            "plain_growth": ratio(f"plain-{number}", "plain-0"),
+            "probe_growth": ratio(f"probe-{number}", "probe-0"),
+            "probe_over_plain": ratio(f"probe-{number}", f"plain-{number}"),
+            "probe_added_bytes": added_bytes(actions[f"probe-{number}"], device),
             "every": [every[f"{kind}-{number}"] for kind in ("plain", "probe")],
         }
         for number, size in enumerate(sizes)
@@ -224,15 +229,15 @@ def _together(action: Action, device: torch.device) -> float:
 
 # All of them
 
-COLUMNS = ["what grows", "to", "times", "probe s", "time of a probe", "of plain forwards", "probe / plain", "extra GiB"]
+COLUMNS = ["what grows", "to", "times", "probe s", "time of a probe", "of plain forwards", "probe / plain", "added GiB"]
 
 
 def line(row: dict[str, Any]) -> list[object]:
-    extra = row.get("probe_extra_bytes")
+    added = row.get("probe_added_bytes")
     return [
         *(FACTORS.get(row["factor"], "processes"), row["value"], row["times"], row["probe_seconds"]),
         *(row["probe_growth"], row.get("plain_growth"), row.get("probe_over_plain")),
-        None if extra is None else extra / 2**30,
+        None if added is None else added / 2**30,
     ]
 
 

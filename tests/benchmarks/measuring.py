@@ -92,8 +92,8 @@ def peak_bytes(action: Action, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
-def extra_bytes(action: Action, device: torch.device) -> int | None:
-    """The same without those that were there before."""
+def added_bytes(action: Action, device: torch.device) -> int | None:
+    """Most bytes that an action takes on the device besides those that were there before; None on a CPU."""
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     peak = peak_bytes(action, device)
     return None if peak is None else peak - before
