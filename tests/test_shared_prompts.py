@@ -32,7 +32,7 @@ def encoded(samples: list[list[TokenChoice]]) -> EncodedProbeSet:
         else TokenSample(str(i), np.arange(5), np.arange(5) > 2)
         for i, choices in enumerate(samples)
     ]
-    return EncodedProbeSet(("t",), tuple(made), np.zeros(len(made), dtype=np.int64), 0, 0)
+    return EncodedProbeSet(("t",), tuple(made), np.zeros(len(made), dtype=np.int64), 0)
 
 
 def wanted(all_choices: list[TokenChoice]) -> list[Scored]:
