@@ -175,7 +175,7 @@ def test_a_task_in_which_nothing_is_scored_is_refused(rows: list[dict[str, list[
 
 def test_a_task_whose_scored_tokens_are_cut_off_is_refused(tmp_path: Path) -> None:
     early = ProbeSet.from_token_rows([{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, -100, -100]}])
-    words = "got none in 1 samples: all their labels are -100, or are beyond the first or last 3 tokens, or"
+    words = r"got none in 1 samples: all their labels are -100 or were cut off \(max_length: 3\), or"
     with pytest.raises(ProbeSetError, match=words), pytest.warns(UserWarning, match="too long"):
         MUIMonitor(make_model(), early, output_dir=tmp_path, tracker=None, max_length=3)
 

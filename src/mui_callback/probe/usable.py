@@ -28,11 +28,11 @@ def check_scored(probe: MUIProbe) -> MUIProbe:
     for number, task in enumerate(probe.probe_set.task_names):
         of_task = samples.task == number
         if is_silent[of_task].all():
-            cut = f", or are beyond the first or last {probe.settings.max_length} tokens"
+            cut = f" or were cut off (max_length: {probe.settings.max_length})"
             raise ProbeSetError(
                 f"task {task!r}: expected tokens to score, got none in {of_task.sum()} samples: all their labels are "
                 f"-100{cut if samples.truncated[of_task].any() else ''}, or they have one token each, which nothing "
-                "predicts"
+                "predicts."
             )
     unscored = unscored_in_words(samples)
     if unscored is not None:
