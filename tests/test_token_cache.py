@@ -191,9 +191,19 @@ def save(file: Path, **arrays: Any) -> None:
         np.savez(stream, **arrays)
 
 
+def say(flag: int, file: Path) -> None:
+    """What no file has in the headers of its first array: 1 for encrypted, 32 for patched."""
+    content = bytearray(file.read_bytes())
+    for header, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(header) + place] |= flag
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda file: say(1, file),
+        lambda file: say(32, file),
         lambda file: file.write_bytes(b""),
         lambda file: file.write_bytes(b"nothing of the kind"),
         lambda file: file.write_bytes(file.read_bytes()[:-30]),

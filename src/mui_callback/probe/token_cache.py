@@ -36,8 +36,8 @@ _NO_MATTER = frozenset(
     {"_tokenizer", "name_or_path", "init_inputs", "init_kwargs", "files_loaded", "deprecation_warnings"}
 )
 """Attributes of a tokenizer that say where it was read, or are looked at otherwise."""
-_DAMAGED = (OSError, EOFError, ValueError, LookupError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-"""What numpy raises for a file that is not whole."""
+_DAMAGED = (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What numpy and zipfile raise for a file that is not whole: a wrong bit may say that it is encrypted."""
 
 
 class RememberedTokenizer:
