@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawn import draw_ids, forward_all
+from drawn import draw_samples, forward_all
 from measuring import (
     Action,
     added_bytes,
@@ -35,16 +35,16 @@ from measuring import (
     quotients,
     seconds_of,
     table,
+    turned,
     write,
 )
-from shapes import build
+from shapes import BatchShape, build
 from tasks import samples_of
 from torch import distributed, multiprocessing
 from transformers import OlmoeConfig, PreTrainedModel
 
 from mui_callback import MUIProbe, ProbeSet
 from mui_callback.probe.batches import make_batches
-from mui_callback.probe.samples import TokenSample
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,7 @@ def base_of(args: argparse.Namespace) -> Size:
 
 def probe_set_of(size: Size, seed: int) -> ProbeSet:
     rng = np.random.default_rng(seed)
-    is_scored = np.arange(size.length) >= 1
-    samples = [
-        TokenSample(str(number), draw_ids(rng, size.vocab, size.length, "uniform"), is_scored)
-        for number in range(size.samples)
-    ]
+    samples = draw_samples(rng, size.vocab, BatchShape(size.samples, size.length), 1, "uniform", "all")
     return ProbeSet({f"task-{number}": samples[number :: size.tasks] for number in range(size.tasks)})
 
 
@@ -177,7 +173,7 @@ def share(args: argparse.Namespace) -> list[dict[str, Any]]:
     counts = [2**doubling for doubling in range(args.ranks.bit_length())]
     found: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for turn in range(1 if args.tiny else 2):
-        for count in counts[:: 1 if turn == 0 else -1]:
+        for count in turned(counts, turn):
             found[count].append(_of_processes(args, count))
     seconds = {count: median(run["seconds"] for run in runs) for count, runs in found.items()}
     return [

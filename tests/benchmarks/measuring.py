@@ -9,14 +9,16 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Action = Callable[[], object]
+
+_T = TypeVar("_T")
 
 PACKAGES = ("torch", "transformers", "triton", "numpy")
 
@@ -64,11 +66,16 @@ def interleaved(actions: Mapping[str, Action], repeats: int, device: torch.devic
     try:
         found: dict[str, list[float]] = {name: [] for name in actions}
         for repeat in range(repeats):
-            for name in list(actions)[:: 1 if repeat % 2 == 0 else -1]:
+            for name in turned(actions, repeat):
                 found[name].append(seconds_of(actions[name], device))
     finally:
         gc.unfreeze()  # or models would stay in memory, which hold themselves in circles
     return found
+
+
+def turned(names: Iterable[_T], repeat: int) -> list[_T]:
+    """Their order, which turns round with each repeat, so that none always comes after the same."""
+    return list(names)[:: 1 if repeat % 2 == 0 else -1]
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from drawn import draw_ids
-from measuring import common_arguments, device_and_dtype, machine, synchronize, table, write
+from measuring import common_arguments, device_and_dtype, machine, synchronize, table, turned, write
 from shapes import SHAPES, BatchShape, build
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import TrainerCallback
@@ -203,7 +203,7 @@ def in_turns(args: argparse.Namespace) -> dict[str, list[Trained]]:
     train(args, steps=WARM_UP, watched=False)
     found: dict[str, list[Trained]] = {"without": [], "with": []}
     for repeat in range(args.repeats):
-        for name in list(found)[:: 1 if repeat % 2 == 0 else -1]:
+        for name in turned(found, repeat):
             found[name].append(train(args, steps=args.steps, watched=name == "with"))
             print(f"{name}: {found[name][-1]}", flush=True)
     return found
