@@ -184,14 +184,17 @@ def test_a_task_of_choices_needs_no_other_tokens(tmp_path: Path) -> None:
     choices = tuple(TokenChoice(np.array([5, 6, last]), np.arange(3) == 2) for last in (7, 8))
     sample = TokenSample("0", np.array([5, 6, 7]), np.zeros(3, dtype=bool), choices=choices, answer=0)
     with pytest.warns(UserWarning, match="1 of 1 samples have no response token"):
-        monitor(tmp_path, probe_set=ProbeSet({"q": [sample]}))
+        _, memory = monitor(tmp_path, probe_set=ProbeSet({"q": [sample]}))
+    assert memory.points[0].scalars["mui/q/choice_accuracy"] in (0, 1)
+    assert memory.points[0].scalars["mui/unscored"] == 1
 
 
 def test_samples_in_which_nothing_is_scored_are_named(tmp_path: Path) -> None:
     rows = [{"id": str(n), "input_ids": [5, 6, 7], "labels": [-100, -100, 7 if n < 3 else -100]} for n in range(8)]
     mixed = ProbeSet.from_token_rows(rows, task="mixed")
     with pytest.warns(UserWarning, match=r"5 of 8 samples have no response token.* no neuron: 3, 4, 5, \.\.\.$"):
-        MUIMonitor(make_model(), mixed, output_dir=tmp_path, tracker=None)
+        _, memory = monitor(tmp_path, probe_set=mixed)
+    assert memory.points[0].scalars["mui/unscored"] == 5
 
 
 def test_a_start_that_is_not_that_of_the_state_is_refused(tmp_path: Path) -> None:

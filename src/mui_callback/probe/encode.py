@@ -18,6 +18,7 @@ from mui_callback.probe.samples import (
     TokenChoice,
     TokenSample,
     fail,
+    first_few,
     integers,
 )
 from mui_callback.probe.token_cache import remembered
@@ -112,7 +113,7 @@ def encode(
             _check_choices(tokens)
             samples.append(tokens)
     if too_long:
-        shown = "\n".join(too_long[:3] + ["..."] * (len(too_long) > 3))
+        shown = "\n".join(first_few(too_long))
         counts = f"{len(too_long)} of {len(samples)} probe samples"
         side = "from the left" if decoder_start is None else "(prompts from the left, responses from the right)"
         warnings.warn(f"{counts} are too long and were cut {side}:\n{shown}", stacklevel=2)

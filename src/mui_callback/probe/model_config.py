@@ -43,10 +43,11 @@ def longest_sequence(model: nn.Module, asked: int | None) -> int | None:
 
 def warn_beyond_context(model: nn.Module, asked: int | None) -> None:
     """Say that longer sequences are asked for than the model was made for."""
-    context, longest = context_length(model), longest_sequence(model, asked)
+    context = context_length(model)
     if asked is None or context is None or asked <= context:
         return
-    name, cut = type(model).__name__, "" if longest == asked else f"; samples are cut to {longest}"
+    name, longest = type(model).__name__, longest_sequence(model, asked)
+    cut = "" if longest == asked else f"; samples are cut to {longest}"
     warn(f"max_length: {asked} tokens are more than the {context} that {name} was made for{cut}")
 
 

@@ -142,6 +142,11 @@ def fail(where: str, expected: str, came: object) -> NoReturn:
     raise ProbeSetError(f"{where}: expected {expected}, got {shown}")
 
 
+def first_few(items: Sequence[str]) -> list[str]:
+    """What a message names of many: the first three, and dots for the others."""
+    return [*items[:3], *["..."] * (len(items) > 3)]
+
+
 def integers(values: Any, where: str, name: str, kinds: str = "iu") -> IntArray:
     """Copy integers from a list, an array or a tensor of any device.
 

@@ -9,6 +9,7 @@ from mui_callback.errors import ProbeError, ProbeSetError
 from mui_callback.forgiving import warn
 from mui_callback.parallel.processes import in_words
 from mui_callback.probe.run import MUIProbe
+from mui_callback.probe.samples import first_few
 from mui_callback.report import MUIReport
 from mui_callback.sample_table import SampleTable
 
@@ -45,10 +46,9 @@ def unscored_in_words(samples: SampleTable) -> str | None:
     ids = [samples.id[sample] for sample in np.flatnonzero(samples.n_tokens == 0)]
     if not ids:
         return None
-    shown = ", ".join(ids[:3] + ["..."] * (len(ids) > 3))
     return (
         f"{len(ids)} of {len(samples.id)} samples have no response token; they count as samples that need no neuron: "
-        f"{shown}"
+        f"{', '.join(first_few(ids))}"
     )
 
 

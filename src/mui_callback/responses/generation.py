@@ -20,7 +20,7 @@ from mui_callback.parallel.processes import out_of_memory
 from mui_callback.parallel.weights import common_device, engines_at_rest
 from mui_callback.probe.freeze import frozen
 from mui_callback.probe.model_config import decoder_start, longest_sequence, text_config
-from mui_callback.probe.samples import IntArray, fail
+from mui_callback.probe.samples import IntArray, fail, first_few
 from mui_callback.probe.unwrap import unwrapped
 from mui_callback.responses.answers import GeneratedAnswer, judged
 from mui_callback.responses.prompts import prompt_tokens
@@ -194,7 +194,7 @@ def _shortened(prompts: Sequence[IntArray], task: Task, longest: int | None) -> 
         if longest is not None and len(prompt) > longest
     ]
     if too_long:
-        shown = "\n".join(too_long[:3] + ["..."] * (len(too_long) > 3))
+        shown = "\n".join(first_few(too_long))
         counts = f"{len(too_long)} of {len(prompts)} prompts of task {task.name!r}"
         warnings.warn(f"{counts} are too long and were cut from the left:\n{shown}", stacklevel=3)
     return [prompt if longest is None else prompt[-longest:] for prompt in prompts]

@@ -66,12 +66,13 @@ def list_checkpoints(
         MUIError: there is no such path, no checkpoint, or a pattern matches none.
     """
     directory = Path(os.path.expanduser(config.source))
-    if not directory.exists() and not can_be_hub_id(config.source):
+    is_local = directory.exists()
+    if not is_local and not can_be_hub_id(config.source):
         raise MUIError(f"{config.source}: there is no such path")
-    labels = _in_directory(directory, config, measured) if directory.exists() else _on_hub(config, measured)
+    labels = _in_directory(directory, config, measured) if is_local else _on_hub(config, measured)
     ids = [CheckpointId.named(config.title, label, tokens_per_step=config.tokens_per_step) for label in labels]
     ids = _some(ids, config.at_most)
-    if directory.exists():
+    if is_local:
         return [StudiedCheckpoint(one, config, _local(directory, one.label, config)) for one in ids]
     return [
         StudiedCheckpoint(one, config, HubRevision(_source(config, config.source, one.label), downloads)) for one in ids

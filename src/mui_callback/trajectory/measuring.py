@@ -95,8 +95,6 @@ class Measuring:
                 answers = {task.name: self._answers(checkpoint, model, tokenizer, task) for task in self.tasks}
         with clock("probe"), self._telling_warnings():
             probe = self.processes.together(lambda: self._probe(checkpoint, model, tokenizer, answers))
-            if self.config.response != "generate":  # an answer may be empty
-                self.processes.together(lambda: check_scored(probe))
             report = measure_usable(probe)
         results: dict[str, Point] = {}
         if self.config.lm_eval:
@@ -131,7 +129,7 @@ class Measuring:
         probe = MUIProbe(model, ProbeSet(samples), tokenizer=tokenizer, **asdict(self.config.probe))
         self.progress.begin("probing")
         probe.on_batch = self.progress.batch
-        return probe
+        return probe if answers else check_scored(probe)  # an answer may be empty
 
     def _answers(
         self, checkpoint: StudiedCheckpoint, model: nn.Module, tokenizer: Any, task: Task
